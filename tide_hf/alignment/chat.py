@@ -1,0 +1,93 @@
+"""Where each answer lies in a rendered conversation, found through the template's own rendering.
+
+An answer is never looked for as a string that may also stand in the prompt.
+"""
+
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A trained-on stretch of a rendered text, in characters, half-open.
+
+    Args:
+        start, end (`int`): the whole stretch, end-of-turn text included.
+        anchor (`int`): where the message's own content begins; `start` where the template writes it right away.
+    """
+
+    start: int
+    end: int
+    anchor: int
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], first_trained: int = 0
+) -> tuple[str, list[Answer]]:
+    """Renders a conversation with the tokenizer's chat template and locates its assistant turns.
+
+    Templates with `{% generation %}` markers say themselves what the assistant writes. For the others a turn begins
+    where the conversation before it, rendered with a generation prompt, ends.
+
+    Args:
+        messages (`list[dict]`): `{"role", "content"}` items.
+        first_trained (`int`): assistant turns before this message index are left out (a prompt's own turns).
+
+    Returns:
+        the rendered text, and one [`Answer`] per assistant turn.
+
+    Raises:
+        ValueError: if there is no template, or if its rendering of a turn changes with what follows.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{tokenizer.name_or_path or 'The tokenizer'} has no chat template, which rows of messages need: set "
+            "tokenizer.chat_template, or give rows of 'prompt' and 'completion' text."
+        )
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if GENERATION_MARKER.search(tokenizer.get_chat_template()):
+        texts, spans = render_jinja_template(
+            [messages],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        text, spans = texts[0], spans[0]
+        if len(spans) != len(turns):
+            raise ValueError(
+                f"the chat template marks {len(spans)} generations for {len(turns)} assistant messages: every "
+                "assistant turn needs one {% generation %} block."
+            )
+    else:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        spans = [_span_by_prefix(tokenizer, messages, index, text) for index in turns]
+    answers = []
+    for index, (start, end) in zip(turns, spans, strict=True):
+        if index >= first_trained:
+            anchor = text.find(messages[index]["content"], start, end)
+            answers.append(Answer(start, end, start if anchor < 0 else anchor))
+    return text, answers
+
+
+def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
+    """Character span of one assistant turn from the rendering of what comes before it and of what ends with it."""
+    before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+    through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+    if text.startswith(before) and text.startswith(through) and through.startswith(before):
+        return len(before), len(through)
+    # templates that drop reasoning from earlier turns: the content, looked for right behind the generation prompt
+    content = messages[index]["content"].strip()
+    start = text.find(content, len(before)) if text.startswith(before) else -1
+    if start < 0:
+        raise ValueError(
+            f"the chat template renders assistant message {index} differently when more follows, so the answer "
+            "cannot be located: use a template with {% generation %} markers."
+        )
+    end = start + len(content)
+    eos = tokenizer.eos_token or ""
+    return len(before), end + len(eos) if text.startswith(eos, end) else end

@@ -1,0 +1,152 @@
+"""TIDEConfig: transformers' training arguments plus every knob of the distillation."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .data import EOS_FILLS
+from .models.masked_diffusion import SCHEDULES, TIME_EPSILON
+from .objective import DIVERGENCES, PRESETS
+
+CHOICES = {
+    "preset": (*PRESETS, None),
+    "alignment": ("auto", "token", "chunk"),
+    "divergence": (*DIVERGENCES, None),
+    "lambda_growth": ("cosine", "linear", None),
+    "lambda_axes": ("both", "progress", "time", None),
+    "timestep_weight": ("midrange", "uniform", None),
+    "tidal_normalization": ("none", "expected", None),
+    "schedule": SCHEDULES,
+    "ce_weighting": ("schedule", "uniform"),
+    "loss_normalization": ("token", "sequence", "batch"),
+    "eos_fill": EOS_FILLS,
+    "teacher_context": ("paper", "native"),
+}
+# field -> (smallest, largest, whether the ends are allowed)
+RANGES = {
+    "temperature": (0.0, float("inf"), False),
+    "ce_weight": (0.0, float("inf"), True),
+    "distill_weight": (0.0, float("inf"), True),
+    "lambda_init": (0.0, 1.0, True),
+    "lambda_max": (0.0, 1.0, True),
+    "demo_ratio": (0.0, 1.0, True),
+    "jsd_beta": (0.0, 1.0, False),
+    "time_epsilon": (0.0, 1.0, False),
+}
+
+
+def _knob(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TIDEConfig(TrainingArguments):
+    """Arguments of [`TIDETrainer`].
+
+    Everything of [`~transformers.TrainingArguments`], and the fields below. Those that default to None are filled from
+    `preset` once both tokenizers are known (see `trainer.objective`); a given value always wins.
+
+    Raises:
+        ValueError: for an unknown choice or a number out of range, with what is allowed.
+    """
+
+    preset: str | None = _knob(
+        "tide-shared",
+        "Objective to start from: tide-shared (CE + TIDAL + CompDemo), tide-cross (CE + Reverse CALM; with a shared "
+        "tokenizer reverse KL), or a baseline: kl, reverse-kl, calm, ce (no teacher). SPEC: TIDE 2604.26951, table of "
+        "hyperparameters.",
+    )
+    alignment: str = _knob(
+        "auto", "token (one shared tokenizer), chunk (two tokenizers), or auto: decided from the two tokenizers."
+    )
+    divergence: str | None = _knob(
+        None,
+        "forward_kl, reverse_kl, jsd (token distributions), calm, reverse_calm, bernoulli_reverse_kl (chunk "
+        "likelihoods), none.",
+    )
+    tidal: bool | None = _knob(None, "TIDAL: targets that move from the student's to the teacher's distribution.")
+    allow_reverse_tidal: bool = _knob(False, "Allow tidal with reverse_calm, an ablation of the paper's code.")
+    comp_demo: bool | None = _knob(
+        None, "CompDemo: the teacher predicts each half of the masked positions with the other half revealed."
+    )
+    demo_ratio: float | None = _knob(None, "CompDemo: probability that a masked position is in the first half. 0.5.")
+    ce_weight: float | None = _knob(None, "Weight of the denoising loss on the data. 1.")
+    distill_weight: float | None = _knob(None, "Weight of the divergence or of TIDAL. 1.")
+    temperature: float | None = _knob(
+        None, "T > 0 of both softmaxes, or root of the chunk probabilities. Token terms are multiplied by T². 2."
+    )
+    jsd_beta: float | None = _knob(None, "β of the Jensen-Shannon divergence, in (0, 1). 0.5.")
+    lambda_init: float | None = _knob(None, "TIDAL: λ at the start of training, in [0, 1]. 0.1.")
+    lambda_max: float | None = _knob(None, "TIDAL: λ at the end of training, in [0, 1]. 0.9.")
+    lambda_growth: str | None = _knob(None, "TIDAL: cosine or linear growth of λ over training. cosine.")
+    lambda_axes: str | None = _knob(None, "TIDAL: both λ(s)(1−t), progress λ(s), or time λ_max(1−t). both.")
+    timestep_weight: str | None = _knob(None, "TIDAL: ω(t), midrange exp(−(t−½)²/(2·0.15²)) or uniform. midrange.")
+    tidal_normalization: str | None = _knob(
+        None,
+        "none (paper), or expected: divide TIDAL by its average strength against KL (0.0856 with the defaults), so that "
+        "distill_weight means the same for every objective. none.",
+    )
+    schedule: str = _knob("linear", "α(t), the probability that a position stays clean: linear 1−t or cosine.")
+    time_epsilon: float = _knob(TIME_EPSILON, "Smallest diffusion time, in (0, 1).")
+    ce_weighting: str = _knob("schedule", "Weight of the denoising loss: schedule −α′/(1−α), 1/t if linear; or uniform.")
+    loss_normalization: str = _knob(
+        "token",
+        "What the denoising sum is divided by: trained-on tokens of the global batch (token), those of each sequence "
+        "and the number of sequences (sequence), or the number of sequences (batch).",
+    )
+    block_size: int | None = _knob(None, "Tokens per diffusion block; the student's own by default. Divides max_length.")
+    max_length: int = _knob(512, "Tokens of a student row; longer rows are cut.")
+    teacher_max_length: int | None = _knob(None, "Tokens of a teacher row; as max_length by default.")
+    eos_fill: str = _knob(
+        "block", "What follows the last answer's end: none, EOS to the block's end (trained on), EOS to max_length."
+    )
+    dataset_num_proc: int | None = _knob(None, "Processes that prepare the dataset.")
+    eval_noise_levels: list[float] | None = _knob(
+        None, "Diffusion times at which evaluation also reports the negative log-likelihood per masked token, in nats."
+    )
+    mask_token_id: int | None = _knob(None, "Student's [MASK]; from its config or tokenizer by default.")
+    teacher_mask_token_id: int | None = _knob(
+        None, "Teacher's [MASK]; from its config, tokenizer or family by default."
+    )
+    shared_vocab_size: int | None = _knob(
+        None, "First ids that mean the same on both sides; found by comparing the tokenizers by default."
+    )
+    teacher_context: str = _knob(
+        "paper", "What the teacher sees: paper (as published TIDE fed it) or native (as it was trained)."
+    )
+    teacher_dtype: str = _knob("auto", "Precision the teacher is loaded in: auto, float32, bfloat16, float16.")
+    teacher_load_in_4bit: bool = _knob(False, "Load the teacher in 4 bits (needs the quant extra).")
+    model_init_kwargs: dict | str | None = _knob(None, "from_pretrained arguments of the student (JSON on a command line).")
+    teacher_model_init_kwargs: dict | str | None = _knob(
+        None, "from_pretrained arguments of the teacher (JSON on a command line)."
+    )
+    remove_unused_columns: bool | None = _knob(False, "Kept False: the step needs row_id and the chunk columns.")
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  (transformers' own attribute)
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "teacher_model_init_kwargs",
+    ]
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                known = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
+        for name, (low, high, closed) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= high if closed else low < value < high):
+                ends = "[]" if closed else "()"
+                raise ValueError(f"{name}={value} is out of range; it must lie in {ends[0]}{low:g}, {high:g}{ends[1]}.")
+        for level in self.eval_noise_levels or []:
+            if not 0 < level <= 1:
+                raise ValueError(f"eval_noise_levels must lie in (0, 1], got {level}.")
+        if self.block_size is not None and (self.block_size < 1 or self.max_length % self.block_size):
+            raise ValueError(
+                f"block_size={self.block_size} does not fit max_length={self.max_length}: the last block of a full row "
+                "would be cut short. Choose a block_size that divides max_length."
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop row_id, which keys the noise; leave it False.")
+        super().__post_init__()

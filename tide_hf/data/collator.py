@@ -1,0 +1,42 @@
+"""Pads prepared rows to a batch. Padding is never attended and never trained on."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class DistillationCollator:
+    """Rows of token columns -> padded tensors.
+
+    Args:
+        pad_token_id, teacher_pad_token_id (`int`): fill ids of the two sides.
+
+    A call returns `row_id (B,)`; `input_ids`, `labels`, `chunk_ids (B, L)` and `attention_mask (B, L)`; and, where rows
+    have a teacher side, `teacher_input_ids`, `teacher_chunk_ids` and `teacher_attention_mask (B, L_T)`.
+    """
+
+    pad_token_id: int
+    teacher_pad_token_id: int = 0
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = {
+            "row_id": torch.tensor([row["row_id"] for row in rows]),
+            "input_ids": _pad([row["input_ids"] for row in rows], self.pad_token_id),
+            "labels": _pad([row["labels"] for row in rows], -100),
+            "chunk_ids": _pad([row["chunk_ids"] for row in rows], -1),
+            "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], 0),
+        }
+        if all(row["teacher_input_ids"] for row in rows):
+            batch |= {
+                "teacher_input_ids": _pad([row["teacher_input_ids"] for row in rows], self.teacher_pad_token_id),
+                "teacher_chunk_ids": _pad([row["teacher_chunk_ids"] for row in rows], -1),
+                "teacher_attention_mask": _pad([[1] * len(row["teacher_input_ids"]) for row in rows], 0),
+            }
+        return batch
+
+
+def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Right-padded int64 tensor (B, longest)."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows], dtype=torch.long)

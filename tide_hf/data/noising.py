@@ -1,0 +1,168 @@
+"""One micro-batch of token rows -> the tensors of one distillation step, on the host.
+
+Everything that depends on the noise is known here, before any network runs: which positions each network is run on,
+which rows of hidden states meet the head, how they pair up, and the counts that divide each term.
+
+Shapes: B rows, L positions, N masked positions of the student, M of them paired with the teacher, C active chunks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..diffusion import (
+    PackedLayout,
+    block_layout,
+    chunk_member,
+    complementary_split,
+    complete_chunks,
+    diffusion_time,
+    mask_positions,
+)
+from ..models.masked_diffusion import TIME_EPSILON
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one network is fed.
+
+    Args:
+        mask_token_id (`int`): its [MASK].
+        block_size (`int`, *optional*): tokens per block; None: the whole row is one block.
+        clean_copy (`bool`): whether it sees the clean copy of earlier blocks.
+    """
+
+    mask_token_id: int
+    block_size: int | None
+    clean_copy: bool = True
+
+
+@dataclass(frozen=True)
+class Noising:
+    """What a run fixes about its noise; a call noises one batch.
+
+    Args:
+        student (`Side`), teacher (`Side`, *optional*): how each network is fed; without a teacher no pairs are made.
+        schedule (`str`): α(t), `"linear"` or `"cosine"`.
+        time_epsilon (`float`): smallest t.
+        comp_demo (`bool`), demo_ratio (`float`): CompDemo's two teacher views and the share of the first.
+        pack (`bool`): leave out blocks that carry no loss; False is the textbook layout, for comparison.
+    """
+
+    student: Side
+    teacher: Side | None = None
+    schedule: str = "linear"
+    time_epsilon: float = TIME_EPSILON
+    comp_demo: bool = False
+    demo_ratio: float = 0.5
+    pack: bool = True
+
+    def __call__(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        uniforms: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        t: float | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Noises one collated batch.
+
+        Args:
+            batch (`Mapping`): see [`~tide_hf.data.DistillationCollator`].
+            uniforms: draws of [`~tide_hf.diffusion.row_uniforms`]: `(B,)`, `(B, L)`, `(B, L)`.
+            t (`float`, *optional*): one diffusion time for all rows, in place of the drawn one.
+
+        Returns:
+            `dict` of host tensors. Student: `input_ids, position_ids, stream, block (B, P)`, `asked (N,)` (flat
+            columns to put through the head), `targets (N,)`, `row (N,)`, `t (B,)`. Pairs: `pair (M,)` (indices into
+            the N), `teacher_pair (M_T,)` (indices into the teacher's asked positions), `pair_chunk`,
+            `teacher_pair_chunk` (number in 0 … C−1 of each), `chunk_row (C,)`. Teacher: `teacher_input_ids,
+            teacher_position_ids, teacher_stream, teacher_block`, `teacher_asked`, `teacher_targets`. And `counts (4,)`:
+            trained-on tokens, pairs, active chunks, rows; `row_tokens (B,)`: trained-on tokens of each row.
+        """
+        time_B, mask_BL, demo_BL = uniforms
+        labels, chunk_ids = batch["labels"], batch["chunk_ids"]
+        t_B = diffusion_time(time_B, self.time_epsilon) if t is None else torch.full_like(time_B, t)
+        masked = mask_positions(mask_BL, t_B, labels, self.schedule)
+        num_chunks = max(int(chunk_ids.max()), int(batch.get("teacher_chunk_ids", chunk_ids).max())) + 1
+        masked, hit_BC = complete_chunks(masked, chunk_ids, labels, num_chunks)
+        valid = batch["attention_mask"].bool()
+        layout = self._layout(batch["input_ids"], valid, [masked], self.student)
+        length = labels.shape[1]
+        row = layout.asked_position // length
+        out = {
+            "input_ids": layout.input_ids,
+            "position_ids": layout.position_ids,
+            "stream": layout.stream,
+            "block": layout.block,
+            "asked": layout.asked,
+            "targets": batch["input_ids"].flatten()[layout.asked_position],
+            "row": row,
+            "t": t_B,
+            "row_tokens": (labels != -100).sum(1),
+        }
+        num_pairs = num_active = 0
+        if self.teacher is not None:
+            teacher_masks = self._teacher_masks(batch, masked, hit_BC, demo_BL)
+            out |= self._teacher_inputs(batch, teacher_masks)
+            out |= self._pairs(batch, layout.asked_position, out.pop("teacher_asked_position"), num_chunks)
+            num_pairs, num_active = len(out["pair"]), len(out["chunk_row"])
+        trained = int(out["row_tokens"].sum())
+        out["counts"] = torch.tensor([trained, num_pairs, num_active, len(labels)], dtype=torch.float64)
+        return out
+
+    def _layout(self, input_ids, valid, masks, side: Side) -> PackedLayout:
+        return block_layout(
+            input_ids,
+            valid,
+            masks,
+            mask_token_id=side.mask_token_id,
+            block_size=side.block_size,
+            clean_copy=side.clean_copy,
+            pack=self.pack,
+        )
+
+    def _teacher_masks(self, batch, masked, hit_BC, demo_BL) -> list[torch.Tensor]:
+        """Masked teacher positions of each view: one view, or CompDemo's two (B masked first, then A)."""
+        teacher_chunks = batch["teacher_chunk_ids"]
+        if not self.comp_demo:
+            return [chunk_member(hit_BC, teacher_chunks)]
+        # the split is drawn per chunk: with one token per chunk that is per token
+        part_a, part_b = complementary_split(hit_BC, demo_BL[:, : hit_BC.shape[1]], self.demo_ratio)
+        return [chunk_member(part_b, teacher_chunks), chunk_member(part_a, teacher_chunks)]
+
+    def _teacher_inputs(self, batch, masks) -> dict[str, torch.Tensor]:
+        """The teacher's layout under `teacher_…` names."""
+        ids = batch["teacher_input_ids"]
+        layout = self._layout(ids, batch["teacher_attention_mask"].bool(), masks, self.teacher)
+        return {
+            "teacher_input_ids": layout.input_ids,
+            "teacher_position_ids": layout.position_ids,
+            "teacher_stream": layout.stream,
+            "teacher_block": layout.block,
+            "teacher_asked": layout.asked,
+            "teacher_targets": ids.flatten()[layout.asked_position],
+            "teacher_asked_position": layout.asked_position,
+        }
+
+    def _pairs(self, batch, student_position, teacher_position, num_chunks) -> dict[str, torch.Tensor]:
+        """Pairs asked student and teacher positions by chunk, ordered by row and chunk."""
+        keys = []
+        for chunk_ids, position in (
+            (batch["chunk_ids"], student_position),
+            (batch["teacher_chunk_ids"], teacher_position),
+        ):
+            chunk = chunk_ids.flatten()[position]
+            key = torch.where(chunk >= 0, position // chunk_ids.shape[1] * num_chunks + chunk, -1)
+            order = key.argsort(stable=True)
+            keys.append((order[key[order] >= 0], key[order][key[order] >= 0]))
+        (pair, key), (teacher_pair, teacher_key) = keys
+        chunks, pair_chunk = key.unique_consecutive(return_inverse=True)
+        teacher_chunks, teacher_pair_chunk = teacher_key.unique_consecutive(return_inverse=True)
+        assert torch.equal(chunks, teacher_chunks), "every masked chunk has tokens on both sides"
+        return {
+            "pair": pair,
+            "pair_chunk": pair_chunk,
+            "teacher_pair": teacher_pair,
+            "teacher_pair_chunk": teacher_pair_chunk,
+            "chunk_row": chunks // max(num_chunks, 1),
+        }

@@ -1,0 +1,26 @@
+"""The forward process on the host: noise, masks, CompDemo's split, and which positions are run."""
+
+from .corruption import (
+    chunk_loss_weight,
+    chunk_member,
+    complementary_split,
+    complete_chunks,
+    diffusion_time,
+    mask_positions,
+    masked_chunks,
+    row_uniforms,
+)
+from .layout import PackedLayout, block_layout
+
+__all__ = [
+    "PackedLayout",
+    "block_layout",
+    "chunk_loss_weight",
+    "chunk_member",
+    "complementary_split",
+    "complete_chunks",
+    "diffusion_time",
+    "mask_positions",
+    "masked_chunks",
+    "row_uniforms",
+]

@@ -1,0 +1,99 @@
+"""Which positions are masked: functions of uniform draws, so that a test, a recorded case and a run share them.
+
+Shapes: B rows, L positions, C chunks. All on the host.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..models.masked_diffusion import TIME_EPSILON, loss_weight, masked_probability
+
+
+def row_uniforms(seed: int, epoch: int | None, row_ids: Sequence[int], length: int) -> tuple[torch.Tensor, ...]:
+    """Uniform draws in [0, 1), keyed by (seed, epoch, row id): the same on any machine, in any batch, after a resume.
+
+    Each row draws its positions in order, so its first numbers do not depend on how far the batch is padded.
+
+    Args:
+        seed (`int`): of the run.
+        epoch (`int`, *optional*): None for evaluation, whose noise is the same in every epoch.
+        row_ids (`Sequence[int]`): one per row, of the prepared dataset.
+        length (`int`): L, columns of the padded batch.
+
+    Returns:
+        three float32 tensors: time draws `(B,)`, mask draws `(B, L)`, CompDemo draws `(B, L)`. A cross-tokenizer split
+        uses the first C of the last.
+    """
+    draws = np.empty((len(row_ids), 2 * length + 1), dtype=np.float32)
+    for index, row_id in enumerate(row_ids):
+        key = [seed, int(row_id)] if epoch is None else [seed, int(row_id), epoch]
+        generator = np.random.default_rng(key)
+        # position by position (mask, demo), so that padding at the end leaves the draws of real positions alone
+        draws[index] = generator.random(2 * length + 1, dtype=np.float32)
+    draws = torch.from_numpy(draws)
+    return draws[:, 0], draws[:, 1::2], draws[:, 2::2]
+
+
+def diffusion_time(uniform_B: torch.Tensor, time_epsilon: float = TIME_EPSILON) -> torch.Tensor:
+    """t = ε + (1 − ε) u, in [ε, 1)."""
+    return time_epsilon + (1 - time_epsilon) * uniform_B
+
+
+def mask_positions(
+    uniform_BL: torch.Tensor, t_B: torch.Tensor, labels_BL: torch.Tensor, schedule: str = "linear"
+) -> torch.Tensor:
+    """Masks each trained-on position with probability 1 − α(t), independently; bool `(B, L)`. Prompts never."""
+    return (uniform_BL < masked_probability(t_B, schedule)[:, None]) & (labels_BL != -100)
+
+
+def complete_chunks(
+    masked_BL: torch.Tensor, chunk_ids_BL: torch.Tensor, labels_BL: torch.Tensor, num_chunks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks every chunk that was hit as a whole (SPEC §5).
+
+    Args:
+        masked_BL (`torch.BoolTensor` of shape `(B, L)`): token-wise mask.
+        chunk_ids_BL (`torch.LongTensor` of shape `(B, L)`): chunk of each student token, −1 for none.
+        labels_BL (`torch.LongTensor` of shape `(B, L)`): −100 where not trained on.
+        num_chunks (`int`): C.
+
+    Returns:
+        the completed mask `(B, L)`: all trained-on tokens of a hit chunk; and `(B, C)`, the chunks that were hit.
+    """
+    hit_BC = masked_chunks(masked_BL, chunk_ids_BL, num_chunks)
+    return masked_BL | (chunk_member(hit_BC, chunk_ids_BL) & (labels_BL != -100)), hit_BC
+
+
+def masked_chunks(selected_BL: torch.Tensor, chunk_ids_BL: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """bool `(B, C)`: chunks that hold a selected position."""
+    index = torch.where(selected_BL & (chunk_ids_BL >= 0), chunk_ids_BL, num_chunks)
+    hit = torch.zeros(len(selected_BL), num_chunks + 1, dtype=torch.bool)
+    return hit.scatter_(1, index, True)[:, :num_chunks]
+
+
+def chunk_member(flag_BC: torch.Tensor, chunk_ids_BL: torch.Tensor) -> torch.Tensor:
+    """bool `(B, L)`: positions whose chunk has the flag; False for positions in no chunk."""
+    padded = torch.cat([flag_BC, flag_BC.new_zeros(len(flag_BC), 1)], dim=1)
+    return padded.gather(1, torch.where(chunk_ids_BL >= 0, chunk_ids_BL, flag_BC.shape[1]))
+
+
+def complementary_split(
+    masked: torch.Tensor, uniform: torch.Tensor, demo_ratio: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CompDemo's parts A and B of the masked positions (or chunks): A with probability `demo_ratio`, else B.
+
+    Teacher pass 1 sees A revealed and B masked, pass 2 the reverse. Source: TIDE 2604.26951 §2.2.
+    """
+    part_a = masked & (uniform < demo_ratio)
+    return part_a, masked & ~part_a
+
+
+def chunk_loss_weight(t: torch.Tensor, num_tokens: torch.Tensor, schedule: str = "linear") -> torch.Tensor:
+    """−α′(t) / (1 − α(t)^k): the exact weight of a position masked by completion of a chunk of k trained-on tokens.
+
+    A chunk is masked whole as soon as one of its k tokens is, which has probability 1 − α^k (SPEC §5).
+    """
+    masked = masked_probability(t, schedule)
+    return loss_weight(t, schedule) * masked / -torch.expm1(num_tokens * torch.log1p(-masked))

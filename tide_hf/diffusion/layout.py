@@ -1,0 +1,102 @@
+"""Which positions a network is run on: noised copies and a clean copy of each row, packed.
+
+A block of a noised copy that holds no masked position carries no loss and is seen by nobody; a clean block behind the
+last such block is seen by nobody either. Both are left out, which changes no logit that is asked for.
+
+Shapes: B rows, L positions, P packed columns, N asked positions. All on the host.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from ..models.masked_diffusion import CLEAN_STREAM, NOISED_STREAM, PADDING_STREAM
+
+
+@dataclass
+class PackedLayout:
+    """Inputs of one forward.
+
+    Args:
+        input_ids, position_ids, stream, block (`torch.LongTensor` of shape `(B, P)`): token, position in the row, copy
+            (see `models.masked_diffusion`) and block number of each column.
+        asked (`torch.LongTensor` of shape `(N,)`): flat index (row · P + column) of each masked position, row by row,
+            and in each row by position.
+        asked_position (`torch.LongTensor` of shape `(N,)`): flat index (row · L + position) of the same in the rows.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    stream: torch.Tensor
+    block: torch.Tensor
+    asked: torch.Tensor
+    asked_position: torch.Tensor
+
+    def to(self, device: torch.device) -> "PackedLayout":
+        """The same on a device."""
+        return PackedLayout(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def block_layout(
+    input_ids_BL: torch.Tensor,
+    valid_BL: torch.Tensor,
+    masks_BL: list[torch.Tensor],
+    *,
+    mask_token_id: int,
+    block_size: int | None,
+    clean_copy: bool = True,
+    pack: bool = True,
+) -> PackedLayout:
+    """Lays out [x_t …; x0]: one noised copy per mask, then the clean copy.
+
+    Args:
+        input_ids_BL (`torch.LongTensor` of shape `(B, L)`): clean tokens, padded anywhere.
+        valid_BL (`torch.BoolTensor` of shape `(B, L)`): False at padding. Positions count the valid columns from 0.
+        masks_BL (`list[torch.BoolTensor]`): masked positions of each noised copy, disjoint, inside `valid_BL`.
+        mask_token_id (`int`): id of [MASK] for this network.
+        block_size (`int`, *optional*): tokens per block, counted from position 0; None makes the row one block.
+        clean_copy (`bool`): False leaves x0 out: a network that sees the noised sequence alone.
+        pack (`bool`): False keeps every block and every padding column: the textbook [xt ; x0].
+
+    Returns:
+        [`PackedLayout`]
+    """
+    num_rows, length = input_ids_BL.shape
+    position = valid_BL.long().cumsum(-1).sub(1).clamp(min=0)
+    block = position // block_size if block_size else torch.zeros_like(position)
+    num_blocks = int(block.max()) + 1 if block.numel() else 1
+
+    copies = []  # (ids, stream, keep, asked) of each copy
+    last_block = torch.full((num_rows, 1), -1)
+    for index, mask in enumerate(masks_BL):
+        kept_blocks = torch.zeros(num_rows, num_blocks, dtype=torch.long).scatter_add_(1, block, mask.long()) > 0
+        block_numbers = torch.where(kept_blocks, torch.arange(num_blocks), -1)
+        last_block = torch.maximum(last_block, block_numbers.amax(1, keepdim=True))
+        keep = valid_BL & kept_blocks.gather(1, block) if pack else torch.ones_like(valid_BL)
+        copies.append((torch.where(mask, mask_token_id, input_ids_BL), NOISED_STREAM + index, keep, mask))
+    if clean_copy:
+        keep = valid_BL & (block < last_block) if pack else torch.ones_like(valid_BL)
+        copies.append((input_ids_BL, CLEAN_STREAM, keep, torch.zeros_like(valid_BL)))
+
+    ids = torch.cat([copy[0] for copy in copies], 1)
+    stream = torch.cat([torch.where(valid_BL, copy[1], PADDING_STREAM) for copy in copies], 1)
+    keep = torch.cat([copy[2] for copy in copies], 1)
+    asked = torch.cat([copy[3] for copy in copies], 1)
+    column = torch.arange(length).repeat(len(copies)).expand(num_rows, -1)
+
+    # kept columns first, in order; at least one column, so that an empty batch still runs and has a graph
+    width = max(int(keep.sum(1).max()), 1)
+    order = torch.argsort(~keep, dim=1, stable=True)[:, :width]
+    keep, column = keep.gather(1, order), column.gather(1, order)
+    asked = asked.gather(1, order) & keep
+    row, packed_column = asked.nonzero(as_tuple=True)
+    asked_position = row * length + column[row, packed_column]
+    by_position = asked_position.argsort()
+    return PackedLayout(
+        input_ids=ids.gather(1, order),
+        position_ids=position.gather(1, column),
+        stream=torch.where(keep, stream.gather(1, order), PADDING_STREAM),
+        block=torch.where(keep & valid_BL.gather(1, column), block.gather(1, column), -1),
+        asked=(row * width + packed_column)[by_position],
+        asked_position=asked_position[by_position],
+    )

@@ -1,0 +1,142 @@
+"""TIDAL: distillation strength over training progress and diffusion time (SPEC §3; TIDE 2604.26951 §2.1).
+
+Shapes: N positions, B rows, V student vocabulary, U teacher vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from .denoising import weighted_sum
+from .divergence import kl_divergence, shared_logits
+
+MIDRANGE_WIDTH = 0.15  # TIDE §2.1: standard deviation of the mid-range weight, in units of diffusion time
+
+
+def lambda_schedule(
+    global_step: int | float,
+    max_steps: int | float,
+    *,
+    lambda_init: float = 0.1,
+    lambda_max: float = 0.9,
+    growth: str = "cosine",
+) -> float:
+    """λ(s) = λ_init + (λ_max − λ_init)·g(s) at training progress s = global_step / max_steps, clamped to [0, 1].
+
+    Args:
+        global_step (`int`): optimizer steps done.
+        max_steps (`int`): optimizer steps of the whole run.
+        lambda_init, lambda_max (`float`): λ at the start and at the end.
+        growth (`str`): `"cosine"`, g = ½(1 − cos πs), or `"linear"`, g = s.
+
+    Raises:
+        ValueError: if `max_steps` is not positive or `growth` is unknown.
+
+    Source: TIDE 2604.26951 eq. 3; TAID 2501.16937.
+    """
+    if max_steps <= 0:
+        raise ValueError(f"lambda_schedule needs max_steps > 0, got {max_steps}: training progress has no end.")
+    progress = min(max(global_step / max_steps, 0.0), 1.0)
+    if growth == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    elif growth != "linear":
+        raise ValueError(f"growth must be 'cosine' or 'linear', got {growth!r}.")
+    return lambda_init + (lambda_max - lambda_init) * progress
+
+
+def tidal_lambda(lambda_progress: float, lambda_max: float, t: torch.Tensor, axes: str = "both") -> torch.Tensor:
+    """λ of each row at diffusion time t: `"both"` λ(s)(1−t), `"progress"` λ(s), `"time"` λ_max(1−t).
+
+    Args:
+        lambda_progress (`float`): λ(s) of [`lambda_schedule`].
+        lambda_max (`float`): used by `"time"` in place of λ(s).
+        t (`torch.Tensor` of shape `(B,)`): diffusion time in [0, 1].
+
+    Returns:
+        `torch.Tensor` with the shape of `t`. Source: TIDE §2.1.
+    """
+    if axes == "both":
+        return lambda_progress * (1 - t)
+    if axes == "progress":
+        return torch.full_like(t, lambda_progress)
+    if axes == "time":
+        return lambda_max * (1 - t)
+    raise ValueError(f"axes must be 'both', 'progress' or 'time', got {axes!r}.")
+
+
+def timestep_weight(t: torch.Tensor, kind: str = "midrange") -> torch.Tensor:
+    """ω(t): 1 for `"uniform"`, `exp(−(t−½)² / (2·0.15²))` for `"midrange"` (TIDE §2.1)."""
+    if kind == "uniform":
+        return torch.ones_like(t)
+    if kind == "midrange":
+        return torch.exp(-((t - 0.5) ** 2) / (2 * MIDRANGE_WIDTH**2))
+    raise ValueError(f"timestep_weight must be 'uniform' or 'midrange', got {kind!r}.")
+
+
+def tidal_loss(
+    student_logits_NV: torch.Tensor,
+    teacher_logits_NU: torch.Tensor,
+    lambda_N: torch.Tensor,
+    *,
+    num_items: torch.Tensor | float,
+    temperature: float = 1.0,
+    weights_N: torch.Tensor | float = 1.0,
+    shared_vocab_size: int | None = None,
+) -> torch.Tensor:
+    """KL to the interpolated target `r = sg softmax(((1−λ) z_S + λ z_T) / T)`.
+
+    `loss = T² · Σ_i w_i Σ_v r (log r − log softmax(z_S / T)) / num_items`
+
+    Args:
+        student_logits_NV (`torch.Tensor` of shape `(N, V)`): student logits.
+        teacher_logits_NU (`torch.Tensor` of shape `(N, U)`): teacher logits.
+        lambda_N (`torch.Tensor` of shape `(N,)`): λ of each position, see [`tidal_lambda`]; 0 gives a zero loss, 1 the
+            forward KL.
+        num_items (`torch.Tensor` or `float`): positions that are masked and aligned, in the whole global batch.
+        temperature (`float`): T > 0.
+        weights_N (`torch.Tensor` of shape `(N,)` or `float`): ω(t) of each position, times any other weight.
+        shared_vocab_size (`int`, *optional*): see [`forward_kl_loss`].
+
+    Returns:
+        `torch.Tensor`: scalar in nats per position, float32. No position: zero, with a graph.
+
+    Source: TIDE 2604.26951 §2.1.
+    """
+    student_NV, teacher_NV = shared_logits(student_logits_NV, teacher_logits_NU, shared_vocab_size)
+    lambda_N1 = lambda_N.to(student_NV.dtype)[:, None]
+    target_NV = ((1 - lambda_N1) * student_NV.detach() + lambda_N1 * teacher_NV) / temperature
+    kl_N = kl_divergence(target_NV.log_softmax(-1), (student_NV / temperature).log_softmax(-1))
+    return temperature**2 * weighted_sum(kl_N * weights_N, num_items)
+
+
+def expected_tidal_strength(
+    masked_probability: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    lambda_init: float = 0.1,
+    lambda_max: float = 0.9,
+    growth: str = "cosine",
+    axes: str = "both",
+    weight: str = "midrange",
+    time_epsilon: float = 1e-3,
+    num_points: int = 4001,
+) -> float:
+    """TIDAL's gradient over that of plain KL, to first order, averaged over progress and masked positions.
+
+    `∫ λ(s, t) ω(t) (1 − α(t)) dt ds / ∫ (1 − α(t)) dt` over s in [0, 1], t in [time_epsilon, 1]; 0.0856 with the
+    defaults and the linear schedule. Dividing TIDAL by it gives a weight of 1 the meaning it has for KL.
+
+    Args:
+        masked_probability (`Callable`): 1 − α(t), the probability that a trained-on position is masked.
+        num_points (`int`): points of the trapezoidal rule on each axis.
+    """
+    s = torch.linspace(0, 1, num_points, dtype=torch.float64)
+    lambda_s = torch.tensor(
+        [lambda_schedule(x, 1.0, lambda_init=lambda_init, lambda_max=lambda_max, growth=growth) for x in s.tolist()],
+        dtype=torch.float64,
+    )
+    t = torch.linspace(time_epsilon, 1, num_points, dtype=torch.float64)
+    mean_lambda_t = tidal_lambda(torch.trapezoid(lambda_s, s).item(), lambda_max, t, axes)
+    masked_t = masked_probability(t)
+    numerator = torch.trapezoid(mean_lambda_t * timestep_weight(t, weight) * masked_t, t)
+    return (numerator / torch.trapezoid(masked_t, t)).item()

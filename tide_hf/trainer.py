@@ -1,0 +1,383 @@
+"""TIDETrainer: transformers.Trainer that distils a diffusion LM.
+
+The batch of a step is noised on the host, before any network runs; the counts that divide each term are therefore
+known, and made global by one all-reduce, for the whole optimizer step. Head and loss run inside the student's wrapped
+forward.
+"""
+
+import json
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from datasets import IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import is_peft_available, logging
+
+from .alignment import resolve_alignment
+from .config import TIDEConfig
+from .data import DistillationCollator, Noising, RowPreparation, Side, is_prepared, prepare_dataset
+from .diffusion import row_uniforms
+from .losses import denoising_loss, lambda_schedule
+from .models.masked_diffusion import block_visibility
+from .objective import resolve_objective
+from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
+
+logger = logging.get_logger(__name__)
+
+
+class TIDETrainer(Trainer):
+    """Trains a block-diffusion (or full-sequence) student, with a frozen diffusion LM as teacher or without one.
+
+    Args:
+        model (`str` or `PreTrainedModel`): the student: an instance, a Hub name or a folder.
+        teacher (`str` or `PreTrainedModel`, *optional*): the teacher; None only with `preset="ce"`.
+        args ([`TIDEConfig`], *optional*): every knob.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` + `completion` or
+            `text`, or rows already prepared by [`~tide_hf.data.prepare_dataset`].
+        processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; from `model` by default.
+        teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; from `teacher` if that is a
+            name, otherwise the student's.
+        peft_config (`peft.PeftConfig`, *optional*): trains an adapter in place of the whole student.
+        kwargs: further arguments of [`~transformers.Trainer`] (callbacks, optimizers, …).
+
+    Attributes:
+        objective ([`~tide_hf.objective.Objective`]): what the run optimises, every field decided.
+        preparation_reports (`dict`): what became of the rows of each dataset.
+
+    Raises:
+        ValueError: for a combination that cannot train, with what to do.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher: str | PreTrainedModel | None = None,
+        args: TIDEConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        teacher_processing_class=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        args = TIDEConfig() if args is None else args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would run DataParallel, which TIDETrainer does not support: start "
+                "the script with `accelerate launch`, or choose one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, **_init_kwargs(args.model_init_kwargs))
+        self._configure_student(model, args, processing_class)
+        alignment, shared_vocab_size = "token", None
+        if teacher is not None:
+            if teacher_processing_class is None:
+                teacher_processing_class = (
+                    AutoTokenizer.from_pretrained(teacher) if isinstance(teacher, str) else processing_class
+                )
+            alignment, shared_vocab_size = resolve_alignment(
+                args.alignment, processing_class, teacher_processing_class
+            )
+        self.objective = resolve_objective(args, alignment)
+        logger.info(f"Objective: {json.dumps(self.objective.to_dict())}")
+        self.teacher = self._load_teacher(teacher, args, teacher_processing_class, model.config.block_size)
+        if self.teacher is not None:
+            rows = min(model.config.vocab_size, self.teacher.model.config.vocab_size)
+            shared_vocab_size = min(args.shared_vocab_size or shared_vocab_size, rows)
+        self.shared_vocab_size = shared_vocab_size
+        full = model.config.objective == "full"
+        self.noising = Noising(
+            student=Side(model.config.mask_token_id, None if full else model.config.block_size, clean_copy=not full),
+            teacher=None if self.teacher is None else Side(**vars(self.teacher.contract)),
+            schedule=args.schedule,
+            time_epsilon=args.time_epsilon,
+            comp_demo=self.objective.comp_demo,
+            demo_ratio=self.objective.demo_ratio,
+        )
+        self._preparation = RowPreparation(
+            tokenizer=processing_class,
+            teacher_tokenizer=None if self.teacher is None else teacher_processing_class,
+            max_length=args.max_length,
+            teacher_max_length=args.teacher_max_length or args.max_length,
+            block_size=model.config.block_size,
+            eos_fill=args.eos_fill,
+        )
+        self.preparation_reports = {}
+        train_dataset = self._prepare("train", train_dataset, args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepare(name, rows, args) for name, rows in eval_dataset.items()}
+        else:
+            eval_dataset = self._prepare("eval", eval_dataset, args)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config)
+        self._term_sums: dict[str, torch.Tensor] = {}
+        self._terms_logged_at = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=DistillationCollator(pad_token_id=_pad_token_id(processing_class)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.teacher is not None and not hasattr(self.teacher.model, "hf_device_map"):
+            self.teacher.model.to(args.device)
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def _configure_student(self, model, args, tokenizer) -> None:
+        """Writes what the run decides into the student's config, so that a checkpoint generates as it was trained."""
+        config = model.config
+        if not hasattr(config, "objective"):
+            raise ValueError(
+                f"The student is a {type(model).__name__} (model_type={config.model_type!r}), which is no diffusion LM "
+                "of this library. Load a tide_qwen3 or a2d-qwen3 checkpoint."
+            )
+        config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
+        if args.block_size is not None:
+            config.block_size = args.block_size
+        elif config.objective == "block" and args.max_length % config.block_size:
+            raise ValueError(
+                f"The student's block_size={config.block_size} does not fit max_length={args.max_length}: choose a "
+                "multiple of it as max_length, or set block_size."
+            )
+        config.noise_schedule = args.schedule
+        settings = model.generation_config
+        settings.mask_token_id, settings.block_size = config.mask_token_id, config.block_size
+        if settings.eos_token_id is None:
+            settings.eos_token_id = tokenizer.eos_token_id
+        if settings.pad_token_id is None:
+            settings.pad_token_id = _pad_token_id(tokenizer)
+
+    def _load_teacher(self, teacher, args, tokenizer, block_size) -> Teacher | None:
+        """The frozen teacher and its contract; None where the objective needs none."""
+        if not self.objective.distills:
+            if teacher is not None:
+                logger.info("The objective has no distillation term: the teacher is not used.")
+            return None
+        if teacher is None:
+            raise ValueError(f"preset={args.preset!r} distils and needs a teacher; preset='ce' trains without one.")
+        if self.objective.alignment == "chunk":
+            raise ValueError(
+                "Teacher and student have different tokenizers; training across tokenizers is not available yet. Use a "
+                "teacher that shares the student's vocabulary."
+            )
+        if isinstance(teacher, str):
+            teacher = load_teacher(
+                teacher,
+                dtype=args.teacher_dtype,
+                load_in_4bit=args.teacher_load_in_4bit,
+                **_init_kwargs(args.teacher_model_init_kwargs),
+            )
+        mask_token_id = resolve_mask_token_id(args.teacher_mask_token_id, teacher.config, tokenizer, "teacher")
+        return Teacher(teacher, contract_for(teacher.config, mask_token_id, args.teacher_context, block_size))
+
+    def _prepare(self, name: str, dataset, args):
+        """Token columns for a raw dataset; a prepared one passes."""
+        if dataset is None or is_prepared(dataset):
+            return dataset
+        with args.main_process_first(desc=f"preparing the {name} dataset"):
+            dataset, self.preparation_reports[name] = prepare_dataset(
+                dataset, self._preparation, num_proc=args.dataset_num_proc
+            )
+        return dataset
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _host_batches(self):
+        """Data loaders made inside leave batches on the host, where the noise is drawn."""
+        placement, self.accelerator.device_placement = self.accelerator.device_placement, False
+        try:
+            yield
+        finally:
+            self.accelerator.device_placement = placement
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        with self._host_batches():
+            return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _noise(self, batch, epoch: int | None, t: float | None = None) -> dict:
+        """One micro-batch, noised by draws keyed by (seed, epoch, row)."""
+        uniforms = row_uniforms(self.args.seed, epoch, batch["row_id"].tolist(), batch["labels"].shape[1])
+        return self.noising(batch, uniforms, t)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Noises all micro-batches of an optimizer step and makes their counts global."""
+        epoch = int(self.state.epoch or 0)
+        batches = [self._noise(batch, epoch) for batch in islice(epoch_iterator, num_batches)]
+        counts = torch.zeros(4, dtype=torch.float64)
+        for batch in batches:
+            counts += batch["counts"]
+        counts = self.accelerator.reduce(counts.float().to(device), reduction="sum")
+        for batch in batches:
+            batch["counts"] = counts
+        return batches, counts[0]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Weighted sum of the objective's terms, each over its global count."""
+        progress = self._lambda_progress()
+        teacher_logits = None if self.teacher is None else self.teacher.logits(inputs)
+
+        def head_fn(hidden_BPH, weight_VH):
+            logits_NV = hidden_BPH.flatten(0, 1)[inputs["asked"]] @ weight_VH.T
+            return self.objective(
+                logits_NV, inputs, inputs["counts"], progress, teacher_logits, self.shared_vocab_size
+            )
+
+        outputs = self._run_student(model, inputs, head_fn)
+        for name, term in outputs.terms.items():
+            self._term_sums[name] = self._term_sums.get(name, 0) + term
+        # DDP averages gradients over processes; the terms are already divided by global counts
+        loss = outputs.loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _run_student(self, model, inputs, head_fn):
+        """The student's wrapped forward on a packed layout, `head_fn` in place of its head."""
+        stream, block = inputs["stream"], inputs["block"]
+        return model(
+            input_ids=inputs["input_ids"],
+            attention_mask=block_visibility(stream, block, stream, block),
+            position_ids=inputs["position_ids"],
+            use_cache=False,
+            head_fn=head_fn,
+        )
+
+    def _lambda_progress(self) -> float:
+        """λ(s) at the current step."""
+        objective = self.objective
+        return lambda_schedule(
+            self.state.global_step,
+            max(self.state.max_steps, 1),
+            lambda_init=objective.lambda_init,
+            lambda_max=objective.lambda_max,
+            growth=objective.lambda_growth,
+        )
+
+    def log(self, logs, start_time=None):
+        """Adds each term, mean over the optimizer steps since the last log, over all processes."""
+        if "loss" in logs and self._term_sums:
+            names = sorted(self._term_sums)
+            sums = self.accelerator.reduce(torch.stack([self._term_sums[name] for name in names]), reduction="sum")
+            steps = max(self.state.global_step - self._terms_logged_at, 1)
+            logs |= {name: value / steps for name, value in zip(names, sums.tolist(), strict=True)}
+            if self.objective.tidal:
+                logs["lambda"] = self._lambda_progress()
+            self._term_sums, self._terms_logged_at = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Gathered sums over gathered counts, under noise that is the same at every evaluation.
+
+        Metrics, in nats: `loss` (the objective), `ce` and `distill` (its terms), and `nll_t` for each of
+        `args.eval_noise_levels`: mean negative log-likelihood of a masked token at that diffusion time.
+        """
+        model = self._wrap_model(self.model, training=False)
+        if len(self.accelerator._models) == 0 and model is self.model:
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        was_training = model.training
+        model.eval()
+        levels = self.args.eval_noise_levels or []
+        totals = 0.0
+        for batch in dataloader:
+            sums = [self._evaluate_rows(model, self._noise(batch, None))]
+            sums += [self._evaluate_rows(model, self._noise(batch, None, t), nll_only=True) for t in levels]
+            # rows that a data loader repeats to fill the last batch are cut off by gather_for_metrics
+            rows = self.accelerator.gather_for_metrics(torch.cat(sums, dim=1))
+            totals = totals + rows.double().sum(0)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        trained, pairs, chunks, rows, ce, distill = totals[:6].tolist()
+        objective = self.objective
+        units = rows if objective.loss_normalization != "token" else trained
+        distilled = chunks if objective.divergence in ("calm", "reverse_calm", "bernoulli_reverse_kl") else pairs
+        metrics = {"ce": ce / max(units, 1)}
+        if self.teacher is not None:
+            metrics["distill"] = distill / max(distilled, 1)
+        metrics["loss"] = objective.ce_weight * metrics["ce"] + objective.distill_weight * metrics.get("distill", 0.0)
+        for t, (nll, masked) in zip(levels, totals[6:].reshape(-1, 2).tolist(), strict=True):
+            metrics[f"nll_{t:g}"] = nll / max(masked, 1)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
+
+    @torch.no_grad()
+    def _evaluate_rows(self, model, batch, nll_only: bool = False) -> torch.Tensor:
+        """Sums and counts of each row: (B, 6) trained, pairs, chunks, 1, ce, distill; or (B, 2) nll, masked tokens."""
+        batch = self._prepare_inputs(batch)
+        teacher_logits = None if self.teacher is None or nll_only else self.teacher.logits(batch)
+        ones = torch.ones(4, device=batch["asked"].device)
+
+        def head_fn(hidden_BPH, weight_VH):
+            hidden_PH, rows = hidden_BPH.flatten(0, 1), []
+            for index in range(len(batch["t"])):
+                part = _row_of(batch, index)
+                logits_NV = hidden_PH[part["asked"]] @ weight_VH.T
+                if nll_only:
+                    rows.append([denoising_loss(logits_NV, part["targets"], num_items=1.0), len(part["asked"])])
+                    continue
+                _, terms = self.objective(
+                    logits_NV, part, ones, self._lambda_progress(), teacher_logits, self.shared_vocab_size
+                )
+                counts = [part["row_tokens"][index], len(part.get("pair", ())), len(part.get("chunk_row", ())), 1]
+                rows.append([*counts, terms["ce"], terms.get("distill", 0.0)])
+            return None, {"rows": torch.tensor(rows, device=hidden_PH.device)}
+
+        return self._run_student(model, batch, head_fn).terms["rows"]
+
+
+def _row_of(batch: dict, index: int) -> dict:
+    """The part of a noised batch that concerns one row; row numbers and teacher indices stay those of the batch."""
+    inside = (batch["row"] == index).nonzero().squeeze(-1)
+    part = {**batch, "asked": batch["asked"][inside], "targets": batch["targets"][inside], "row": batch["row"][inside]}
+    if "pair" not in batch:
+        return part
+    chunks = (batch["chunk_row"] == index).nonzero().squeeze(-1)
+    first_chunk = chunks[0] if len(chunks) else 0
+    first_position = inside[0] if len(inside) else 0
+    own = torch.isin(batch["pair_chunk"], chunks)
+    own_teacher = torch.isin(batch["teacher_pair_chunk"], chunks)
+    return {
+        **part,
+        "chunk_row": batch["chunk_row"][chunks],
+        "pair": batch["pair"][own] - first_position,
+        "pair_chunk": batch["pair_chunk"][own] - first_chunk,
+        "teacher_pair": batch["teacher_pair"][own_teacher],
+        "teacher_pair_chunk": batch["teacher_pair_chunk"][own_teacher] - first_chunk,
+    }
+
+
+def _init_kwargs(given: dict | None) -> dict:
+    """A copy of from_pretrained arguments."""
+    return dict(given or {})
+
+
+def _pad_token_id(tokenizer) -> int:
+    """The tokenizer's padding id, or its EOS id: padding is never attended, so any id serves."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _with_adapter(model, peft_config):
+    """The student wrapped by PEFT."""
+    if not is_peft_available():
+        raise ImportError("peft_config needs peft: pip install peft.")
+    from peft import get_peft_model
+
+    model = get_peft_model(model, peft_config)
+    head = model.get_base_model().lm_head
+    if hasattr(head, "get_delta_weight"):
+        raise ValueError(
+            "The adapter targets lm_head, whose weight the loss uses directly: leave lm_head out of target_modules, or "
+            "name it in modules_to_save."
+        )
+    return model
