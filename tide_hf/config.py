@@ -88,13 +88,17 @@ class TIDEConfig(TrainingArguments):
     )
     schedule: str = _knob("linear", "α(t), the probability that a position stays clean: linear 1−t or cosine.")
     time_epsilon: float = _knob(TIME_EPSILON, "Smallest diffusion time, in (0, 1).")
-    ce_weighting: str = _knob("schedule", "Weight of the denoising loss: schedule −α′/(1−α), 1/t if linear; or uniform.")
+    ce_weighting: str = _knob(
+        "schedule", "Weight of the denoising loss: schedule −α′/(1−α), 1/t if linear; or uniform."
+    )
     loss_normalization: str = _knob(
         "token",
         "What the denoising sum is divided by: trained-on tokens of the global batch (token), those of each sequence "
         "and the number of sequences (sequence), or the number of sequences (batch).",
     )
-    block_size: int | None = _knob(None, "Tokens per diffusion block; the student's own by default. Divides max_length.")
+    block_size: int | None = _knob(
+        None, "Tokens per diffusion block; the student's own by default. Divides max_length."
+    )
     max_length: int = _knob(512, "Tokens of a student row; longer rows are cut.")
     teacher_max_length: int | None = _knob(None, "Tokens of a teacher row; as max_length by default.")
     eos_fill: str = _knob(
@@ -116,7 +120,9 @@ class TIDEConfig(TrainingArguments):
     )
     teacher_dtype: str = _knob("auto", "Precision the teacher is loaded in: auto, float32, bfloat16, float16.")
     teacher_load_in_4bit: bool = _knob(False, "Load the teacher in 4 bits (needs the quant extra).")
-    model_init_kwargs: dict | str | None = _knob(None, "from_pretrained arguments of the student (JSON on a command line).")
+    model_init_kwargs: dict | str | None = _knob(
+        None, "from_pretrained arguments of the student (JSON on a command line)."
+    )
     teacher_model_init_kwargs: dict | str | None = _knob(
         None, "from_pretrained arguments of the teacher (JSON on a command line)."
     )
@@ -138,7 +144,9 @@ class TIDEConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (low <= value <= high if closed else low < value < high):
                 ends = "[]" if closed else "()"
-                raise ValueError(f"{name}={value} is out of range; it must lie in {ends[0]}{low:g}, {high:g}{ends[1]}.")
+                raise ValueError(
+                    f"{name}={value} is out of range; it must lie in {ends[0]}{low:g}, {high:g}{ends[1]}."
+                )
         for level in self.eval_noise_levels or []:
             if not 0 < level <= 1:
                 raise ValueError(f"eval_noise_levels must lie in (0, 1], got {level}.")

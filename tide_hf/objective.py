@@ -196,7 +196,9 @@ def resolve_objective(config, alignment: str) -> Objective:
     values |= {name: getattr(config, name) for name in values if getattr(config, name) is not None}
     divergence = values["divergence"]
     if divergence is None:
-        why = f"preset {config.preset!r} compares vocabularies token by token" if config.preset else "no preset is given"
+        why = (
+            f"preset {config.preset!r} compares vocabularies token by token" if config.preset else "no preset is given"
+        )
         raise ValueError(
             f"{why}, so the {alignment} pipeline needs divergence set: one of "
             f"{', '.join(DIVERGENCES if alignment == 'token' else CHUNK_DIVERGENCES)}."

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from itertools import islice
 
 import torch
-from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_peft_available, logging

@@ -69,9 +69,7 @@ def align_equal_tokens(
             waiting[key].append(index)
         for index in student_tokens:
             start, end = student_offsets[index]
-            partners = waiting.get(
-                (start - student_answer.anchor, end - student_answer.anchor, student_ids[index])
-            )
+            partners = waiting.get((start - student_answer.anchor, end - student_answer.anchor, student_ids[index]))
             if partners:
                 student_chunks[index] = teacher_chunks[partners.pop()] = chunk
                 chunk += 1

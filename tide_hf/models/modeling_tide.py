@@ -107,7 +107,11 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
 
     def run_decoder(self, attention_mask=None, **kwargs):
         """The body without the head, a 4-D boolean mask put into the form its attention implementation honours."""
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.dtype == torch.bool:
+        if (
+            isinstance(attention_mask, torch.Tensor)
+            and attention_mask.ndim == 4
+            and attention_mask.dtype == torch.bool
+        ):
             attention_mask = attention_mask_for(attention_mask, self.config._attn_implementation, self.dtype)
         return self.model(attention_mask=attention_mask, **kwargs)
 

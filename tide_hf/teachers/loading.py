@@ -9,9 +9,7 @@ from .teacher import FAMILIES
 logger = logging.get_logger(__name__)
 
 
-def load_teacher(
-    name_or_path: str, dtype: str = "auto", load_in_4bit: bool = False, **init_kwargs
-) -> PreTrainedModel:
+def load_teacher(name_or_path: str, dtype: str = "auto", load_in_4bit: bool = False, **init_kwargs) -> PreTrainedModel:
     """Loads a teacher through AutoModelForCausalLM, from the library's own classes, never from remote code.
 
     Args:
@@ -48,7 +46,11 @@ def check_rotary_frequencies(model: PreTrainedModel) -> None:
     """
     for name, module in model.named_modules():
         rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-        if not hasattr(module, "inv_freq") or rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
+        if (
+            not hasattr(module, "inv_freq")
+            or rope.get("rope_type", "default") != "default"
+            or "rope_theta" not in rope
+        ):
             continue
         size = 2 * module.inv_freq.numel()
         exponent = torch.arange(0, size, 2, dtype=torch.float32, device=module.inv_freq.device) / size
