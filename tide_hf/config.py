@@ -83,8 +83,8 @@ class TIDEConfig(TrainingArguments):
     timestep_weight: str | None = _knob(None, "TIDAL: ω(t), midrange exp(−(t−½)²/(2·0.15²)) or uniform. midrange.")
     tidal_normalization: str | None = _knob(
         None,
-        "none (paper), or expected: divide TIDAL by its average strength against KL (0.0856 with the defaults), so that "
-        "distill_weight means the same for every objective. none.",
+        "none (paper), or expected: divide TIDAL by its average strength against KL (0.0856 with the defaults), so "
+        "that distill_weight means the same for every objective. none.",
     )
     schedule: str = _knob("linear", "α(t), the probability that a position stays clean: linear 1−t or cosine.")
     time_epsilon: float = _knob(TIME_EPSILON, "Smallest diffusion time, in (0, 1).")
@@ -152,8 +152,8 @@ class TIDEConfig(TrainingArguments):
                 raise ValueError(f"eval_noise_levels must lie in (0, 1], got {level}.")
         if self.block_size is not None and (self.block_size < 1 or self.max_length % self.block_size):
             raise ValueError(
-                f"block_size={self.block_size} does not fit max_length={self.max_length}: the last block of a full row "
-                "would be cut short. Choose a block_size that divides max_length."
+                f"block_size={self.block_size} does not fit max_length={self.max_length}: the last block of a full "
+                "row would be cut short. Choose a block_size that divides max_length."
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop row_id, which keys the noise; leave it False.")

@@ -136,8 +136,8 @@ class TIDETrainer(Trainer):
         config = model.config
         if not hasattr(config, "objective"):
             raise ValueError(
-                f"The student is a {type(model).__name__} (model_type={config.model_type!r}), which is no diffusion LM "
-                "of this library. Load a tide_qwen3 or a2d-qwen3 checkpoint."
+                f"The student is a {type(model).__name__} (model_type={config.model_type!r}), which is no diffusion "
+                "LM of this library. Load a tide_qwen3 or a2d-qwen3 checkpoint."
             )
         config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
         if args.block_size is not None:
@@ -165,8 +165,8 @@ class TIDETrainer(Trainer):
             raise ValueError(f"preset={args.preset!r} distils and needs a teacher; preset='ce' trains without one.")
         if self.objective.alignment == "chunk":
             raise ValueError(
-                "Teacher and student have different tokenizers; training across tokenizers is not available yet. Use a "
-                "teacher that shares the student's vocabulary."
+                "Teacher and student have different tokenizers; training across tokenizers is not available yet. Use "
+                "a teacher that shares the student's vocabulary."
             )
         if isinstance(teacher, str):
             teacher = load_teacher(
@@ -376,7 +376,7 @@ def _with_adapter(model, peft_config):
     head = model.get_base_model().lm_head
     if hasattr(head, "get_delta_weight"):
         raise ValueError(
-            "The adapter targets lm_head, whose weight the loss uses directly: leave lm_head out of target_modules, or "
-            "name it in modules_to_save."
+            "The adapter targets lm_head, whose weight the loss uses directly: leave lm_head out of target_modules, "
+            "or name it in modules_to_save."
         )
     return model

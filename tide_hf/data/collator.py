@@ -12,8 +12,8 @@ class DistillationCollator:
     Args:
         pad_token_id, teacher_pad_token_id (`int`): fill ids of the two sides.
 
-    A call returns `row_id (B,)`; `input_ids`, `labels`, `chunk_ids (B, L)` and `attention_mask (B, L)`; and, where rows
-    have a teacher side, `teacher_input_ids`, `teacher_chunk_ids` and `teacher_attention_mask (B, L_T)`.
+    A call returns `row_id (B,)`; `input_ids`, `labels`, `chunk_ids` and `attention_mask (B, L)`; and, where rows have
+    a teacher side, `teacher_input_ids`, `teacher_chunk_ids` and `teacher_attention_mask (B, L_T)`.
     """
 
     pad_token_id: int

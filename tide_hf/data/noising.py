@@ -76,7 +76,7 @@ class Noising:
             columns to put through the head), `targets (N,)`, `row (N,)`, `t (B,)`. Pairs: `pair (M,)` (indices into
             the N), `teacher_pair (M_T,)` (indices into the teacher's asked positions), `pair_chunk`,
             `teacher_pair_chunk` (number in 0 … C−1 of each), `chunk_row (C,)`. Teacher: `teacher_input_ids,
-            teacher_position_ids, teacher_stream, teacher_block`, `teacher_asked`, `teacher_targets`. And `counts (4,)`:
+            teacher_position_ids, teacher_stream, teacher_block`, `teacher_asked`, `teacher_targets`. `counts (4,)`:
             trained-on tokens, pairs, active chunks, rows; `row_tokens (B,)`: trained-on tokens of each row.
         """
         time_B, mask_BL, demo_BL = uniforms

@@ -66,8 +66,8 @@ def calm_loss(
     """Forward chunk matching: `Σ_c w_c · −[p_T log p_S + (1−p_T) log(1−p_S)] / num_items`.
 
     Args:
-        student_log_likelihood_C, teacher_log_likelihood_C (`torch.Tensor` of shape `(C,)`): ℓ of the active chunks, see
-            [`chunk_log_likelihood`]; the teacher's gets no gradient.
+        student_log_likelihood_C, teacher_log_likelihood_C (`torch.Tensor` of shape `(C,)`): ℓ of the active chunks,
+            see [`chunk_log_likelihood`]; the teacher's gets no gradient.
         num_items (`torch.Tensor` or `float`): active chunks of the whole global batch.
         temperature (`float`): T of both sides. There is no T² factor on chunk losses.
         weights_C (`torch.Tensor` of shape `(C,)` or `float`): weight of each chunk.

@@ -35,9 +35,9 @@ def block_visibility(
 ) -> torch.Tensor:
     """Who sees whom under block diffusion.
 
-    A query sees the keys of its own block in its own stream, and the clean keys of earlier blocks. Padding sees padding
-    alone, so that no row of the mask is empty. With streams [xt ; x0] this is BD3LM's training mask; any order, several
-    noised copies, and a subset of the blocks follow the same rule.
+    A query sees the keys of its own block in its own stream, and the clean keys of earlier blocks. Padding sees
+    padding alone, so that no row of the mask is empty. With streams [xt ; x0] this is BD3LM's training mask; any
+    order, several noised copies, and a subset of the blocks follow the same rule.
 
     Args:
         query_stream, query_block (`torch.Tensor` of shape `(B, Q)`): stream and block number of each query.

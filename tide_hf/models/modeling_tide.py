@@ -2,7 +2,8 @@
 
 Without a 4-D mask a student is fully bidirectional. `forward(labels=…)` draws noise and returns the denoising loss, so
 that a plain Trainer, SFT-style code and PEFT train it correctly: the causal loss of the base class would let a
-bidirectional model copy its input. This file travels with checkpoints: it imports its siblings, torch and transformers.
+bidirectional model copy its input. This file travels with checkpoints: it imports its siblings, torch and
+transformers alone.
 
 Shapes: B rows, L positions, H hidden, V vocabulary.
 """
@@ -34,7 +35,7 @@ class MaskedDiffusionOutput(ModelOutput):
     """What a student's forward returns.
 
     Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): denoising loss (with `labels`), or what `head_fn` returned first.
+        loss (`torch.Tensor` of shape `()`, *optional*): denoising loss (with `labels`), or `head_fn`'s first result.
         logits (`torch.Tensor` of shape `(B, L, V)`, *optional*): same-position logits; absent with `head_fn`.
         terms (`dict[str, torch.Tensor]`, *optional*): what `head_fn` returned second.
         past_key_values, hidden_states, attentions: as in transformers.

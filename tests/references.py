@@ -1,0 +1,216 @@
+"""Naive float64 derivations of every objective, written from the equations alone: loops, nothing of the package.
+
+They are slow on purpose. Anything that carries a gradient is a float64 torch scalar, so that autograd of the plain
+formula is the second derivation of the gradient; everything else is python or numpy.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+FLOOR, CEILING = 1e-7, 1 - 2.0**-23
+
+
+# ---- forward process ----
+
+
+def alpha(t: torch.Tensor, schedule: str) -> torch.Tensor:
+    """Probability that a position stays clean."""
+    return 1 - t if schedule == "linear" else 1 - torch.cos(math.pi * (1 - t) / 2)
+
+
+def masked_probability(t: float, schedule: str) -> float:
+    """1 − α(t)."""
+    return 1 - alpha(torch.tensor(t, dtype=torch.float64), schedule).item()
+
+
+def alpha_derivative(t: float, schedule: str) -> float:
+    """α′(t) by autograd."""
+    time = torch.tensor(t, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(alpha(time, schedule), time)
+    return slope.item()
+
+
+def loss_weight(t: float, schedule: str) -> float:
+    """−α′(t) / (1 − α(t))."""
+    return -alpha_derivative(t, schedule) / masked_probability(t, schedule)
+
+
+def chunk_loss_weight(t: float, num_tokens: int, schedule: str) -> float:
+    """−α′(t) / (1 − α(t)^k)."""
+    return -alpha_derivative(t, schedule) / (1 - (1 - masked_probability(t, schedule)) ** num_tokens)
+
+
+def denoising(logits_BLV, input_ids_BL, labels_BL, masked_BL, weights_B, normalization: str) -> torch.Tensor:
+    """Σ w(t_b)·(−log p(x0)) over masked positions, divided per batch of tokens, per sequence or per batch."""
+    num_rows, length = input_ids_BL.shape
+    trained = [sum(int(labels_BL[b, i]) != -100 for i in range(length)) for b in range(num_rows)]
+    total = logits_BLV.sum() * 0
+    for b in range(num_rows):
+        divisor = {
+            "token": max(sum(trained), 1),
+            "sequence": num_rows * max(trained[b], 1),
+            "batch": num_rows,
+        }[normalization]
+        for i in range(length):
+            if masked_BL[b, i]:
+                nll = -torch.log(torch.softmax(logits_BLV[b, i], -1)[input_ids_BL[b, i]])
+                total = total + weights_B[b] * nll / divisor
+    return total
+
+
+# ---- divergences over tokens ----
+
+
+def _distribution(logits, temperature, size):
+    """softmax of the first `size` logits by exp and sum."""
+    scaled = logits[:size] / temperature
+    weight = torch.exp(scaled - scaled.max().detach())
+    return weight / weight.sum()
+
+
+def _kl(p, q) -> torch.Tensor:
+    """Σ p log(p/q), one summand at a time."""
+    total = p.sum() * 0
+    for p_v, q_v in zip(p, q, strict=True):
+        total = total + p_v * (torch.log(p_v) - torch.log(q_v))
+    return total
+
+
+def token_divergence(
+    kind: str, student_NV, teacher_NU, weights_N, num_items, temperature=1.0, size=None, beta=0.5
+) -> torch.Tensor:
+    """T² Σ w_i D(p_T, p_S) / num_items for forward KL, reverse KL, and JSD(β)."""
+    total = student_NV.sum() * 0
+    for student, teacher, weight in zip(student_NV, teacher_NU, weights_N, strict=True):
+        p_s, p_t = _distribution(student, temperature, size), _distribution(teacher.detach(), temperature, size)
+        if kind == "forward_kl":
+            value = _kl(p_t, p_s)
+        elif kind == "reverse_kl":
+            value = _kl(p_s, p_t)
+        else:
+            mixture = beta * p_t + (1 - beta) * p_s
+            value = beta * _kl(p_t, mixture) + (1 - beta) * _kl(p_s, mixture)
+        total = total + weight * value
+    return temperature**2 * total / num_items
+
+
+# ---- TIDAL ----
+
+
+def lambda_progress(global_step, max_steps, lambda_init, lambda_max, growth: str) -> float:
+    """λ(s), progress as it is: not clamped."""
+    s = global_step / max_steps
+    shape = (1 - math.cos(math.pi * s)) / 2 if growth == "cosine" else s
+    return lambda_init + (lambda_max - lambda_init) * shape
+
+
+def tidal_lambda(progress: float, lambda_max: float, t: float, axes: str) -> float:
+    """λ(s, t) on both axes, or on one."""
+    return {"both": progress * (1 - t), "progress": progress, "time": lambda_max * (1 - t)}[axes]
+
+
+def timestep_weight(t: float, kind: str) -> float:
+    """ω(t)."""
+    return 1.0 if kind == "uniform" else math.exp(-((t - 0.5) ** 2) / (2 * 0.15**2))
+
+
+def tidal_logit(student_NV, teacher_NU, lambda_N, weights_N, num_items, temperature=1.0, size=None) -> torch.Tensor:
+    """T² Σ ω KL(r ‖ p_S) / num_items with r = sg softmax(((1−λ) z_S + λ z_T) / T)."""
+    total = student_NV.sum() * 0
+    for student, teacher, strength, weight in zip(student_NV, teacher_NU, lambda_N, weights_N, strict=True):
+        mixed = (1 - strength) * student[:size].detach() + strength * teacher[:size].detach()
+        target = _distribution(mixed, temperature, None)
+        total = total + weight * _kl(target, _distribution(student, temperature, size))
+    return temperature**2 * total / num_items
+
+
+def expected_strength(schedule, lambda_init, lambda_max, growth, axes, weight, epsilon, num_points=400) -> float:
+    """∫∫ λ(s,t) ω(t) (1−α(t)) ds dt / ∫ (1−α(t)) dt by the midpoint rule on a grid."""
+    progress = [(i + 0.5) / num_points for i in range(num_points)]
+    times = [epsilon + (1 - epsilon) * (i + 0.5) / num_points for i in range(num_points)]
+    top = bottom = 0.0
+    for t in times:
+        masked = masked_probability(t, schedule)
+        bottom += masked
+        for s in progress:
+            at_s = lambda_progress(s, 1.0, lambda_init, lambda_max, growth)
+            top += tidal_lambda(at_s, lambda_max, t, axes) * timestep_weight(t, weight) * masked / num_points
+    return top / bottom
+
+
+# ---- chunks ----
+
+
+def chunk_log_likelihoods(logits_NV, targets_N, chunk_ids_N, num_chunks: int) -> list[torch.Tensor]:
+    """ℓ of each chunk: Σ log p(true token) over its tokens, 0 for a chunk without tokens."""
+    totals = [logits_NV.new_zeros(()) for _ in range(num_chunks)]
+    for logits, target, chunk in zip(logits_NV, targets_N.tolist(), chunk_ids_N.tolist(), strict=True):
+        if chunk >= 0:
+            totals[chunk] = totals[chunk] + torch.log(_distribution(logits, 1.0, None)[target])
+    return totals
+
+
+def chunk_objective(
+    kind: str, student_C, teacher_C, weights_C, num_items, temperature=1.0, lambda_C=None
+) -> torch.Tensor:
+    """Σ w_c e(c) / num_items for CALM, reverse CALM, Bernoulli reverse KL, chunk TIDAL and its reverse."""
+    total = sum(student_C) * 0
+    for c, (student, teacher) in enumerate(zip(student_C, teacher_C, strict=True)):
+        p_s = torch.exp(student / temperature).clamp(FLOOR, CEILING)
+        p_t = torch.exp(teacher / temperature).clamp(FLOOR, CEILING).detach()
+        if kind.startswith("tidal"):
+            p_t = ((1 - lambda_C[c]) * p_s.detach() + lambda_C[c] * p_t).clamp(FLOOR, CEILING)
+        if kind in ("calm", "tidal"):
+            value = -(p_t * torch.log(p_s) + (1 - p_t) * torch.log(1 - p_s))
+        else:
+            value = -(p_s * torch.log(p_t) + (1 - p_s) * torch.log(1 - p_t))
+        if kind == "bernoulli_reverse_kl":
+            value = value + p_s * torch.log(p_s) + (1 - p_s) * torch.log(1 - p_s)
+        total = total + weights_C[c] * value
+    return total / num_items
+
+
+def complete_chunks(masked_BL, chunk_ids_BL, labels_BL, num_chunks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Completed mask and hit chunks, by searching each chunk's members."""
+    masked, chunk_ids, labels = (np.asarray(array) for array in (masked_BL, chunk_ids_BL, labels_BL))
+    completed, hit = masked.copy(), np.zeros((len(masked), num_chunks), dtype=bool)
+    for b in range(len(masked)):
+        for c in range(num_chunks):
+            members = [i for i in range(masked.shape[1]) if chunk_ids[b, i] == c]
+            hit[b, c] = any(masked[b, i] for i in members)
+            for i in members:
+                if hit[b, c] and labels[b, i] != -100:
+                    completed[b, i] = True
+    return completed, hit
+
+
+def complementary_split(masked, uniform, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Parts A and B, element by element."""
+    masked, uniform = np.asarray(masked), np.asarray(uniform)
+    part_a, part_b = np.zeros_like(masked), np.zeros_like(masked)
+    for index in np.ndindex(masked.shape):
+        if masked[index]:
+            (part_a if uniform[index] < ratio else part_b)[index] = True
+    return part_a, part_b
+
+
+# ---- block visibility ----
+
+
+def block_visibility_mask(length: int, block_size: int, order: str = "xt_x0") -> np.ndarray:
+    """bool (2L, 2L), row = query: the three cases of the rule, pair by pair."""
+    noised_half = 0 if order == "xt_x0" else 1
+    mask = np.zeros((2 * length, 2 * length), dtype=bool)
+    for q in range(2 * length):
+        for k in range(2 * length):
+            q_noised, k_noised = q // length == noised_half, k // length == noised_half
+            q_block, k_block = q % length // block_size, k % length // block_size
+            for case in (
+                q_noised == k_noised and q_block == k_block,
+                q_noised and not k_noised and q_block > k_block,
+                not q_noised and not k_noised and q_block >= k_block,
+            ):
+                mask[q, k] |= case
+    return mask

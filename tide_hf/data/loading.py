@@ -1,0 +1,119 @@
+"""Raw rows from wherever they are: a Hub dataset, a local file or folder, or a mixture of several.
+
+Imported only where it is used: TRL, whose dataset configuration it shares, takes seconds to import.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
+from trl import DatasetMixtureConfig
+from trl.scripts.utils import DatasetConfig
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class MixturePart(DatasetConfig):
+    """One dataset of a mixture: TRL's entry and a filter.
+
+    Args:
+        answer_contains (`str`, *optional*): keeps the rows whose last message contains this text.
+    """
+
+    answer_contains: str | None = None
+
+
+@dataclass
+class MixtureConfig(DatasetMixtureConfig):
+    """TRL's mixture of datasets with [`MixturePart`] entries; parts are brought to `messages` and concatenated."""
+
+    datasets: list[MixturePart] = field(
+        default_factory=list, metadata={"help": "Datasets of the mixture (in a YAML file)."}
+    )
+
+    def __post_init__(self):
+        self.datasets = [MixturePart(**part) if isinstance(part, dict) else part for part in self.datasets]
+        if any(part.fraction is not None for part in self.datasets):
+            raise ValueError("fraction is not supported in a mixture; take part of a dataset with split: train[:10%].")
+
+
+def load_mixture(mixture: MixtureConfig) -> DatasetDict:
+    """Loads every part, keeps its conversations as `messages`, and joins them; `train`, and `test` where asked for."""
+    parts = [
+        as_messages(
+            load_rows(part.path, part.name, part.split, mixture.streaming, part.data_dir, part.data_files),
+            part.answer_contains,
+        )
+        for part in mixture.datasets
+    ]
+    rows = concatenate_datasets(parts)
+    if mixture.test_split_size is None:
+        return DatasetDict(train=rows)
+    return rows.train_test_split(test_size=mixture.test_split_size, seed=42)
+
+
+def load_rows(
+    path: str,
+    name: str | None = None,
+    split: str | None = "train",
+    streaming: bool = False,
+    data_dir: str | None = None,
+    data_files=None,
+) -> Dataset | IterableDataset | DatasetDict:
+    """One dataset by Hub name, local file (.jsonl, .json, .parquet, .csv) or folder written by `save_to_disk`.
+
+    Raises:
+        ValueError: for a local file of another kind.
+    """
+    local = Path(path)
+    if local.is_file():
+        if local.suffix not in FILE_FORMATS:
+            raise ValueError(f"{path} ends in {local.suffix!r}; expected one of {', '.join(FILE_FORMATS)}.")
+        return load_dataset(FILE_FORMATS[local.suffix], data_files=str(local), split=split, streaming=streaming)
+    if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+        rows = load_from_disk(path)
+        return rows[split] if split is not None and isinstance(rows, DatasetDict) else rows
+    return load_dataset(path, name, split=split, streaming=streaming, data_dir=data_dir, data_files=data_files)
+
+
+def as_messages(rows: Dataset, answer_contains: str | None = None) -> Dataset:
+    """Rows of `messages`, `prompt` + `completion` or `instruction` + `output` as `messages` alone.
+
+    Raises:
+        ValueError: if no column holds a conversation.
+    """
+    names = set(rows.column_names)
+    if "messages" in names:
+        convert = _plain_messages
+    elif {"prompt", "completion"} <= names:
+        convert = _from_pair("prompt", "completion")
+    elif {"instruction", "output"} <= names:
+        convert = _from_pair("instruction", "output")
+    else:
+        raise ValueError(
+            f"A mixture needs conversations, but a part has the columns {', '.join(rows.column_names)}; expected "
+            "'messages', 'prompt' and 'completion', or 'instruction' and 'output'."
+        )
+    rows = rows.map(convert, remove_columns=rows.column_names)
+    if answer_contains is not None:
+        rows = rows.filter(lambda row: answer_contains in row["messages"][-1]["content"])
+    return rows
+
+
+def _plain_messages(row: dict) -> dict:
+    """Role and content of each message, nothing else, so that the parts of a mixture have the same features."""
+    return {"messages": [{"role": message["role"], "content": message["content"]} for message in row["messages"]]}
+
+
+def _from_pair(question: str, answer: str):
+    """Converter of two columns of text, or of two lists of messages."""
+
+    def convert(row: dict) -> dict:
+        if isinstance(row[answer], list):
+            return _plain_messages({"messages": [*row[question], *row[answer]]})
+        return {
+            "messages": [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]
+        }
+
+    return convert

@@ -1,0 +1,95 @@
+"""Runs an embedded comparison from a recipe's arguments and shows the outcome."""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from .comparison import RowResult, Task, TaskData, run_comparison
+from .decoding import complete, show_denoising
+from .report import build_report, format_table, write_report
+from .tasks import python_stdlib_task, rows_task, sorting_task
+
+# the only flags that mean something to an embedded comparison
+FLAGS = {"dataset_name", "output_dir", "seeds"}
+NUM_COMPLETIONS = 3
+
+
+def run_embedded(arguments) -> None:
+    """Sorting without `--dataset_name`, the standard library with `python_stdlib`, otherwise the user's own rows.
+
+    Args:
+        arguments ([`~tide_hf.distill.Arguments`]): of the recipe.
+    """
+    unused = sorted(arguments.given - FLAGS)
+    if unused:
+        sys.exit(
+            f"--{', --'.join(unused)} has no meaning for an embedded comparison, which brings its own models and "
+            "settings. Give --model_name_or_path and --teacher_model_name_or_path to distil your own models."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit("An embedded comparison runs in one process: start it with accelerate launch --num_processes 1.")
+    name = arguments.script.dataset_name
+    if name is None:
+        task, num_seeds = sorting_task(), 3
+    elif name == "python_stdlib":
+        task, num_seeds = python_stdlib_task(), 1
+    else:
+        task, num_seeds = rows_task(name), 1
+    run_and_show(task, list(range(arguments.script.seeds or num_seeds)), arguments.training.output_dir)
+
+
+def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
+    """Runs a comparison, prints its table, writes report, plot and the distilled student into a folder.
+
+    Returns:
+        the report, see [`build_report`].
+    """
+    started = time.time()
+    results = run_comparison(task, seeds, output_dir)
+    report = build_report(task, results, seeds)
+    write_report(report, results, output_dir)
+    print(f"\n{format_table(report)}\n")
+    student = next(result for result in results if result.name == "tide" and result.seed == seeds[0])
+    for file in Path(student.path).iterdir():
+        if file.is_file() and file.name != "training_args.bin":
+            shutil.copy(file, output_dir)
+    _show_student(task.load(seeds[0]), results, task, output_dir)
+    print(f"\n{time.time() - started:.0f} s in all. Report, curves and the student are in {output_dir}. To load it:\n")
+    print(_loading_lines(output_dir))
+    return report
+
+
+def _show_student(data: TaskData, results: list[RowResult], task: Task, output_dir: str) -> None:
+    """One answer being denoised, or a few completions by teacher and student."""
+    student = AutoModelForCausalLM.from_pretrained(output_dir)
+    if task.metric == "exact_match":
+        print("One held-out prompt being denoised by the distilled student:")
+        show_denoising(student, data.tokenizer, data.held_out_rows[0]["messages"])
+        return
+    rows = data.held_out_rows.select(range(NUM_COMPLETIONS))
+    teacher = AutoModelForCausalLM.from_pretrained(next(row.path for row in results if row.name == "teacher"))
+    answers = {
+        "teacher": complete(teacher, data.tokenizer, rows, task.num_completion_tokens)[0],
+        "student (tide)": complete(student, data.tokenizer, rows, task.num_completion_tokens)[0],
+    }
+    for index, messages in enumerate(rows["messages"]):
+        print(f"--- prompt\n{messages[0]['content']}\n--- reference\n{messages[-1]['content']}")
+        for name, texts in answers.items():
+            print(f"--- {name}\n{texts[index]}")
+
+
+def _loading_lines(output_dir: str) -> str:
+    """Python that loads and uses the saved student."""
+    return f"""    import tide_hf
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained("{output_dir}")
+    tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
+    prompt = tokenizer.apply_chat_template(
+        [{{"role": "user", "content": "739152"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=8)[0]))"""

@@ -1,0 +1,79 @@
+"""Decoding in the demos: exact match on held-out prompts, completions to look at, one prompt being denoised."""
+
+import time
+
+import torch
+from datasets import Dataset
+
+
+def complete(model, tokenizer, rows: Dataset, max_new_tokens: int | None = None) -> tuple[list[str], float]:
+    """Answers to the prompts of conversations, one batch, greedy, one token per step.
+
+    Args:
+        rows (`Dataset`): `messages`, a user turn and an assistant turn each.
+        max_new_tokens (`int`, *optional*): the longest reference answer and its EOS by default.
+
+    Returns:
+        the answers as text, and generated tokens per CPU second.
+    """
+    prompts = [messages[:-1] for messages in rows["messages"]]
+    if max_new_tokens is None:
+        answers = [messages[-1]["content"] for messages in rows["messages"]]
+        max_new_tokens = 1 + max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"])
+    inputs = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    started = time.process_time()
+    output = model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+    )
+    seconds = time.process_time() - started
+    num_tokens = output.tokens_per_forward * output.forward_passes * len(prompts)
+    new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(new_ids, skip_special_tokens=True), num_tokens / max(seconds, 1e-9)
+
+
+def exact_match(model, tokenizer, rows: Dataset) -> tuple[float, float]:
+    """Share of held-out answers decoded exactly, and generated tokens per CPU second."""
+    answers, tokens_per_second = complete(model, tokenizer, rows)
+    expected = [messages[-1]["content"] for messages in rows["messages"]]
+    hits = sum(answer == reference for answer, reference in zip(answers, expected, strict=True))
+    return hits / len(expected), tokens_per_second
+
+
+class DenoisingLines:
+    """A streamer that prints each state of the block being denoised on a line of its own."""
+
+    def __init__(self, tokenizer, mask_as: str = "_"):
+        self.tokenizer, self.mask_as = tokenizer, mask_as
+        self._is_prompt, self._finished = True, torch.zeros(0, dtype=torch.long)
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then each finished block."""
+        if self._is_prompt:
+            self._is_prompt = False
+            print(f"  {self._text(value.flatten())}")
+        else:
+            self._finished = torch.cat([self._finished, value.flatten()])
+
+    def put_draft(self, value: torch.Tensor, **kwargs) -> None:
+        """The active block after one denoising step."""
+        print(f"  … {self._text(torch.cat([self._finished, value.flatten()]))}")
+
+    def end(self) -> None:
+        """Nothing is left to print."""
+
+    def _text(self, ids: torch.Tensor) -> str:
+        return self.tokenizer.decode(ids).replace(self.tokenizer.mask_token, self.mask_as)
+
+
+def show_denoising(model, tokenizer, messages: list[dict]) -> None:
+    """Prints one prompt and its answer becoming visible, step by step."""
+    prompt = tokenizer.apply_chat_template(
+        [messages[:-1]], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )["input_ids"]
+    answer = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+    model.generate(prompt, max_new_tokens=len(answer) + 1, streamer=DenoisingLines(tokenizer))

@@ -1,0 +1,103 @@
+"""The embedded comparisons and their settings."""
+
+import hashlib
+from functools import partial
+
+from datasets import Dataset
+
+from ..data.loading import as_messages, load_rows
+from .comparison import Network, Task, TaskData
+from .python_stdlib import build_tokenizer as build_bpe_tokenizer
+from .python_stdlib import dataset_texts, stdlib_datasets
+from .sorting import build_tokenizer, held_out_rows, sorting_rows
+
+NUM_STUDENT_ROWS = 300
+WRONG_DIGITS = 0.2
+NUM_TEXT_STUDENT_ROWS = 2000
+
+# name -> TIDEConfig fields. TIDAL's weight is normalised, so that 1 means what it means for KL.
+OBJECTIVES = {
+    "ce": {"preset": "ce"},
+    "kl": {"preset": "kl"},
+    "kl_weight_3": {"preset": "kl", "distill_weight": 3.0},
+    "tide": {"preset": "tide-shared", "tidal_normalization": "expected"},
+}
+
+
+def load_sorting(seed: int, num_teacher_rows: int, num_held_out: int) -> TaskData:
+    """Clean rows for the teacher, few dirty rows for the student, held-out prompts that are in neither."""
+    return TaskData(
+        tokenizer=build_tokenizer(),
+        teacher_rows=sorting_rows(num_teacher_rows, seed=2 * seed),
+        student_rows=sorting_rows(NUM_STUDENT_ROWS, seed=2 * seed + 1, wrong=WRONG_DIGITS),
+        held_out_rows=held_out_rows(num_held_out),
+    )
+
+
+def sorting_task(steps: int = 600, num_held_out: int = 400) -> Task:
+    """Sort six digits: the student's 300 examples have 20 % wrong digits, the teacher's are clean."""
+    teacher = Network(hidden=64, layers=2, heads=4, steps=steps)
+    return Task(
+        name="sorting",
+        load=partial(load_sorting, num_teacher_rows=steps * teacher.batch_size, num_held_out=num_held_out),
+        metric="exact_match",
+        max_length=16,
+        block_size=4,
+        teacher=teacher,
+        student=Network(hidden=48, layers=2, heads=4, steps=steps),
+        objectives=OBJECTIVES,
+    )
+
+
+def load_python_stdlib(seed: int, num_student_rows: int) -> TaskData:
+    """All training functions for the teacher, the first of them for the student, test modules held out."""
+    splits = stdlib_datasets()
+    return _text_data(splits["train"], splits["test"], num_student_rows)
+
+
+def load_own_rows(seed: int, path: str, num_student_rows: int) -> TaskData:
+    """A user's conversations; a tenth of them, chosen by a hash of the prompt, is held out."""
+    rows = as_messages(load_rows(path))
+    held_out = [_is_held_out(messages) for messages in rows["messages"]]
+    train = rows.select([index for index, flag in enumerate(held_out) if not flag])
+    test = rows.select([index for index, flag in enumerate(held_out) if flag])
+    if not len(train) or not len(test):
+        raise ValueError(f"{path} has {len(rows)} conversations: too few to train on some and hold a tenth out.")
+    return _text_data(train, test, num_student_rows)
+
+
+def python_stdlib_task() -> Task:
+    """Write the body of a standard-library function from its signature and docstring."""
+    return _text_task("python_stdlib", partial(load_python_stdlib, num_student_rows=NUM_TEXT_STUDENT_ROWS))
+
+
+def rows_task(path: str) -> Task:
+    """The settings of [`python_stdlib_task`] on a user's own conversations."""
+    return _text_task(path, partial(load_own_rows, path=path, num_student_rows=NUM_TEXT_STUDENT_ROWS))
+
+
+def _text_task(name: str, load) -> Task:
+    return Task(
+        name=name,
+        load=load,
+        metric="nll",
+        max_length=128,
+        block_size=16,
+        teacher=Network(hidden=128, layers=4, heads=4, steps=2000),
+        student=Network(hidden=64, layers=2, heads=4, steps=600),
+        objectives=OBJECTIVES,
+        noise_levels=(0.1, 0.3, 0.5, 0.7, 0.9),
+    )
+
+
+def _text_data(train: Dataset, test: Dataset, num_student_rows: int) -> TaskData:
+    return TaskData(
+        tokenizer=build_bpe_tokenizer(dataset_texts(train)),
+        teacher_rows=train,
+        student_rows=train.select(range(min(num_student_rows, len(train)))),
+        held_out_rows=test,
+    )
+
+
+def _is_held_out(messages: list[dict]) -> bool:
+    return hashlib.sha256(messages[0]["content"].encode()).digest()[0] < 26

@@ -1,0 +1,105 @@
+"""What the distillation recipes share: arguments as in TRL's scripts, and one run from names to a saved student."""
+
+import sys
+from dataclasses import dataclass, field
+
+from datasets import DatasetDict
+from transformers import AutoTokenizer
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from .config import TIDEConfig
+from .data.loading import MixtureConfig, load_mixture, load_rows
+from .hub import NotAvailableError, require_available
+from .trainer import TIDETrainer
+
+
+@dataclass
+class DistillArguments(ScriptArguments):
+    """TRL's dataset arguments, the teacher's name, and the seeds of an embedded comparison."""
+
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher: Hub name or folder. None only with --preset ce."}
+    )
+    seeds: int | None = field(
+        default=None,
+        metadata={"help": "Embedded comparisons only: how many seeds (sorting 3, python_stdlib and own data 1)."},
+    )
+
+
+@dataclass
+class Arguments:
+    """Everything a recipe was given; `given` names the flags that stood on the command line."""
+
+    script: DistillArguments
+    training: TIDEConfig
+    model: ModelConfig
+    mixture: MixtureConfig
+    given: set[str]
+
+
+def parse_arguments(output_dir: str, command_line: list[str] | None = None) -> Arguments:
+    """Reads flags and `--config` file.
+
+    Args:
+        output_dir (`str`): default of `--output_dir`.
+        command_line (`list[str]`, *optional*): `sys.argv[1:]` by default.
+    """
+    command_line = sys.argv[1:] if command_line is None else command_line
+    parser = TrlParser((DistillArguments, TIDEConfig, ModelConfig, MixtureConfig))
+    parser.set_defaults(output_dir=output_dir)
+    parsed = parser.parse_args_and_config(command_line)
+    given = {flag[2:].split("=")[0] for flag in command_line if flag.startswith("--")}
+    return Arguments(*parsed, given=given)
+
+
+def run_distillation(arguments: Arguments) -> TIDETrainer:
+    """Checks what is needed, trains, saves, and pushes where asked to.
+
+    Exits with one sentence if something is neither local nor within reach.
+    """
+    script, training, model, mixture = arguments.script, arguments.training, arguments.model, arguments.mixture
+    if not mixture.datasets and script.dataset_name is None:
+        sys.exit("Nothing to train on: give --dataset_name (a Hub name, a .jsonl or .parquet file) or a mixture.")
+    names = [part.path for part in mixture.datasets] or [script.dataset_name]
+    models = [name for name in (model.model_name_or_path, script.teacher_model_name_or_path) if name is not None]
+    try:
+        require_available(models, list(dict.fromkeys(names)))
+    except NotAvailableError as error:
+        sys.exit(str(error))
+    rows = load_mixture(mixture) if mixture.datasets else _load_named(script)
+    evaluates = training.eval_strategy != "no"
+    if evaluates and script.dataset_test_split not in rows:
+        sys.exit(
+            f"--eval_strategy {training.eval_strategy} needs a {script.dataset_test_split!r} split, and the dataset "
+            f"has {', '.join(rows)}: set --dataset_test_split, or test_split_size in a mixture."
+        )
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        "quantization_config": get_quantization_config(model),
+        **(training.model_init_kwargs or {}),
+    }
+    trainer = TIDETrainer(
+        model=model.model_name_or_path,
+        teacher=script.teacher_model_name_or_path,
+        args=training,
+        train_dataset=rows[script.dataset_train_split],
+        eval_dataset=rows[script.dataset_test_split] if evaluates else None,
+        processing_class=AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision),
+        peft_config=get_peft_config(model),
+    )
+    for name, report in trainer.preparation_reports.items():
+        trainer.accelerator.print(f"{name}: {report}" if report else f"{name}: prepared while streaming")
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.accelerator.print(f"Saved to {training.output_dir}")
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=names[0])
+    return trainer
+
+
+def _load_named(script: DistillArguments) -> DatasetDict:
+    """All splits of one dataset; a single table counts as the training split."""
+    rows = load_rows(script.dataset_name, script.dataset_config, split=None, streaming=script.dataset_streaming)
+    return rows if isinstance(rows, dict) else DatasetDict({script.dataset_train_split: rows})

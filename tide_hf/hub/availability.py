@@ -1,0 +1,79 @@
+"""Says within seconds what a run would miss, before anything is loaded.
+
+Without a network the libraries retry every item for half a minute or so; here the endpoint is asked once.
+"""
+
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from datasets import config as datasets_config
+from datasets.naming import camelcase_to_snakecase
+from huggingface_hub import constants, try_to_load_from_cache
+
+PROBE_SECONDS = 3.0
+
+
+class NotAvailableError(RuntimeError):
+    """Something a run needs is neither on this machine nor within reach."""
+
+
+def require_available(models: list[str], datasets: list[str]) -> None:
+    """Checks that every model and dataset is local, cached, or can be asked for.
+
+    Args:
+        models, datasets (`list[str]`): Hub names or local paths.
+
+    Raises:
+        NotAvailableError: one sentence with everything that is missing.
+    """
+    missing = [f"the model {name}" for name in models if not _has_model(name)]
+    missing += [f"the dataset {name}" for name in datasets if not _has_dataset(name)]
+    if not missing:
+        return
+    listed = " and ".join([", ".join(missing[:-1]), missing[-1]]) if len(missing) > 1 else missing[0]
+    if constants.is_offline_mode():
+        raise NotAvailableError(
+            f"HF_HUB_OFFLINE is set and {listed} {'is' if len(missing) == 1 else 'are'} neither a local path nor in "
+            "the cache: unset it, or give local paths."
+        )
+    if not endpoint_answers(constants.ENDPOINT):
+        raise NotAvailableError(
+            f"{constants.ENDPOINT} did not answer within {PROBE_SECONDS:g} s, and {listed} "
+            f"{'is' if len(missing) == 1 else 'are'} neither a local path nor in the cache: connect, or give local "
+            "paths."
+        )
+
+
+def endpoint_answers(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:
+    """Whether a server answers at all within the time, name look-up included."""
+    answered = threading.Event()
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
+        except urllib.error.HTTPError:
+            pass  # an answer all the same
+        except OSError:
+            finished.set()
+            return
+        answered.set()
+        finished.set()
+
+    finished = threading.Event()
+    threading.Thread(target=ask, daemon=True).start()
+    finished.wait(seconds)
+    return answered.is_set()
+
+
+def _has_model(name: str) -> bool:
+    """A folder, or a Hub model whose configuration is cached."""
+    return Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _has_dataset(name: str) -> bool:
+    """A local path, or a Hub dataset the datasets library has prepared before."""
+    *namespace, short_name = name.split("/")
+    folder = "___".join([*namespace, camelcase_to_snakecase(short_name)])
+    return Path(name).exists() or (Path(datasets_config.HF_DATASETS_CACHE) / folder).is_dir()
