@@ -38,13 +38,18 @@ class Arguments:
 
 
 def parse_arguments(output_dir: str, command_line: list[str] | None = None) -> Arguments:
-    """Reads flags and `--config` file.
+    """Reads flags and `--config` file, and checks first that everything they name can be had.
 
     Args:
         output_dir (`str`): default of `--output_dir`.
         command_line (`list[str]`, *optional*): `sys.argv[1:]` by default.
+
+    Exits with one sentence if a model or dataset is neither local nor within reach.
     """
     command_line = sys.argv[1:] if command_line is None else command_line
+    # names first: the training arguments are refused on a machine that does not fit them, whatever else is missing
+    names = TrlParser((DistillArguments, ModelConfig, MixtureConfig))
+    _check_available(*names.parse_args_and_config(command_line, return_remaining_strings=True)[:3])
     parser = TrlParser((DistillArguments, TIDEConfig, ModelConfig, MixtureConfig))
     parser.set_defaults(output_dir=output_dir)
     parsed = parser.parse_args_and_config(command_line)
@@ -53,19 +58,10 @@ def parse_arguments(output_dir: str, command_line: list[str] | None = None) -> A
 
 
 def run_distillation(arguments: Arguments) -> TIDETrainer:
-    """Checks what is needed, trains, saves, and pushes where asked to.
-
-    Exits with one sentence if something is neither local nor within reach.
-    """
+    """Loads, trains, saves, and pushes where asked to."""
     script, training, model, mixture = arguments.script, arguments.training, arguments.model, arguments.mixture
     if not mixture.datasets and script.dataset_name is None:
         sys.exit("Nothing to train on: give --dataset_name (a Hub name, a .jsonl or .parquet file) or a mixture.")
-    names = [part.path for part in mixture.datasets] or [script.dataset_name]
-    models = [name for name in (model.model_name_or_path, script.teacher_model_name_or_path) if name is not None]
-    try:
-        require_available(models, list(dict.fromkeys(names)))
-    except NotAvailableError as error:
-        sys.exit(str(error))
     rows = load_mixture(mixture) if mixture.datasets else _load_named(script)
     evaluates = training.eval_strategy != "no"
     if evaluates and script.dataset_test_split not in rows:
@@ -95,8 +91,20 @@ def run_distillation(arguments: Arguments) -> TIDETrainer:
     trainer.save_model()
     trainer.accelerator.print(f"Saved to {training.output_dir}")
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=names[0])
+        trainer.push_to_hub(dataset_name=script.dataset_name or [part.path for part in mixture.datasets])
     return trainer
+
+
+def _check_available(script: DistillArguments, model: ModelConfig, mixture: MixtureConfig) -> None:
+    """Names everything a run with given models would miss; an embedded comparison needs nothing."""
+    if model.model_name_or_path is None:
+        return
+    models = [name for name in (model.model_name_or_path, script.teacher_model_name_or_path) if name is not None]
+    datasets = [part.path for part in mixture.datasets] or [script.dataset_name]
+    try:
+        require_available(models, [name for name in dict.fromkeys(datasets) if name is not None])
+    except NotAvailableError as error:
+        sys.exit(str(error))
 
 
 def _load_named(script: DistillArguments) -> DatasetDict:

@@ -57,9 +57,11 @@ def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
     for file in Path(student.path).iterdir():
         if file.is_file() and file.name != "training_args.bin":
             shutil.copy(file, output_dir)
-    _show_student(task.load(seeds[0]), results, task, output_dir)
+    data = task.load(seeds[0])
+    held_out_prompt = data.held_out_rows[0]["messages"][0]["content"]
+    _show_student(data, results, task, output_dir)
     print(f"\n{time.time() - started:.0f} s in all. Report, curves and the student are in {output_dir}. To load it:\n")
-    print(_loading_lines(output_dir))
+    print(_loading_lines(output_dir, held_out_prompt))
     return report
 
 
@@ -82,7 +84,7 @@ def _show_student(data: TaskData, results: list[RowResult], task: Task, output_d
             print(f"--- {name}\n{texts[index]}")
 
 
-def _loading_lines(output_dir: str) -> str:
+def _loading_lines(output_dir: str, prompt: str) -> str:
     """Python that loads and uses the saved student."""
     return f"""    import tide_hf
     from transformers import AutoModel, AutoTokenizer
@@ -90,6 +92,9 @@ def _loading_lines(output_dir: str) -> str:
     model = AutoModel.from_pretrained("{output_dir}")
     tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
     prompt = tokenizer.apply_chat_template(
-        [{{"role": "user", "content": "739152"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{{"role": "user", "content": {prompt!r}}}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
-    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=8)[0]))"""
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""

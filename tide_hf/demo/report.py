@@ -92,11 +92,11 @@ def _plot(report: dict, results: list[RowResult], path: Path) -> None:
         panels.append(("metric", "exact match"))
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), layout="constrained")
     for axis, (key, title) in zip(axes, panels, strict=True):
-        for row in report["rows"]:
+        for index, row in enumerate(report["rows"]):
             group = [result for result in results if result.name == row["name"]]
             curve = _mean_curve(group, key)
             if curve:
-                axis.plot(*zip(*curve, strict=True), label=row["name"])
+                axis.plot(*zip(*curve, strict=True), color=f"C{index}", label=row["name"])
         axis.set(xlabel="optimizer step", title=title)
         if key == "ce":
             axis.set_yscale("log")

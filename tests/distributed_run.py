@@ -1,0 +1,39 @@
+"""Trains the tiny run in however many processes torchrun started, and saves what the test compares.
+
+torchrun --nproc_per_node 2 tests/distributed_run.py OUTPUT WORLD_SIZE ACCUMULATION TEACHER
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from tiny import tiny_model, tiny_trainer
+
+from tide_hf.demo.sorting import sorting_rows
+
+
+def main() -> None:
+    output, world_size, accumulation, with_teacher = sys.argv[1], *map(int, sys.argv[2:5])
+    torch.set_num_threads(1)
+    trainer = tiny_trainer(
+        output,
+        teacher=tiny_model(seed=1) if with_teacher else None,
+        per_device_train_batch_size=8 // (world_size * accumulation),
+        gradient_accumulation_steps=accumulation,
+        eval_noise_levels=[0.5],
+    )
+    assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
+    trainer.train()
+    # five rows do not divide by two processes: the repeated rows must not count
+    metrics = trainer.evaluate(trainer._prepare("eval", sorting_rows(5, seed=9), trainer.args))
+    if trainer.accelerator.is_main_process:
+        losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+        torch.save(
+            {"weights": trainer.model.state_dict(), "losses": losses, "metrics": metrics}, output + "/result.pt"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Tiny networks and runs that several tests share."""
+
+import torch
+
+from tide_hf import TIDEConfig, TIDETrainer
+from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+from tide_hf.models import MODELS, TIDEQwen3Config
+
+
+def tiny_model(seed: int = 0, hidden: int = 32, dtype=torch.float64, config_class=TIDEQwen3Config, **overrides):
+    """A random two-layer network on the sorting vocabulary; float64, so that equal means equal."""
+    tokenizer = build_tokenizer()
+    values = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": hidden // 2,
+        "block_size": 4,
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        # sharper than the usual 0.02, so that a wrong mask or position changes the loss visibly
+        "initializer_range": 0.2,
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    return MODELS[config_class](config_class(**values)).to(dtype)
+
+
+def tiny_trainer(output_dir, rows=None, model=None, teacher=None, trainer_kwargs=None, **overrides) -> TIDETrainer:
+    """A trainer on sixteen dirty sorting rows, eight rows per optimizer step."""
+    values = {
+        "output_dir": str(output_dir),
+        "preset": "ce" if teacher is None else "tide-shared",
+        "max_length": 16,
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **overrides,
+    }
+    return TIDETrainer(
+        model=tiny_model() if model is None else model,
+        teacher=teacher,
+        args=TIDEConfig(**values),
+        train_dataset=sorting_rows(16, seed=3, wrong=0.3) if rows is None else rows,
+        processing_class=build_tokenizer(),
+        **(trainer_kwargs or {}),
+    )
