@@ -5,6 +5,7 @@ import pytest
 import references
 import torch
 
+from tide_hf.data import Noising, Side
 from tide_hf.diffusion import (
     block_layout,
     chunk_loss_weight,
@@ -37,7 +38,7 @@ TIMES = (1e-3, 0.01, 0.2, 0.5, 0.77, 0.999)
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedule_matches_alpha(schedule):
-    """Catches a weight that belongs to another schedule, or a sign lost in α′: the bound would not be the likelihood."""
+    """Catches a weight that belongs to another schedule, or a sign lost in α′: the loss would bound nothing."""
     t = torch.tensor(TIMES, dtype=torch.float64)
     probability = [references.masked_probability(value, schedule) for value in TIMES]
     weight = [references.loss_weight(value, schedule) for value in TIMES]
@@ -238,7 +239,7 @@ LENGTHS = (18, 9, 12)
 
 
 def token_rows(num_masks=1):
-    """Rows of different lengths and their masked positions, in few blocks so that packing has something to leave out."""
+    """Rows of different lengths, masked in few of their blocks, so that packing has something to leave out."""
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(0, MASK, (length,), generator=generator) for length in LENGTHS]
     hit = [torch.zeros(length, dtype=torch.bool) for length in LENGTHS]
@@ -320,12 +321,8 @@ def test_layout_says_where_its_answers_belong(num_masks, side, pack):
     ]
     assert layout.asked_position.tolist() == expected
     assert (layout.input_ids.flatten()[layout.asked] == MASK).all()
-    assert (layout.input_ids == MASK).sum() == len(expected), (
-        "every masked column is asked, and nothing else is masked"
-    )
-    within = [
-        place for row in range(len(rows)) for place in range(len(rows[row])) if any(m[place] for m in masks[row])
-    ]
+    assert (layout.input_ids == MASK).sum() == len(expected), "a masked column that is not asked"
+    within = [place for row in masks for place in range(len(row[0])) if any(mask[place] for mask in row)]
     assert layout.position_ids.flatten()[layout.asked].tolist() == within
 
 
@@ -361,7 +358,7 @@ def test_nothing_masked_still_runs_with_a_graph(model, num_masks, clean_copy):
     assert len(used) == len(gradients), "DDP waits for every parameter"
 
 
-def test_masked_prompt_or_padding_changes_nothing_else(model):
+def test_rows_do_not_see_each_other(model):
     """Catches state shared between rows: one row's mask must not move the logits of the others."""
     rows, masks = token_rows()
     with torch.no_grad():
@@ -371,3 +368,30 @@ def test_masked_prompt_or_padding_changes_nothing_else(model):
     first, last = int(masks[0][0].sum()), int(masks[2][0].sum())
     torch.testing.assert_close(again[:first], together[:first], rtol=0, atol=1e-10)
     torch.testing.assert_close(again[-last:], together[-last:], rtol=0, atol=1e-10)
+
+
+def test_noising_names_the_row_of_each_chunk():
+    """Catches chunks that take t, so λ and ω, from another row: nothing else tells chunk TIDAL where it is."""
+    chunk_ids = torch.tensor([[-1, 0, 0, 1], [0, 2, 2, 2]])
+    batch = {
+        "input_ids": torch.arange(8).view(2, 4),
+        "labels": torch.arange(8).view(2, 4),
+        "chunk_ids": chunk_ids,
+        "attention_mask": torch.ones(2, 4, dtype=torch.long),
+        "teacher_input_ids": torch.arange(10, 18).view(2, 4),
+        "teacher_chunk_ids": torch.tensor([[0, 1, 1, -1], [2, 0, 0, 0]]),
+        "teacher_attention_mask": torch.ones(2, 4, dtype=torch.long),
+    }
+    out = Noising(Side(MASK, BLOCK), Side(MASK, BLOCK))(batch, (torch.full((2,), 0.5), torch.zeros(2, 4), None))
+    assert out["chunk_row"].tolist() == [0, 0, 1, 1]
+    # each token's chunk by number, student then teacher: the clean ids tell which token it is
+    assert list(zip(out["targets"][out["pair"]].tolist(), out["pair_chunk"].tolist(), strict=True)) == [
+        *[(1, 0), (2, 0), (3, 1)],
+        *[(4, 2), (5, 3), (6, 3), (7, 3)],
+    ]
+    teacher_targets = out["teacher_targets"][out["teacher_pair"]].tolist()
+    assert list(zip(teacher_targets, out["teacher_pair_chunk"].tolist(), strict=True)) == [
+        *[(10, 0), (11, 1), (12, 1)],
+        *[(15, 2), (16, 2), (17, 2), (14, 3)],
+    ]
+    assert out["counts"].tolist() == [8, 7, 4, 2]

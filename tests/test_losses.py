@@ -1,5 +1,6 @@
 """Every loss against its naive derivation (value and gradient, float64), and what each promises at its limits."""
 
+import itertools
 import math
 from decimal import Decimal, getcontext
 from functools import partial
@@ -136,7 +137,7 @@ def test_lambda_schedule(growth):
     expected = [references.lambda_progress(step, 200, 0.2, 0.7, growth) for step in range(201)]
     np.testing.assert_allclose(values, expected, rtol=1e-12)
     assert values[0] == pytest.approx(0.2) and values[-1] == pytest.approx(0.7)
-    assert all(later > earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later > earlier for earlier, later in itertools.pairwise(values))
     assert schedule(-5) == values[0] and schedule(260) == values[-1], "progress is clamped to [0, 1]"
 
 
@@ -197,7 +198,7 @@ def test_expected_strength_matches_its_integral(schedule, growth, axes, weight):
 
 
 def test_tidal_gradient_is_lambda_times_that_of_kl():
-    """Catches a strength that is right as an integral and means something else: to first order it scales KL's slope."""
+    """Catches an integral of something else than the strength: to first order λ scales KL's slope."""
     student = draw(N, V).requires_grad_()
     teacher = student.detach() + 1e-3 * draw(N, V, seed=1)
     strength = torch.full((N,), 1e-3, dtype=torch.float64)
@@ -324,7 +325,7 @@ def reverse_calm_slope(log_p_student, log_p_teacher):
 
 
 def test_reverse_calm_coefficient_is_bounded_and_fixed_by_the_teacher():
-    """Catches forward CALM in its place: its slope grows as 1/p_S, that of reverse CALM depends on the teacher alone."""
+    """Catches forward CALM in its place: its slope grows as 1/p_S, reverse CALM's depends on the teacher alone."""
     for log_p_teacher in (-1000.0, -20.0, -5.0, -1.0, -0.1, -1e-3, -1e-9, 0.0):
         slopes = [reverse_calm_slope(log_p, log_p_teacher) for log_p in (-15.0, -1.0, -1e-3)]
         p_t = min(max(math.exp(log_p_teacher), references.FLOOR), references.CEILING)

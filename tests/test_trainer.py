@@ -413,3 +413,14 @@ def test_adapter_on_the_head_is_refused(tmp_path):
     lora = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="adapter targets lm_head"):
         tiny_trainer(tmp_path, trainer_kwargs={"peft_config": lora})
+
+
+def test_streaming_trains_like_a_table(tmp_path):
+    """Catches a streaming dataset that loses rows or row ids: unshuffled, it gives the same run as the table."""
+    rows = sorting_rows(16, seed=3, wrong=0.3)
+    options = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    table = tiny_trainer(tmp_path, rows=rows, teacher=tiny_model(1), **options)
+    stream = tiny_trainer(tmp_path, rows=rows.to_iterable_dataset(), teacher=tiny_model(1), **options)
+    table.train()
+    stream.train()
+    assert_close(weights_of(stream), weights_of(table), rtol=0, atol=0)

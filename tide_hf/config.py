@@ -158,3 +158,6 @@ class TIDEConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop row_id, which keys the noise; leave it False.")
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # a streaming dataset is read by every process: noise is drawn on the host, nothing is broadcast
+            self.accelerator_config.dispatch_batches = False

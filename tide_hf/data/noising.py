@@ -19,6 +19,7 @@ from ..diffusion import (
     complete_chunks,
     diffusion_time,
     mask_positions,
+    masked_chunks,
 )
 from ..models.masked_diffusion import TIME_EPSILON
 
@@ -83,7 +84,8 @@ class Noising:
         labels, chunk_ids = batch["labels"], batch["chunk_ids"]
         t_B = diffusion_time(time_B, self.time_epsilon) if t is None else torch.full_like(time_B, t)
         masked = mask_positions(mask_BL, t_B, labels, self.schedule)
-        num_chunks = max(int(chunk_ids.max()), int(batch.get("teacher_chunk_ids", chunk_ids).max())) + 1
+        # at least one column, so that rows without any chunk need no case of their own
+        num_chunks = max(int(chunk_ids.max()), int(batch.get("teacher_chunk_ids", chunk_ids).max()), 0) + 1
         masked, hit_BC = complete_chunks(masked, chunk_ids, labels, num_chunks)
         valid = batch["attention_mask"].bool()
         layout = self._layout(batch["input_ids"], valid, [masked], self.student)
@@ -145,24 +147,34 @@ class Noising:
         }
 
     def _pairs(self, batch, student_position, teacher_position, num_chunks) -> dict[str, torch.Tensor]:
-        """Pairs asked student and teacher positions by chunk, ordered by row and chunk."""
+        """Pairs asked student and teacher positions by active chunk, ordered by row and chunk.
+
+        A masked chunk that holds an untrained-on token, or has no token on one side, is inactive (SPEC §5).
+        """
+        untrained_BC = masked_chunks(batch["labels"] == -100, batch["chunk_ids"], num_chunks)
         keys = []
         for chunk_ids, position in (
             (batch["chunk_ids"], student_position),
             (batch["teacher_chunk_ids"], teacher_position),
         ):
             chunk = chunk_ids.flatten()[position]
-            key = torch.where(chunk >= 0, position // chunk_ids.shape[1] * num_chunks + chunk, -1)
+            row = position // chunk_ids.shape[1]
+            active = (chunk >= 0) & ~untrained_BC[row, chunk]
+            keys.append(torch.where(active, row * num_chunks + chunk, -1))
+        keys = [torch.where(torch.isin(key, other), key, -1) for key, other in zip(keys, keys[::-1], strict=True)]
+        sides = []
+        for key in keys:
             order = key.argsort(stable=True)
-            keys.append((order[key[order] >= 0], key[order][key[order] >= 0]))
-        (pair, key), (teacher_pair, teacher_key) = keys
+            order = order[key[order] >= 0]
+            sides.append((order, key[order]))
+        (pair, key), (teacher_pair, teacher_key) = sides
         chunks, pair_chunk = key.unique_consecutive(return_inverse=True)
         teacher_chunks, teacher_pair_chunk = teacher_key.unique_consecutive(return_inverse=True)
-        assert torch.equal(chunks, teacher_chunks), "every masked chunk has tokens on both sides"
+        assert torch.equal(chunks, teacher_chunks), "both sides hold the same active chunks"
         return {
             "pair": pair,
             "pair_chunk": pair_chunk,
             "teacher_pair": teacher_pair,
             "teacher_pair_chunk": teacher_pair_chunk,
-            "chunk_row": chunks // max(num_chunks, 1),
+            "chunk_row": chunks // num_chunks,
         }

@@ -33,8 +33,12 @@ def chunk_log_likelihood(log_probs_N: torch.Tensor, chunk_ids_N: torch.Tensor, n
         `torch.Tensor` of shape `(C,)`: ℓ of each chunk in nats; 0 for a chunk without tokens.
     """
     inside = chunk_ids_N >= 0
-    log_probs_N = as_full_precision(log_probs_N)[inside]
-    return log_probs_N.new_zeros(num_chunks).index_add(0, chunk_ids_N[inside], log_probs_N)
+    log_probs_N = torch.where(inside, as_full_precision(log_probs_N), 0.0)
+    # tokens outside go to a slot of their own, so that no shape depends on the data
+    sums = log_probs_N.new_zeros(num_chunks + 1).index_add(
+        0, torch.where(inside, chunk_ids_N, num_chunks), log_probs_N
+    )
+    return sums[:num_chunks]
 
 
 def chunk_log_probability(log_likelihood_C: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

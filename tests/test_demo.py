@@ -1,0 +1,118 @@
+"""The embedded comparison, end to end and in its parts."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tide_hf.demo import build_report, complete, format_table, rows_task, sorting_task
+from tide_hf.demo.command import run_and_show
+from tide_hf.demo.comparison import Network, RowResult, build_network
+from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "dense_teacher.py"
+ROWS = ["teacher", "ce", "kl", "kl_weight_3", "tide", "ce_equal_time"]
+
+
+def test_held_out_prompts_are_never_trained_on():
+    """Catches an exact match that was learned by heart."""
+    held_out = {messages[0]["content"] for messages in held_out_rows(400)["messages"]}
+    trained = {messages[0]["content"] for messages in sorting_rows(5000, seed=0)["messages"]}
+    assert len(held_out) == 400 and not held_out & trained
+
+
+def test_wrong_digits_have_the_stated_rate():
+    """Catches a dirty set that is cleaner than the README says."""
+    rows = sorting_rows(3000, seed=1, wrong=0.2)["messages"]
+    wrong = sum(a != b for row in rows for a, b in zip(row[1]["content"], sorted(row[0]["content"]), strict=True))
+    assert wrong / (6 * len(rows)) == pytest.approx(0.2, abs=0.01)
+    assert all(row[1]["content"] == "".join(sorted(row[0]["content"])) for row in sorting_rows(50, 2)["messages"])
+
+
+def test_sorting_tokenizer_round_trips():
+    """Catches a tokenizer that joins digits, loses offsets or marks the wrong tokens as the answer."""
+    tokenizer = build_tokenizer()
+    messages = held_out_rows(1)[0]["messages"]
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert len(encoded["input_ids"]) == 15
+    answer = [token for token, flag in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if flag]
+    assert tokenizer.decode(answer) == messages[1]["content"] + "<eos>"
+
+
+def test_completions_are_cut_at_eos_and_counted():
+    """Catches answers that carry the prompt or special tokens, and a token count of another length."""
+    tokenizer = build_tokenizer()
+    model = build_network(Network(hidden=16, layers=1, heads=2, steps=1), tokenizer, 4, seed=0)
+    answers, tokens_per_second = complete(model, tokenizer, held_out_rows(5))
+    assert len(answers) == 5 and all(set(answer) <= set("0123456789") for answer in answers)
+    assert tokens_per_second > 0
+
+
+def test_report_of_nll_keeps_noise_levels():
+    """Catches a summary that averages over diffusion times, and spreads claimed from one seed."""
+    task = replace(sorting_task(), metric="nll", noise_levels=(0.1, 0.5))
+    one = RowResult("teacher", 0, {"0.1": 1.0, "0.5": 2.0}, 10, 5, 1.0, 100.0, [], "")
+    report = build_report(task, [one], [0])
+    assert report["rows"][0]["nll"] == {"mean": one.value, "sd": None, "values": [one.value]}
+    two = replace(one, seed=1, value={"0.1": 3.0, "0.5": 4.0})
+    summary = build_report(task, [one, two], [0, 1])["rows"][0]["nll"]
+    assert summary["mean"] == {"0.1": 2.0, "0.5": 3.0} and summary["sd"]["0.1"] == pytest.approx(2**0.5)
+    assert "nll t=0.5" in format_table(report)
+    json.dumps(report)
+
+
+@pytest.mark.slow
+def test_embedded_default_shows_that_it_worked(tmp_path):
+    """Catches any break of the main job: one seed through the recipe, with the widest margins that mean something."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE), "--seeds", "1"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == {"task", "settings", "environment", "rows"} and report["task"] == "sorting"
+    assert [row["name"] for row in report["rows"]] == ROWS
+    match = {row["name"]: row["exact_match"]["mean"] for row in report["rows"]}
+    assert match["teacher"] >= 0.95
+    assert match["tide"] >= match["ce"] + 0.20
+    for row in report["rows"]:
+        assert {"parameters", "tokens_per_second", "train_seconds"} <= set(row)
+        assert f"{100 * row['exact_match']['mean']:.1f} %" in done.stdout
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert not (tmp_path / "training_args.bin").exists()
+
+    # the lines that the run ends with, in a process of their own
+    lines = done.stdout[done.stdout.index("    import tide_hf") :]
+    code = "\n".join(line[4:] for line in lines.splitlines())
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert shown.stdout.startswith("<user>") and "<assistant>" in shown.stdout
+
+
+@pytest.mark.slow
+def test_own_rows_run_through_the_same_comparison(tmp_path):
+    """Catches a comparison that works on the embedded data alone."""
+    rows = tmp_path / "rows.jsonl"
+    pairs = [(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a in range(20) for b in range(10)]
+    rows.write_text(
+        "\n".join(
+            json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]})
+            for q, a in pairs
+        )
+    )
+    task = rows_task(str(rows))
+    task = replace(
+        task, teacher=replace(task.teacher, steps=6, hidden=32, layers=1), student=replace(task.student, steps=3)
+    )
+    report = run_and_show(task, [0], str(tmp_path / "out"))
+    assert [row["name"] for row in report["rows"]] == ROWS
+    assert set(report["rows"][0]["nll"]["mean"]) == {"0.1", "0.3", "0.5", "0.7", "0.9"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "<mask>"
