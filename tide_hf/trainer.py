@@ -71,34 +71,23 @@ class TIDETrainer(Trainer):
             )
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
+        if teacher_processing_class is None:
+            by_name = isinstance(teacher, str)
+            teacher_processing_class = AutoTokenizer.from_pretrained(teacher) if by_name else processing_class
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **_init_kwargs(args.model_init_kwargs))
         self._configure_student(model, args, processing_class)
-        alignment, shared_vocab_size = "token", None
-        if teacher is not None:
-            if teacher_processing_class is None:
-                teacher_processing_class = (
-                    AutoTokenizer.from_pretrained(teacher) if isinstance(teacher, str) else processing_class
-                )
-            alignment, shared_vocab_size = resolve_alignment(
-                args.alignment, processing_class, teacher_processing_class
-            )
+
+        alignment, shared_vocab_size = resolve_alignment(args.alignment, processing_class, teacher_processing_class)
         self.objective = resolve_objective(args, alignment)
         logger.info(f"Objective: {json.dumps(self.objective.to_dict())}")
         self.teacher = self._load_teacher(teacher, args, teacher_processing_class, model.config.block_size)
-        if self.teacher is not None:
-            rows = min(model.config.vocab_size, self.teacher.model.config.vocab_size)
-            shared_vocab_size = min(args.shared_vocab_size or shared_vocab_size, rows)
-        self.shared_vocab_size = shared_vocab_size
-        full = model.config.objective == "full"
-        self.noising = Noising(
-            student=Side(model.config.mask_token_id, None if full else model.config.block_size, clean_copy=not full),
-            teacher=None if self.teacher is None else Side(**vars(self.teacher.contract)),
-            schedule=args.schedule,
-            time_epsilon=args.time_epsilon,
-            comp_demo=self.objective.comp_demo,
-            demo_ratio=self.objective.demo_ratio,
+        networks = [model] if self.teacher is None else [model, self.teacher.model]
+        self.shared_vocab_size = min(
+            args.shared_vocab_size or shared_vocab_size, *(network.config.vocab_size for network in networks)
         )
+        self.noising = self._noising_for(model.config, args)
+
         self._preparation = RowPreparation(
             tokenizer=processing_class,
             teacher_tokenizer=None if self.teacher is None else teacher_processing_class,
@@ -177,6 +166,18 @@ class TIDETrainer(Trainer):
             )
         mask_token_id = resolve_mask_token_id(args.teacher_mask_token_id, teacher.config, tokenizer, "teacher")
         return Teacher(teacher, contract_for(teacher.config, mask_token_id, args.teacher_context, block_size))
+
+    def _noising_for(self, student_config, args) -> Noising:
+        """How student and teacher are fed."""
+        full = student_config.objective == "full"
+        return Noising(
+            student=Side(student_config.mask_token_id, None if full else student_config.block_size, not full),
+            teacher=None if self.teacher is None else Side(**vars(self.teacher.contract)),
+            schedule=args.schedule,
+            time_epsilon=args.time_epsilon,
+            comp_demo=self.objective.comp_demo,
+            demo_ratio=self.objective.demo_ratio,
+        )
 
     def _prepare(self, name: str, dataset, args):
         """Token columns for a raw dataset; a prepared one passes."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+STAND_IN = "\ue000answer\ue001"  # private-use characters: no conversation holds them
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -42,7 +43,7 @@ def render_chat(
         the rendered text, and one [`Answer`] per assistant turn.
 
     Raises:
-        ValueError: if there is no template, or if its rendering of a turn changes with what follows.
+        ValueError: if there is no template, or if it hides where a turn is.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -75,19 +76,24 @@ def render_chat(
 
 
 def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
-    """Character span of one assistant turn from the rendering of what comes before it and of what ends with it."""
+    """Character span of one assistant turn: from the generation prompt before it to its end-of-turn text.
+
+    The content is located by rendering the conversation once more with a stand-in for it: what stands before and
+    behind the stand-in stands before and behind the content.
+    """
+    stand_in = [*messages[:index], {**messages[index], "content": STAND_IN}, *messages[index + 1 :]]
+    head, *tails = tokenizer.apply_chat_template(stand_in, tokenize=False).split(STAND_IN)
+    if len(tails) != 1 or not (text.startswith(head) and text.endswith(tails[0])):
+        raise ValueError(
+            f"assistant message {index} cannot be located in the rendered text, because the template renders the rest "
+            "differently with another content: use a template with {% generation %} markers."
+        )
     before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
     through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-    if text.startswith(before) and text.startswith(through) and through.startswith(before):
-        return len(before), len(through)
-    # templates that drop reasoning from earlier turns: the content, looked for right behind the generation prompt
-    content = messages[index]["content"].strip()
-    start = text.find(content, len(before)) if text.startswith(before) else -1
-    if start < 0:
-        raise ValueError(
-            f"the chat template renders assistant message {index} differently when more follows, so the answer "
-            "cannot be located: use a template with {% generation %} markers."
-        )
-    end = start + len(content)
+    start = len(before) if head.startswith(before) else len(head)
+    end = len(text) - len(tails[0])
+    if text.startswith(through) and len(through) >= end:
+        return start, len(through)
+    # a template that treats a turn differently once more follows: the content and the EOS behind it
     eos = tokenizer.eos_token or ""
-    return len(before), end + len(eos) if text.startswith(eos, end) else end
+    return start, end + len(eos) * text.startswith(eos, end)

@@ -10,7 +10,10 @@ from .chat import Answer
 
 
 def answer_tokens(offsets: Sequence[tuple[int, int]], answers: Sequence[Answer]) -> list[list[int]]:
-    """Token indices inside each answer: those that begin in it, end in it and cover at least one character.
+    """Token indices inside each answer: those that begin and end in it.
+
+    Tokenizers that trim offsets give a token of white space no width and the place where it ends; it is inside if that
+    place is, the answer's start excepted.
 
     Args:
         offsets (`Sequence[tuple[int, int]]`): character range of each token, in text order.
@@ -22,11 +25,12 @@ def answer_tokens(offsets: Sequence[tuple[int, int]], answers: Sequence[Answer])
     inside: list[list[int]] = [[] for _ in answers]
     current = 0
     for index, (start, end) in enumerate(offsets):
-        while current < len(answers) and start >= answers[current].end:
+        while current < len(answers) and start > answers[current].end - (start < end):
             current += 1
         if current == len(answers):
             break
-        if answers[current].start <= start < end <= answers[current].end:
+        first = answers[current].start + (start == end)
+        if first <= start and end <= answers[current].end:
             inside[current].append(index)
     return inside
 

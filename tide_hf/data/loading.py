@@ -6,10 +6,22 @@ Imported only where it is used: TRL, whose dataset configuration it shares, take
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    List,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
+MESSAGES = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -36,6 +48,8 @@ class MixtureConfig(DatasetMixtureConfig):
         self.datasets = [MixturePart(**part) if isinstance(part, dict) else part for part in self.datasets]
         if any(part.fraction is not None for part in self.datasets):
             raise ValueError("fraction is not supported in a mixture; take part of a dataset with split: train[:10%].")
+        if self.streaming and self.test_split_size is not None:
+            raise ValueError("test_split_size cannot split a stream: leave streaming off, or name a test dataset.")
 
 
 def load_mixture(mixture: MixtureConfig) -> DatasetDict:
@@ -72,9 +86,17 @@ def load_rows(
             raise ValueError(f"{path} ends in {local.suffix!r}; expected one of {', '.join(FILE_FORMATS)}.")
         return load_dataset(FILE_FORMATS[local.suffix], data_files=str(local), split=split, streaming=streaming)
     if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
-        rows = load_from_disk(path)
-        return rows[split] if split is not None and isinstance(rows, DatasetDict) else rows
+        return _part_of(load_from_disk(path), split)
     return load_dataset(path, name, split=split, streaming=streaming, data_dir=data_dir, data_files=data_files)
+
+
+def _part_of(rows: Dataset | DatasetDict, split: str | None) -> Dataset | DatasetDict:
+    """A split, or a slice such as train[:10%], of what was saved to disk; a single table counts as train."""
+    if split is None:
+        return rows
+    splits = rows if isinstance(rows, DatasetDict) else DatasetDict(train=rows)
+    slices = ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in splits.items()})
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in slices])
 
 
 def as_messages(rows: Dataset, answer_contains: str | None = None) -> Dataset:
@@ -95,7 +117,7 @@ def as_messages(rows: Dataset, answer_contains: str | None = None) -> Dataset:
             f"A mixture needs conversations, but a part has the columns {', '.join(rows.column_names)}; expected "
             "'messages', 'prompt' and 'completion', or 'instruction' and 'output'."
         )
-    rows = rows.map(convert, remove_columns=rows.column_names)
+    rows = rows.map(convert, remove_columns=rows.column_names, features=MESSAGES)
     if answer_contains is not None:
         rows = rows.filter(lambda row: answer_contains in row["messages"][-1]["content"])
     return rows

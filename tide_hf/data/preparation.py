@@ -163,11 +163,14 @@ class RowPreparation:
         if not any(message["role"] == "assistant" for message in messages[first_trained:]):
             raise RowSkipped("no assistant message")
         try:
-            return render_chat(tokenizer, messages, first_trained)
+            text, answers = render_chat(tokenizer, messages, first_trained)
         except Exception as error:
             if tokenizer.chat_template is None:
                 raise
             raise RowSkipped(f"chat template: {error}") from error
+        # white space behind the last answer would stand between its end and the EOS fill
+        end = answers[-1].end
+        return (text if text[end:].strip() else text[:end]), answers
 
 
 def prepare_dataset(

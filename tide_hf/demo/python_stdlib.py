@@ -1,7 +1,7 @@
 """The real-input task: write the body of a function of the running Python's own standard library.
 
-The user gives the signature and the first paragraph of the docstring; the assistant answers with the body. Modules that
-evaluate are never trained on. Nothing is downloaded, and the numbers belong to one Python version.
+The user gives the signature and the first paragraph of the docstring; the assistant answers with the body. Modules
+that evaluate are never trained on. Nothing is downloaded, and the numbers belong to one Python version.
 """
 
 import ast
@@ -36,8 +36,8 @@ def stdlib_functions(root: str | Path | None = None) -> list[dict]:
     """Every function and method of the standard library's Python sources, ordered by file and line.
 
     Left out: tests, installed packages, files that do not parse, functions inside functions (part of their parent's
-    body), bodies that are a docstring only, repeats of a prompt with its body, and functions whose text holds a special
-    token of the demos or whose dedented body no longer means the same (text over several lines).
+    body), bodies that are a docstring only, repeats of a prompt with its body, and functions whose text holds a
+    special token of the demos or whose dedented body no longer means the same (text over several lines).
 
     Args:
         root (`str` or `Path`, *optional*): folder of the sources; that of the running Python by default.
@@ -78,21 +78,25 @@ def split_of(module: str) -> str:
 
 
 def stdlib_datasets(
-    functions: list[dict] | None = None, max_characters: int = 320, documented_only: bool = False
+    functions: list[dict] | None = None, max_characters: int = 240, documented_only: bool = False
 ) -> dict[str, Dataset]:
     """Conversations to train on, to choose settings by (validation) and to report (test).
 
-    Functions without a docstring are kept: the signature alone says much, and they double the training rows. A held-out
-    function whose body also stands in a training module is left out.
+    Functions without a docstring are kept: the signature alone says much, and without them the training rows shrink to
+    a third (2,726 of 7,575 in Python 3.11). A held-out function whose body also stands in a training row is left out.
 
     Args:
         functions (`list[dict]`, *optional*): of [`stdlib_functions`]; read from the running Python by default.
-        max_characters (`int`): longest prompt plus body, so that rows fit; longer functions are left out.
+        max_characters (`int`): longest prompt plus body; longer functions are left out. Of the rows of 240 characters,
+            99 % fit 128 tokens of a vocabulary of 1024, and 97 % those of a vocabulary of 512.
         documented_only (`bool`): leave out functions without a docstring.
 
     Returns:
         `dict` of `train`, `validation` and `test`, with the columns `messages`, `module` and `name`. Each split is in
         the order of a stable hash, so that its first rows are a fair sample.
+
+    Raises:
+        ValueError: if a split is left without rows.
     """
     functions = stdlib_functions() if functions is None else functions
     parts = {split: [] for split in SPLITS}
@@ -103,6 +107,12 @@ def stdlib_datasets(
     trained = {item["body"] for item in parts["train"]}
     for split in SPLITS[1:]:
         parts[split] = [item for item in parts[split] if item["body"] not in trained]
+    if not all(parts.values()):
+        counts = ", ".join(f"{len(items):,} {split}" for split, items in parts.items())
+        raise ValueError(
+            f"Expected rows in every split and got {counts}: too few modules, or max_characters={max_characters} is "
+            "too short for their functions. Raise it, or read a complete standard library."
+        )
     return {
         split: Dataset.from_list([_row(item) for item in sorted(items, key=_shuffle_key)])
         for split, items in parts.items()

@@ -16,6 +16,20 @@ from transformers.modeling_outputs import ModelOutput
 from .masked_diffusion import CLEAN_STREAM, PADDING_STREAM, block_visibility
 
 REMASKING = ("confidence", "random")
+DEFAULTS = {"max_new_tokens": 256, "remasking": "confidence", "temperature": 0.0}
+TOKEN_IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+# the settings this decoder reads; any other keyword would be accepted and ignored
+SETTINGS = (
+    *DEFAULTS,
+    *TOKEN_IDS,
+    "block_size",
+    "steps_per_block",
+    "confidence_threshold",
+    "do_sample",
+    "top_k",
+    "top_p",
+    "return_dict_in_generate",
+)
 
 
 class TIDEGenerationConfig(GenerationConfig):
@@ -30,7 +44,8 @@ class TIDEGenerationConfig(GenerationConfig):
         confidence_threshold (`float`, *optional*): reveal every token whose probability reaches it (at least one per
             pass), in place of a fixed number of steps.
         remasking (`str`): which positions are revealed first: `"confidence"` (most probable) or `"random"`.
-        temperature (`float`): 0 takes the most probable token, anything above samples.
+        temperature (`float`): 0 takes the most probable token, anything above samples. `do_sample=False` too
+            is greedy.
         top_k (`int`, *optional*), top_p (`float`, *optional*): restrict sampling, as in transformers.
         eos_token_id, pad_token_id, return_dict_in_generate: as in transformers. A row ends at its first EOS; what
             follows is padding.
@@ -65,8 +80,7 @@ class TIDEGenerationConfig(GenerationConfig):
     def from_model_config(cls, model_config) -> "TIDEGenerationConfig":
         """Token ids and block size of a model's config; everything else at its default."""
         values = model_config if isinstance(model_config, dict) else model_config.to_dict()
-        names = ("mask_token_id", "block_size", "bos_token_id", "eos_token_id", "pad_token_id")
-        return cls(**{name: values[name] for name in names if values.get(name) is not None})
+        return cls(**{name: values[name] for name in (*TOKEN_IDS, "block_size") if values.get(name) is not None})
 
 
 @dataclass
@@ -116,8 +130,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     def adjust_generation_fn(self, generation_config, *args, **kwargs):
         """Loads generation_config.json as [`TIDEGenerationConfig`]."""
         super().adjust_generation_fn(generation_config, *args, **kwargs)
-        base = TIDEGenerationConfig.from_model_config(self.config).to_diff_dict()
-        self.generation_config = TIDEGenerationConfig.from_dict({**base, **self.generation_config.to_diff_dict()})
+        base = TIDEGenerationConfig.from_model_config(self.config)
+        self.generation_config = TIDEGenerationConfig.from_dict(_given(base) | _given(self.generation_config))
 
     @torch.no_grad()
     def generate(
@@ -153,12 +167,14 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             if len(prompt_ids) > 1:
                 raise ValueError(f"A streamer shows one row, got {len(prompt_ids)} prompts.")
             streamer.put(prompt_ids.cpu())
-        was_training = self.training
-        self.eval()
         canvas = _Canvas(prompt_ids, attention_mask.bool(), settings, full=self.config.objective == "full")
         decoder = _Decoder(self, canvas, settings, generator, streamer)
-        decoder.run()
-        self.train(was_training)
+        was_training = self.training
+        self.eval()
+        try:
+            decoder.run()
+        finally:
+            self.train(was_training)
         new_ids, num_new = canvas.generated()
         if streamer is not None:
             streamer.end()
@@ -173,17 +189,26 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
 
     def _generation_settings(self, generation_config, kwargs) -> TIDEGenerationConfig:
         """Keyword arguments over the given config over the model's own over the defaults."""
-        values = {"max_new_tokens": 256, "remasking": "confidence", "temperature": 0.0, "pad_token_id": 0}
+        unread = [name for name in kwargs if name not in SETTINGS]
+        if unread:
+            raise ValueError(
+                f"generate does not read {', '.join(unread)}; block diffusion takes {', '.join(SETTINGS)}, "
+                "attention_mask, generation_config, streamer and generator."
+            )
         own = TIDEGenerationConfig.from_model_config(self.config)
-        for source in (own, self.generation_config, generation_config):
-            values |= {} if source is None else source.to_diff_dict()
-        unknown = [name for name in kwargs if not hasattr(own, name)]
-        if unknown:
-            raise ValueError(f"generate got unknown arguments {', '.join(unknown)}; see TIDEGenerationConfig.")
-        settings = TIDEGenerationConfig.from_dict({**values, **kwargs})
+        values = DEFAULTS | _given(own) | _given(self.generation_config) | _given(generation_config) | kwargs
+        settings = TIDEGenerationConfig.from_dict(values)
+        if settings.pad_token_id is None:
+            eos = settings.eos_token_id
+            settings.pad_token_id = (eos[0] if isinstance(eos, list) else eos) if eos is not None else 0
         if settings.mask_token_id is None:
             raise ValueError("generate needs a mask token: pass mask_token_id=tokenizer.mask_token_id.")
         return settings
+
+
+def _given(config: GenerationConfig | None) -> dict:
+    """What a generation config says; unset fields say nothing."""
+    return {} if config is None else {k: v for k, v in config.to_diff_dict().items() if v is not None}
 
 
 class _Canvas:
@@ -261,14 +286,19 @@ class _Decoder:
         for start in range(canvas.start, canvas.end, canvas.block_size):
             end = start + canvas.block_size
             self._denoise(start, end)
-            if self.streamer is not None:
-                first_new = max(start, int(canvas.lengths[0] + canvas.offset[0]))
-                self.streamer.put(canvas.ids[0, first_new:end].cpu())
             canvas.finish_rows(end)
+            if self.streamer is not None:
+                self.streamer.put(self._streamed(start, end))
             if end == canvas.end or bool(canvas.finished.all()):
                 break
             self._forward(start, end)
             self._commit(end)
+
+    def _streamed(self, start: int, end: int) -> torch.Tensor:
+        """The first row's answer tokens in the columns [start, end), as they will be returned."""
+        answer_start = int(self.canvas.lengths[0] + self.canvas.offset[0])
+        new_ids, num_new = self.canvas.generated()
+        return new_ids[0, max(start - answer_start, 0) : min(end - answer_start, int(num_new[0]))].cpu()
 
     def _denoise(self, start: int, end: int) -> None:
         """Reveals the masked positions of one block."""
@@ -287,12 +317,13 @@ class _Decoder:
             canvas.masked[:, start:end] &= ~reveal
             step += 1
             if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-                self.streamer.put_draft(canvas.ids[:1, start:end].cpu())
+                first_new = max(start, int(canvas.lengths[0] + canvas.offset[0]))
+                self.streamer.put_draft(canvas.ids[:1, first_new:end].cpu())
 
     def _propose(self, logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A token for each masked position and its probability under the model."""
         logits_NV[:, self.settings.mask_token_id] = -torch.inf
-        if self.settings.temperature:
+        if self.settings.temperature and self.settings.do_sample is not False:
             warped = self.warpers(None, logits_NV / self.settings.temperature)
             tokens = torch.multinomial(warped.softmax(-1), 1, generator=self.generator).squeeze(-1)
         else:

@@ -84,6 +84,11 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
             [`MaskedDiffusionOutput`]
         """
         if labels is not None:
+            if position_ids is not None or inputs_embeds is not None:
+                raise ValueError(
+                    "forward(labels=…) noises input_ids and counts positions itself; it takes neither position_ids "
+                    "(rows packed with several documents would attend across them) nor inputs_embeds."
+                )
             return self._denoise(input_ids, attention_mask, labels, num_items_in_batch, **kwargs)
         outputs = self.run_decoder(
             input_ids=input_ids,
@@ -108,11 +113,12 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
 
     def run_decoder(self, attention_mask=None, **kwargs):
         """The body without the head, a 4-D boolean mask put into the form its attention implementation honours."""
-        if (
-            isinstance(attention_mask, torch.Tensor)
-            and attention_mask.ndim == 4
-            and attention_mask.dtype == torch.bool
-        ):
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+            if attention_mask.dtype != torch.bool:
+                raise ValueError(
+                    "A 4-D attention_mask must be boolean, True where the query may attend; got "
+                    f"{attention_mask.dtype}, which attention implementations read in different ways."
+                )
             attention_mask = attention_mask_for(attention_mask, self.config._attn_implementation, self.dtype)
         return self.model(attention_mask=attention_mask, **kwargs)
 

@@ -1,0 +1,54 @@
+"""What the README says is run, and its numbers are those of the committed reports."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from tide_hf.demo.report import format_table
+from tide_hf.demo.sorting import build_tokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_blocks_run(tmp_path):
+    """Catches an example that no longer runs: all Python blocks, in order, in one process, after a stand-in for the
+    main job's checkpoints."""
+    for name, seed in (("teacher-seed0", 1), ("ce-seed0", 0)):
+        folder = tmp_path / "outputs" / "dense_teacher" / "runs" / name
+        tiny_model(seed, dtype=torch.float32).save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+    code = "\n".join(blocks("python"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "<assistant>" in done.stdout.splitlines()[-1]
+    assert (tmp_path / "outputs" / "mine" / "model.safetensors").exists()
+
+
+def test_library_example_has_ten_lines():
+    """Catches an interface that takes more than the README promises."""
+    assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 10
+
+
+@pytest.mark.parametrize("name", ["sorting", "python_stdlib"])
+def test_tables_are_those_of_the_reports(name):
+    """Catches a number in the README that no run measured."""
+    report = json.loads((ROOT / "recipes" / "reports" / f"{name}.json").read_text())
+    assert format_table(report) in README
+
+
+def test_ci_calls_the_test_command():
+    """Catches a CI that tests something else than the README tells people to run."""
+    command = next(block for block in blocks("bash") if "pytest" in block).strip()
+    script = (ROOT / ".ci" / "run").read_text()
+    assert command.removeprefix("python ").strip() in script
