@@ -179,11 +179,29 @@ def test_earlier_turn_quoted_later_is_not_found_in_the_quote():
     assert "why did you say" not in trained_text(columns, prepare.tokenizer)
 
 
-def test_reasoning_of_an_earlier_turn_is_counted_out():
-    """Catches a guess: where the template drops what the answer said, the row is dropped with the reason."""
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        (("Q", "<think>hm</think>one"), "<think>hm</think>one<|im_end|>\n"),
+        (("Q", "<think>a</think>one", "Q", "<think>b</think>two"), "one<|im_end|><think>b</think>two<|im_end|>\n"),
+        (("Q", "<think>a</think>one", "Q", "two"), "one<|im_end|><think>\n\n</think>\n\ntwo<|im_end|>\n"),
+    ],
+    ids=["last turn", "every turn", "earlier turn"],
+)
+def test_reasoning_is_trained_on_where_the_template_writes_it(contents, expected):
+    """Catches conversations with reasoning dropped, or trained on without it, for templates that treat it apart."""
     prepare = preparation(DROPS_REASONING, DROPS_REASONING)
-    with pytest.raises(RowSkipped, match=r"assistant message 1 differently.*generation"):
-        prepare.prepare(chat("Q", "<think>hm</think>one", "Q", "two"))
+    columns, _ = prepare.prepare(chat(*contents))
+    assert trained_text(columns, prepare.tokenizer) == expected
+
+
+def test_answer_that_cannot_be_located_is_counted_out():
+    """Catches a guess: where the template rewrites an earlier answer, the row is dropped with the reason."""
+    shouted = "{{ message.content if loop.last else message.content|upper }}"
+    template = CHATML.replace("{{ message.content }}", shouted)
+    prepare = preparation(template, template)
+    with pytest.raises(RowSkipped, match=r"assistant message 1 .*generation"):
+        prepare.prepare(chat("Q", "one", "Q", "two"))
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS.values(), ids=HARD_TEXTS.keys())

@@ -21,6 +21,7 @@ CHOICES = {
     "loss_normalization": ("token", "sequence", "batch"),
     "eos_fill": EOS_FILLS,
     "teacher_context": ("paper", "native"),
+    "teacher_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 # field -> (smallest, largest, whether the ends are allowed)
 RANGES = {

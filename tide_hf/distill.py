@@ -53,7 +53,7 @@ def parse_arguments(output_dir: str, command_line: list[str] | None = None) -> A
     parser = TrlParser((DistillArguments, TIDEConfig, ModelConfig, MixtureConfig))
     parser.set_defaults(output_dir=output_dir)
     parsed = parser.parse_args_and_config(command_line)
-    given = {flag[2:].split("=")[0] for flag in command_line if flag.startswith("--")}
+    given = {flag[2:].split("=")[0].replace("-", "_") for flag in command_line if flag.startswith("--")}
     return Arguments(*parsed, given=given)
 
 
@@ -66,8 +66,8 @@ def run_distillation(arguments: Arguments) -> TIDETrainer:
     evaluates = training.eval_strategy != "no"
     if evaluates and script.dataset_test_split not in rows:
         sys.exit(
-            f"--eval_strategy {training.eval_strategy} needs a {script.dataset_test_split!r} split, and the dataset "
-            f"has {', '.join(rows)}: set --dataset_test_split, or test_split_size in a mixture."
+            f"--eval_strategy {training.eval_strategy.value} needs a {script.dataset_test_split!r} split, and the "
+            f"dataset has {', '.join(rows)}: set --dataset_test_split, or test_split_size in a mixture."
         )
     training.model_init_kwargs = {
         "revision": model.model_revision,

@@ -19,7 +19,7 @@ class Answer:
 
     Args:
         start, end (`int`): the whole stretch, end-of-turn text included.
-        anchor (`int`): where the message's own content begins; `start` where the template writes it right away.
+        anchor (`int`): where the message's content, stripped of white space, begins; `start` if it is not found.
     """
 
     start: int
@@ -70,7 +70,8 @@ def render_chat(
     answers = []
     for index, (start, end) in zip(turns, spans, strict=True):
         if index >= first_trained:
-            anchor = text.find(messages[index]["content"], start, end)
+            # templates may strip the content: what both renderings have is anchored
+            anchor = text.find(messages[index]["content"].strip(), start, end)
             answers.append(Answer(start, end, start if anchor < 0 else anchor))
     return text, answers
 
@@ -78,9 +79,14 @@ def render_chat(
 def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
     """Character span of one assistant turn: from the generation prompt before it to its end-of-turn text.
 
-    The content is located by rendering the conversation once more with a stand-in for it: what stands before and
-    behind the stand-in stands before and behind the content.
+    Where the template treats a turn differently once more follows, the content is located by rendering the
+    conversation with a stand-in for it: what stands before and behind the stand-in stands before and behind the
+    content.
     """
+    before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+    through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+    if text.startswith(through) and through.startswith(before):
+        return len(before), len(through)
     stand_in = [*messages[:index], {**messages[index], "content": STAND_IN}, *messages[index + 1 :]]
     head, *tails = tokenizer.apply_chat_template(stand_in, tokenize=False).split(STAND_IN)
     if len(tails) != 1 or not (text.startswith(head) and text.endswith(tails[0])):
@@ -88,12 +94,6 @@ def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
             f"assistant message {index} cannot be located in the rendered text, because the template renders the rest "
             "differently with another content: use a template with {% generation %} markers."
         )
-    before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-    through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-    start = len(before) if head.startswith(before) else len(head)
-    end = len(text) - len(tails[0])
-    if text.startswith(through) and len(through) >= end:
-        return start, len(through)
-    # a template that treats a turn differently once more follows: the content and the EOS behind it
     eos = tokenizer.eos_token or ""
-    return start, end + len(eos) * text.startswith(eos, end)
+    end = len(text) - len(tails[0])
+    return len(before) if head.startswith(before) else len(head), end + len(eos) * text.startswith(eos, end)

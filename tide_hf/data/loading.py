@@ -54,13 +54,11 @@ class MixtureConfig(DatasetMixtureConfig):
 
 def load_mixture(mixture: MixtureConfig) -> DatasetDict:
     """Loads every part, keeps its conversations as `messages`, and joins them; `train`, and `test` where asked for."""
-    parts = [
-        as_messages(
-            load_rows(part.path, part.name, part.split, mixture.streaming, part.data_dir, part.data_files),
-            part.answer_contains,
-        )
-        for part in mixture.datasets
-    ]
+    parts = []
+    for part in mixture.datasets:
+        rows = load_rows(part.path, part.name, part.split, mixture.streaming, part.data_dir, part.data_files)
+        rows = rows if part.columns is None else rows.select_columns(part.columns)
+        parts.append(as_messages(rows, part.answer_contains))
     rows = concatenate_datasets(parts)
     if mixture.test_split_size is None:
         return DatasetDict(train=rows)
@@ -119,7 +117,7 @@ def as_messages(rows: Dataset, answer_contains: str | None = None) -> Dataset:
         )
     rows = rows.map(convert, remove_columns=rows.column_names, features=MESSAGES)
     if answer_contains is not None:
-        rows = rows.filter(lambda row: answer_contains in row["messages"][-1]["content"])
+        rows = rows.filter(lambda row: bool(row["messages"]) and answer_contains in row["messages"][-1]["content"])
     return rows
 
 

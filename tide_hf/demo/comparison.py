@@ -23,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 from ..config import TIDEConfig
 from ..models import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
 from ..trainer import TIDETrainer
-from .decoding import exact_match
+from .decoding import complete, exact_match
 
 NUM_WORKERS = 2
 EQUAL_TIME = "ce_equal_time"
+NUM_TIMED_PROMPTS = 64  # of a text task, decoded in one batch
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Task:
         max_length, block_size (`int`): tokens.
         teacher, student ([`Network`]): sizes and training.
         objectives (`dict`): row name -> TIDEConfig fields of the student's run.
+        training (`dict`): TIDEConfig fields of every run.
         noise_levels (`tuple[float, ...]`): diffusion times of the `"nll"` metric.
         curve_every (`int`): steps between points of the curve.
         num_completion_tokens (`int`): length of the completions that a text task prints.
@@ -82,6 +84,7 @@ class Task:
     teacher: Network
     student: Network
     objectives: dict[str, dict]
+    training: dict = field(default_factory=dict)
     noise_levels: tuple[float, ...] = ()
     curve_every: int = 100
     num_completion_tokens: int = 48
@@ -94,7 +97,7 @@ class RowResult:
     Args:
         value (`float` or `dict[str, float]`): exact match, or nats by diffusion time.
         train_seconds (`float`): CPU seconds of training on one thread, evaluation left out.
-        tokens_per_second (`float`): answer tokens decoded per CPU second, all held-out prompts in one batch.
+        tokens_per_second (`float`): answer tokens decoded per CPU second, held-out prompts in one batch.
         curve (`list`): `{"step", "loss", …}` as logged; with `"metric"` where it was measured.
         path (`str`): the saved checkpoint.
     """
@@ -199,6 +202,7 @@ def train_row(job: _Job) -> RowResult:
         disable_tqdm=True,
         use_cpu=True,
         seed=job.seed,
+        **task.training,
         **job.overrides,
     )
     teacher = None if args.preset == "ce" else str(job.output_dir / "runs" / f"teacher-seed{job.seed}")
@@ -219,9 +223,11 @@ def train_row(job: _Job) -> RowResult:
     trainer.train()
     trainer.save_model()
     model = AutoModelForCausalLM.from_pretrained(path)
-    match, tokens_per_second = exact_match(model, data.tokenizer, data.held_out_rows)
-    value = match
-    if task.metric == "nll":
+    if task.metric == "exact_match":
+        value, tokens_per_second = exact_match(model, data.tokenizer, data.held_out_rows)
+    else:
+        prompts = data.held_out_rows.select(range(min(NUM_TIMED_PROMPTS, len(data.held_out_rows))))
+        _, tokens_per_second = complete(model, data.tokenizer, prompts, task.num_completion_tokens)
         metrics = trainer.evaluate()
         value = {f"{t:g}": metrics[f"eval_nll_{t:g}"] for t in task.noise_levels}
     return RowResult(

@@ -13,7 +13,14 @@ from .sorting import build_tokenizer, held_out_rows, sorting_rows
 
 NUM_STUDENT_ROWS = 300
 WRONG_DIGITS = 0.2
-NUM_TEXT_STUDENT_ROWS = 2000
+# chosen on the validation modules of the standard library
+TEXT_VOCAB_SIZE, TEXT_CHARACTERS, NUM_TEXT_STUDENT_ROWS = 512, 240, 1000
+TEXT_TRAINING = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 20,
+    "adam_beta2": 0.98,
+    "train_sampling_strategy": "group_by_length",
+}
 
 # name -> TIDEConfig fields. TIDAL's weight is normalised, so that 1 means what it means for KL.
 OBJECTIVES = {
@@ -51,7 +58,7 @@ def sorting_task(steps: int = 600, num_held_out: int = 400) -> Task:
 
 def load_python_stdlib(seed: int, num_student_rows: int) -> TaskData:
     """All training functions for the teacher, the first of them for the student, test modules held out."""
-    splits = stdlib_datasets()
+    splits = stdlib_datasets(max_characters=TEXT_CHARACTERS)
     return _text_data(splits["train"], splits["test"], num_student_rows)
 
 
@@ -83,16 +90,21 @@ def _text_task(name: str, load) -> Task:
         metric="nll",
         max_length=128,
         block_size=16,
-        teacher=Network(hidden=128, layers=4, heads=4, steps=2000),
-        student=Network(hidden=64, layers=2, heads=4, steps=600),
-        objectives=OBJECTIVES,
+        teacher=Network(
+            hidden=128, layers=3, heads=4, steps=2500, batch_size=8, learning_rate=2e-3, weight_decay=0.01
+        ),
+        student=Network(hidden=96, layers=2, heads=4, steps=1000, batch_size=8, learning_rate=3e-3, weight_decay=0.01),
+        objectives={
+            name: fields if name == "ce" else {**fields, "temperature": 1.0} for name, fields in OBJECTIVES.items()
+        },
+        training=TEXT_TRAINING,
         noise_levels=(0.1, 0.3, 0.5, 0.7, 0.9),
     )
 
 
 def _text_data(train: Dataset, test: Dataset, num_student_rows: int) -> TaskData:
     return TaskData(
-        tokenizer=build_bpe_tokenizer(dataset_texts(train)),
+        tokenizer=build_bpe_tokenizer(dataset_texts(train), TEXT_VOCAB_SIZE),
         teacher_rows=train,
         student_rows=train.select(range(min(num_student_rows, len(train)))),
         held_out_rows=test,

@@ -3,6 +3,7 @@
 Without a network the libraries retry every item for half a minute or so; here the endpoint is asked once.
 """
 
+import queue
 import threading
 import urllib.error
 import urllib.request
@@ -46,25 +47,23 @@ def require_available(models: list[str], datasets: list[str]) -> None:
         )
 
 
-def endpoint_answers(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether a server answers at all within the time, name look-up included."""
-    answered = threading.Event()
+def endpoint_answers(endpoint: str, seconds: float | None = None) -> bool:
+    """Whether an HTTP server answers at all within `seconds` (`PROBE_SECONDS`), name look-up included."""
+    seconds = PROBE_SECONDS if seconds is None else seconds
+    answers = queue.Queue()
 
     def ask():
         try:
             urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
-        except urllib.error.HTTPError:
-            pass  # an answer all the same
-        except OSError:
-            finished.set()
-            return
-        answered.set()
-        finished.set()
+            answers.put(True)
+        except Exception as error:
+            answers.put(isinstance(error, urllib.error.HTTPError))  # 404 is an answer too
 
-    finished = threading.Event()
     threading.Thread(target=ask, daemon=True).start()
-    finished.wait(seconds)
-    return answered.is_set()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return False
 
 
 def _has_model(name: str) -> bool:
