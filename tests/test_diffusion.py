@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import references
 import torch
+from tiny import BLOCK, MASK, SHAPE
 
 from tide_hf.data import Noising, Side
 from tide_hf.diffusion import (
@@ -29,7 +30,6 @@ from tide_hf.models import (
     masked_probability,
 )
 
-MASK, VOCAB, BLOCK = 23, 24, 4
 SCHEDULES = ("linear", "cosine")
 TIMES = (1e-3, 0.01, 0.2, 0.5, 0.77, 0.999)
 
@@ -220,18 +220,7 @@ def test_block_visibility_of_padding_and_of_two_noised_copies():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = TIDEQwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        mask_token_id=MASK,
-        block_size=BLOCK,
-        initializer_range=0.3,  # attention must matter
-    )
+    config = TIDEQwen3Config(**SHAPE, mask_token_id=MASK, block_size=BLOCK)
     return TIDEQwen3ForBlockDiffusion(config).double().eval()
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny import BLOCK, MASK, SHAPE, VOCAB
 from transformers import AutoModelForCausalLM, GenerationConfig, TextDiffusionStreamer
 
 from tide_hf.demo.sorting import build_tokenizer
@@ -11,19 +12,7 @@ from tide_hf.diffusion import block_layout
 from tide_hf.models import TIDEGenerationConfig, TIDEQwen3Config, TIDEQwen3ForBlockDiffusion, block_visibility
 from tide_hf.models import generation_tide as generation
 
-MASK, EOS, PAD, VOCAB, BLOCK = 23, 22, 21, 24, 4
-# weights far from zero, so that a wrong mask or a wrong position shows
-SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-)
+EOS, PAD = 22, 21
 SETTINGS = [
     {},
     {"steps_per_block": 1},

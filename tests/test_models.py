@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
+from tiny import BLOCK, MASK, SHAPE, VOCAB
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,19 +31,6 @@ from tide_hf.models import (
     attention_mask_for,
 )
 
-MASK, VOCAB, BLOCK = 23, 24, 4
-# weights far from zero, so that a wrong mask or a wrong position shows
-SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-)
 AUTO_MODELS = (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
 IMPLEMENTATIONS = ("sdpa", "eager")
 

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from tiny import BLOCK, MASK, SHAPE, VOCAB
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tide_hf.diffusion import block_layout
@@ -20,19 +21,6 @@ from tide_hf.teachers import (
     resolve_mask_token_id,
 )
 
-MASK, VOCAB, BLOCK = 23, 24, 4
-# weights far from zero, so that a wrong mask or a wrong position shows
-SHAPE = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-)
 TEACHERS = {
     "block": (TIDEQwen3ForBlockDiffusion, TIDEQwen3Config, {"block_size": BLOCK}),
     "full": (TIDEQwen3ForBlockDiffusion, TIDEQwen3Config, {"objective": "full"}),

@@ -6,6 +6,20 @@ from tide_hf import TIDEConfig, TIDETrainer
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.models import MODELS, TIDEQwen3Config
 
+MASK, VOCAB, BLOCK = 23, 24, 4
+# a network without a tokenizer; weights far from zero, so that a wrong mask or a wrong position shows
+SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+)
+
 
 def tiny_model(seed: int = 0, hidden: int = 32, dtype=torch.float64, config_class=TIDEQwen3Config, **overrides):
     """A random two-layer network on the sorting vocabulary; float64, so that equal means equal."""
