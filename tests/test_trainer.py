@@ -229,6 +229,16 @@ def test_noise_differs_by_epoch_and_not_by_order(tmp_path):
     assert first["counts"].tolist() == backwards["counts"].tolist()
 
 
+def test_training_draws_new_noise_each_epoch(tmp_path, monkeypatch):
+    """Catches a run that keys its noise by a constant: sixteen rows, eight a step, two steps an epoch."""
+    trainer = tiny_trainer(tmp_path)
+    epochs = []
+    noise = trainer._noise
+    monkeypatch.setattr(trainer, "_noise", lambda batch, epoch: epochs.append(epoch) or noise(batch, epoch))
+    trainer.train()
+    assert epochs == [0, 0, 1, 1]
+
+
 # -- logs, evaluation, saving -----------------------------------------------------------------------------------------
 
 
@@ -308,6 +318,16 @@ def test_saving_holds_the_student_alone(tmp_path):
     assert loaded.generation_config.block_size == loaded.config.block_size == 4
     assert loaded.generation_config.mask_token_id == build_tokenizer().mask_token_id
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path).chat_template == build_tokenizer().chat_template
+
+
+def test_checkpoint_decodes_on_the_grid_it_was_trained_on(tmp_path):
+    """Catches a block size or mask token that reaches the step and not the saved generation settings."""
+    model = tiny_model(block_size=8, mask_token_id=None)
+    trainer = tiny_trainer(tmp_path, model=model, block_size=4)
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.block_size == loaded.generation_config.block_size == 4
+    assert loaded.config.mask_token_id == loaded.generation_config.mask_token_id == build_tokenizer().mask_token_id
 
 
 def test_adapter_trains_alone(tmp_path):
