@@ -69,6 +69,7 @@ class Task:
             token at `noise_levels`).
         max_length, block_size (`int`): tokens.
         teacher, student ([`Network`]): sizes and training.
+        num_student_rows (`int`): training rows of the student at most.
         objectives (`dict`): row name -> TIDEConfig fields of the student's run.
         training (`dict`): TIDEConfig fields of every run.
         noise_levels (`tuple[float, ...]`): diffusion times of the `"nll"` metric.
@@ -83,6 +84,7 @@ class Task:
     block_size: int
     teacher: Network
     student: Network
+    num_student_rows: int
     objectives: dict[str, dict]
     training: dict = field(default_factory=dict)
     noise_levels: tuple[float, ...] = ()

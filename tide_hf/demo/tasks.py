@@ -11,10 +11,9 @@ from .python_stdlib import build_tokenizer as build_bpe_tokenizer
 from .python_stdlib import dataset_texts, stdlib_datasets
 from .sorting import build_tokenizer, held_out_rows, sorting_rows
 
-NUM_STUDENT_ROWS = 300
 WRONG_DIGITS = 0.2
 # chosen on the validation modules of the standard library
-TEXT_VOCAB_SIZE, TEXT_CHARACTERS, NUM_TEXT_STUDENT_ROWS = 512, 240, 1000
+TEXT_VOCAB_SIZE, TEXT_CHARACTERS = 512, 240
 TEXT_TRAINING = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
@@ -31,27 +30,33 @@ OBJECTIVES = {
 }
 
 
-def load_sorting(seed: int, num_teacher_rows: int, num_held_out: int) -> TaskData:
+def load_sorting(seed: int, num_teacher_rows: int, num_student_rows: int, num_held_out: int) -> TaskData:
     """Clean rows for the teacher, few dirty rows for the student, held-out prompts that are in neither."""
     return TaskData(
         tokenizer=build_tokenizer(),
         teacher_rows=sorting_rows(num_teacher_rows, seed=2 * seed),
-        student_rows=sorting_rows(NUM_STUDENT_ROWS, seed=2 * seed + 1, wrong=WRONG_DIGITS),
+        student_rows=sorting_rows(num_student_rows, seed=2 * seed + 1, wrong=WRONG_DIGITS),
         held_out_rows=held_out_rows(num_held_out),
     )
 
 
-def sorting_task(steps: int = 600, num_held_out: int = 400) -> Task:
-    """Sort six digits: the student's 300 examples have 20 % wrong digits, the teacher's are clean."""
+def sorting_task(steps: int = 600, num_student_rows: int = 300, num_held_out: int = 400) -> Task:
+    """Sort six digits: the student's few examples have 20 % wrong digits, the teacher's are clean."""
     teacher = Network(hidden=64, layers=2, heads=4, steps=steps)
     return Task(
         name="sorting",
-        load=partial(load_sorting, num_teacher_rows=steps * teacher.batch_size, num_held_out=num_held_out),
+        load=partial(
+            load_sorting,
+            num_teacher_rows=steps * teacher.batch_size,
+            num_student_rows=num_student_rows,
+            num_held_out=num_held_out,
+        ),
         metric="exact_match",
         max_length=16,
         block_size=4,
         teacher=teacher,
         student=Network(hidden=48, layers=2, heads=4, steps=steps),
+        num_student_rows=num_student_rows,
         objectives=OBJECTIVES,
     )
 
@@ -73,20 +78,20 @@ def load_own_rows(seed: int, path: str, num_student_rows: int) -> TaskData:
     return _text_data(train, test, num_student_rows)
 
 
-def python_stdlib_task() -> Task:
+def python_stdlib_task(num_student_rows: int = 300) -> Task:
     """Write the body of a standard-library function from its signature and docstring."""
-    return _text_task("python_stdlib", partial(load_python_stdlib, num_student_rows=NUM_TEXT_STUDENT_ROWS))
+    return _text_task("python_stdlib", load_python_stdlib, num_student_rows)
 
 
-def rows_task(path: str) -> Task:
+def rows_task(path: str, num_student_rows: int = 300) -> Task:
     """The settings of [`python_stdlib_task`] on a user's own conversations."""
-    return _text_task(path, partial(load_own_rows, path=path, num_student_rows=NUM_TEXT_STUDENT_ROWS))
+    return _text_task(path, partial(load_own_rows, path=path), num_student_rows)
 
 
-def _text_task(name: str, load) -> Task:
+def _text_task(name: str, load, num_student_rows: int) -> Task:
     return Task(
         name=name,
-        load=load,
+        load=partial(load, num_student_rows=num_student_rows),
         metric="nll",
         max_length=128,
         block_size=16,
@@ -94,6 +99,7 @@ def _text_task(name: str, load) -> Task:
             hidden=128, layers=3, heads=4, steps=2500, batch_size=8, learning_rate=2e-3, weight_decay=0.01
         ),
         student=Network(hidden=96, layers=2, heads=4, steps=1000, batch_size=8, learning_rate=3e-3, weight_decay=0.01),
+        num_student_rows=num_student_rows,
         objectives={
             name: fields if name == "ce" else {**fields, "temperature": 1.0} for name, fields in OBJECTIVES.items()
         },
