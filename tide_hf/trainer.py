@@ -20,7 +20,7 @@ from .data import DistillationCollator, Noising, RowPreparation, Side, is_prepar
 from .diffusion import row_uniforms
 from .losses import denoising_loss, lambda_schedule
 from .models.masked_diffusion import block_visibility
-from .objective import resolve_objective
+from .objective import CHUNK_DIVERGENCES, resolve_objective
 from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 
 logger = logging.get_logger(__name__)
@@ -105,7 +105,7 @@ class TIDETrainer(Trainer):
         if peft_config is not None:
             model = _with_adapter(model, peft_config)
         self._term_sums: dict[str, torch.Tensor] = {}
-        self._terms_logged_at = 0
+        self._term_steps = 0  # optimizer steps since the terms were last logged
         super().__init__(
             model=model,
             args=args,
@@ -211,6 +211,7 @@ class TIDETrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of an optimizer step and makes their counts global."""
+        self._term_steps += 1
         epoch = int(self.state.epoch or 0)
         batches = [self._noise(batch, epoch) for batch in islice(epoch_iterator, num_batches)]
         counts = torch.zeros(4, dtype=torch.float64)
@@ -266,11 +267,10 @@ class TIDETrainer(Trainer):
         if "loss" in logs and self._term_sums:
             names = sorted(self._term_sums)
             sums = self.accelerator.reduce(torch.stack([self._term_sums[name] for name in names]), reduction="sum")
-            steps = max(self.state.global_step - self._terms_logged_at, 1)
-            logs |= {name: value / steps for name, value in zip(names, sums.tolist(), strict=True)}
+            logs |= {name: value / self._term_steps for name, value in zip(names, sums.tolist(), strict=True)}
             if self.objective.tidal:
                 logs["lambda"] = self._lambda_progress()
-            self._term_sums, self._terms_logged_at = {}, self.state.global_step
+            self._term_sums, self._term_steps = {}, 0
         super().log(logs, start_time)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class TIDETrainer(Trainer):
         trained, pairs, chunks, rows, ce, distill = totals[:6].tolist()
         objective = self.objective
         units = rows if objective.loss_normalization != "token" else trained
-        distilled = chunks if objective.divergence in ("calm", "reverse_calm", "bernoulli_reverse_kl") else pairs
+        distilled = chunks if objective.divergence in CHUNK_DIVERGENCES else pairs
         metrics = {"ce": ce / max(units, 1)}
         if self.teacher is not None:
             metrics["distill"] = distill / max(distilled, 1)

@@ -104,6 +104,11 @@ class Noising:
         }
         num_pairs = num_active = 0
         if self.teacher is not None:
+            if "teacher_input_ids" not in batch:
+                raise ValueError(
+                    "The rows have no teacher side: this dataset was prepared without a teacher tokenizer. Prepare it "
+                    "again with the teacher's, or give the trainer the raw rows."
+                )
             teacher_masks = self._teacher_masks(batch, masked, hit_BC, demo_BL)
             out |= self._teacher_inputs(batch, teacher_masks)
             out |= self._pairs(batch, layout.asked_position, out.pop("teacher_asked_position"), num_chunks)
