@@ -21,13 +21,10 @@ TEXT_TRAINING = {
     "train_sampling_strategy": "group_by_length",
 }
 
-# name -> TIDEConfig fields. TIDAL's weight is normalised, so that 1 means what it means for KL.
-OBJECTIVES = {
-    "ce": {"preset": "ce"},
-    "kl": {"preset": "kl"},
-    "kl_weight_3": {"preset": "kl", "distill_weight": 3.0},
-    "tide": {"preset": "tide-shared", "tidal_normalization": "expected"},
-}
+# name -> TIDEConfig fields; tide is normalised, so that its weight of 1 means what it means for KL, tide_raw the paper's
+BASELINES = {"ce": {"preset": "ce"}, "kl": {"preset": "kl"}, "kl_weight_3": {"preset": "kl", "distill_weight": 3.0}}
+TIDE_RAW = {"tide_raw": {"preset": "tide-shared"}}
+TIDE = {"tide": {"preset": "tide-shared", "tidal_normalization": "expected"}}
 
 
 def load_sorting(seed: int, num_teacher_rows: int, num_student_rows: int, num_held_out: int) -> TaskData:
@@ -57,7 +54,7 @@ def sorting_task(steps: int = 600, num_student_rows: int = 300, num_held_out: in
         teacher=teacher,
         student=Network(hidden=48, layers=2, heads=4, steps=steps),
         num_student_rows=num_student_rows,
-        objectives=OBJECTIVES,
+        objectives={**BASELINES, **TIDE_RAW, **TIDE},
     )
 
 
@@ -101,7 +98,8 @@ def _text_task(name: str, load, num_student_rows: int) -> Task:
         student=Network(hidden=96, layers=2, heads=4, steps=1000, batch_size=8, learning_rate=3e-3, weight_decay=0.01),
         num_student_rows=num_student_rows,
         objectives={
-            name: fields if name == "ce" else {**fields, "temperature": 1.0} for name, fields in OBJECTIVES.items()
+            name: fields if name == "ce" else {**fields, "temperature": 1.0}
+            for name, fields in {**BASELINES, **TIDE}.items()
         },
         training=TEXT_TRAINING,
         noise_levels=(0.1, 0.3, 0.5, 0.7, 0.9),
