@@ -21,7 +21,7 @@ TEXT_TRAINING = {
     "train_sampling_strategy": "group_by_length",
 }
 
-# name -> TIDEConfig fields; tide is normalised, so that its weight of 1 means what it means for KL, tide_raw the paper's
+# name -> TIDEConfig fields; tide_raw is the paper's, in tide a weight of 1 means what it means for KL
 BASELINES = {"ce": {"preset": "ce"}, "kl": {"preset": "kl"}, "kl_weight_3": {"preset": "kl", "distill_weight": 3.0}}
 TIDE_RAW = {"tide_raw": {"preset": "tide-shared"}}
 TIDE = {"tide": {"preset": "tide-shared", "tidal_normalization": "expected"}}
