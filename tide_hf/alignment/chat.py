@@ -20,11 +20,13 @@ class Answer:
     Args:
         start, end (`int`): the whole stretch, end-of-turn text included.
         anchor (`int`): where the message's content, stripped of white space, begins; `start` if it is not found.
+        anchored (`bool`): whether it was found, so that the text from there on is known to be the content.
     """
 
     start: int
     end: int
     anchor: int
+    anchored: bool = False
 
 
 def render_chat(
@@ -70,10 +72,27 @@ def render_chat(
     answers = []
     for index, (start, end) in zip(turns, spans, strict=True):
         if index >= first_trained:
-            # templates may strip the content: what both renderings have is anchored
-            anchor = text.find(messages[index]["content"].strip(), start, end)
-            answers.append(Answer(start, end, start if anchor < 0 else anchor))
+            anchor = _anchor(tokenizer, messages, index, text, start, end)
+            answers.append(Answer(start, end, start if anchor < 0 else anchor, anchor >= 0))
     return text, answers
+
+
+def _anchor(tokenizer, messages, index, text, start, end) -> int:
+    """Where the content begins within its turn, −1 if it is not there.
+
+    Templates may strip the content: what both renderings have is anchored. Where the turn has it more than once, in
+    the template's own words too ("think" in "<think>"), a stand-in shows which one it is.
+    """
+    content = messages[index]["content"].strip()
+    anchor = text.find(content, start, end)
+    if anchor < 0 or not content or text.find(content, anchor + 1, end) < 0:
+        return anchor
+    stand_in = [*messages[:index], {**messages[index], "content": STAND_IN}, *messages[index + 1 :]]
+    head = tokenizer.apply_chat_template(stand_in, tokenize=False).partition(STAND_IN)[0]
+    if not text.startswith(head):
+        return anchor
+    place = text.find(content, max(len(head), start), end)
+    return anchor if place < 0 else place
 
 
 def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
@@ -84,7 +103,8 @@ def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
     content.
     """
     before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-    through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+    last = index == len(messages) - 1
+    through = text if last else tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
     if text.startswith(through) and through.startswith(before):
         return len(before), len(through)
     stand_in = [*messages[:index], {**messages[index], "content": STAND_IN}, *messages[index + 1 :]]

@@ -3,17 +3,31 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..alignment import Answer, align_equal_tokens, answer_tokens, render_chat
+from ..alignment import (
+    Answer,
+    LocatedTokens,
+    TokenBytes,
+    align_chunks,
+    align_equal_tokens,
+    answer_tokens,
+    answers_in_bytes,
+    drop_cut_chunks,
+    render_chat,
+)
 
 logger = logging.get_logger(__name__)
 
 COLUMNS = ("row_id", "input_ids", "labels", "teacher_input_ids", "chunk_ids", "teacher_chunk_ids")
 EOS_FILLS = ("none", "block", "end")
-STATUS = "preparation_status"
+ALIGNMENTS = ("token", "chunk")
+STATUS, COVERAGE = "preparation_status", "preparation_coverage"
+# what COVERAGE holds for each row; names of fields of the report
+COVERAGE_COUNTS = ("num_trained_tokens", "num_aligned_tokens", "num_answer_bytes", "num_aligned_bytes")
 
 
 @dataclass
@@ -26,6 +40,8 @@ class PreparationReport:
         num_truncated (`int`): kept rows that were cut at `max_length`; their answers get no EOS fill.
         dropped (`dict[str, int]`): rows left out, by reason.
         num_trained_tokens, num_aligned_tokens (`int`): trained-on student tokens, and those in a chunk.
+        num_answer_bytes, num_aligned_bytes (`int`): bytes of the trained-on tokens without EOS fill, and of those in a
+            chunk.
     """
 
     num_rows: int = 0
@@ -34,12 +50,16 @@ class PreparationReport:
     dropped: dict[str, int] = field(default_factory=dict)
     num_trained_tokens: int = 0
     num_aligned_tokens: int = 0
+    num_answer_bytes: int = 0
+    num_aligned_bytes: int = 0
 
     def __str__(self) -> str:
         share = self.num_aligned_tokens / max(self.num_trained_tokens, 1)
+        byte_share = self.num_aligned_bytes / max(self.num_answer_bytes, 1)
         text = (
             f"{self.num_kept:,} of {self.num_rows:,} rows kept ({self.num_truncated:,} truncated), "
-            f"{self.num_trained_tokens:,} trained-on tokens, {share:.1%} of them aligned with the teacher"
+            f"{self.num_trained_tokens:,} trained-on tokens, {share:.1%} of them aligned with the teacher "
+            f"({byte_share:.1%} of {self.num_answer_bytes:,} answer bytes)"
         )
         reasons = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items())
         return f"{text}. {reasons}" if reasons else text
@@ -50,16 +70,31 @@ class RowSkipped(ValueError):
 
 
 @dataclass(frozen=True)
+class _Side:
+    """One row by one tokenizer: token ids, range of each token, answers in the same unit; bytes for chunks."""
+
+    ids: list[int]
+    spans: np.ndarray
+    answers: list[Answer]
+    located: LocatedTokens | None = None
+
+
+@dataclass(frozen=True)
 class RowPreparation:
     """Turns one raw row into token columns; a callable for `Dataset.map`.
 
     Args:
-        tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): fast tokenizers of one shared vocabulary; each brings
-            its own chat template. The teacher's may be None (no distillation).
+        tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): fast tokenizers; each brings its own chat template.
+            The teacher's may be None (no distillation).
         max_length, teacher_max_length (`int`): tokens a row may have on each side.
         block_size (`int`): tokens per block, for `eos_fill="block"`.
         eos_fill (`str`): what follows the end of the last answer: `"none"`; `"block"`, EOS to the end of its block;
             `"end"`, EOS to `max_length`. Fill is trained on.
+        alignment (`str`): `"token"`, one shared tokenizer: equal tokens pair; `"chunk"`, two tokenizers: spans of
+            equal bytes do, and fill, which each side has of its own, does not.
+
+    Raises:
+        ValueError: for an unknown alignment, a fill without an EOS token, and tokenizers that are not fast.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,15 +103,29 @@ class RowPreparation:
     teacher_max_length: int
     block_size: int
     eos_fill: str = "block"
+    alignment: str = "token"
+
+    def __post_init__(self):
+        if self.alignment not in ALIGNMENTS:
+            raise ValueError(f"alignment is {self.alignment!r}; expected one of {', '.join(ALIGNMENTS)}.")
+        if self.eos_fill != "none" and self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"eos_fill={self.eos_fill!r} fills with EOS, which the student's tokenizer does not have: set "
+                "tokenizer.eos_token, or eos_fill='none'."
+            )
+        object.__setattr__(self, "_bytes", TokenBytes.of(self.tokenizer))
+        across = self.teacher_tokenizer is not None and self.alignment == "chunk"
+        object.__setattr__(self, "_teacher_bytes", TokenBytes.of(self.teacher_tokenizer) if across else None)
 
     def __call__(self, row: dict, index: int) -> dict:
-        """Columns of [`COLUMNS`] plus the row's status: "kept", "truncated", or why it is dropped."""
+        """Columns of [`COLUMNS`], the row's status ("kept", "truncated", or why it is dropped) and its coverage."""
         row_id = row.get("row_id", index)
         try:
-            columns, truncated = self.prepare(row)
+            columns, truncated, coverage = self._prepare(row)
         except RowSkipped as reason:
-            return {"row_id": row_id, **{name: [] for name in COLUMNS[1:]}, STATUS: str(reason)}
-        return {"row_id": row_id, **columns, STATUS: "truncated" if truncated else "kept"}
+            empty = {name: [] for name in COLUMNS[1:]}
+            return {"row_id": row_id, **empty, STATUS: str(reason), COVERAGE: [0] * len(COVERAGE_COUNTS)}
+        return {"row_id": row_id, **columns, STATUS: "truncated" if truncated else "kept", COVERAGE: coverage}
 
     def prepare(self, row: dict) -> tuple[dict[str, list[int]], bool]:
         """Token columns of one row, and whether the student's side was cut.
@@ -84,58 +133,92 @@ class RowPreparation:
         Raises:
             RowSkipped: for a row that cannot train.
         """
-        ids, offsets, answers = self._tokenize(row, self.tokenizer)
-        if self.teacher_tokenizer is None:
-            teacher_ids, chunks, teacher_chunks = [], [-1] * len(ids), []
-        else:
-            teacher_ids, teacher_offsets, teacher_answers = self._tokenize(row, self.teacher_tokenizer)
-            chunks, teacher_chunks = align_equal_tokens(
-                ids, offsets, answers, teacher_ids, teacher_offsets, teacher_answers
-            )
-        trained = {index for tokens in answer_tokens(offsets, answers) for index in tokens}
-        labels = [token if index in trained else -100 for index, token in enumerate(ids)]
+        return self._prepare(row)[:2]
+
+    def _prepare(self, row: dict) -> tuple[dict[str, list[int]], bool, list[int]]:
+        """Token columns, whether the student's side was cut, and the numbers of [`COVERAGE_COUNTS`]."""
+        student = self._tokenize(row, self.tokenizer, self._bytes)
+        teacher = None
+        if self.teacher_tokenizer is not None:
+            teacher = self._tokenize(row, self.teacher_tokenizer, self._teacher_bytes)
+        chunks, teacher_chunks = self._align(student, teacher)
+        ids = np.array(student.ids)
+        labels = np.full(len(ids), -100)
+        for first, behind in answer_tokens(student.spans, student.answers):
+            labels[first:behind] = ids[first:behind]
+        if (labels == -100).all():
+            raise RowSkipped("no answer")
         truncated = len(ids) > self.max_length
-        if not truncated:
-            self._fill(ids, labels, chunks, teacher_ids, teacher_chunks)
-        ids, labels, chunks = ids[: self.max_length], labels[: self.max_length], chunks[: self.max_length]
-        if all(label == -100 for label in labels):
-            raise RowSkipped(f"no answer token within max_length={self.max_length}" if trained else "no answer")
-        teacher_ids = teacher_ids[: self.teacher_max_length]
-        teacher_chunks = teacher_chunks[: self.teacher_max_length]
-        # a chunk that lost its partner to a cut is dropped on both sides
-        both = set(chunks) & set(teacher_chunks)
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        trained = labels != -100
+        if not trained.any():
+            raise RowSkipped(f"no answer token within max_length={self.max_length}")
+        chunks, teacher_chunks = drop_cut_chunks(chunks, self.max_length, teacher_chunks, self.teacher_max_length)
+        nbytes = self._bytes.nbytes[ids]
+        covered = nbytes[trained].sum(), nbytes[chunks >= 0].sum()
         columns = {
             "input_ids": ids,
             "labels": labels,
-            "teacher_input_ids": teacher_ids,
-            "chunk_ids": [chunk if chunk in both else -1 for chunk in chunks],
-            "teacher_chunk_ids": [chunk if chunk in both else -1 for chunk in teacher_chunks],
+            "teacher_input_ids": np.array(teacher.ids if teacher else [], dtype=np.int64)[: self.teacher_max_length],
+            "chunk_ids": chunks,
+            "teacher_chunk_ids": teacher_chunks,
         }
-        return columns, truncated
+        if not truncated and trained[-1] and self.eos_fill != "none":
+            teacher_truncated = teacher is not None and len(teacher.ids) > self.teacher_max_length
+            columns = self._fill(columns, teacher is not None and not teacher_truncated)
+        coverage = [np.count_nonzero(columns["labels"] != -100), np.count_nonzero(columns["chunk_ids"] >= 0), *covered]
+        return {name: column.tolist() for name, column in columns.items()}, truncated, [int(n) for n in coverage]
 
-    def _fill(self, ids, labels, chunks, teacher_ids, teacher_chunks) -> None:
-        """Appends trained-on EOS tokens in place on both sides, the k-th paired with the k-th."""
-        if self.eos_fill == "none" or labels[-1] == -100:
-            return
-        next_chunk = max(chunks, default=-1) + 1
-        for side_ids, side_chunks, limit in (
-            (ids, chunks, self.max_length),
-            (teacher_ids, teacher_chunks, self.teacher_max_length),
-        ):
-            if not side_ids:
-                continue
-            missing = -len(side_ids) % self.block_size if self.eos_fill == "block" else limit - len(side_ids)
-            side_ids += [self.tokenizer.eos_token_id] * missing
-            side_chunks += list(range(next_chunk, next_chunk + missing))
-        labels += ids[len(labels) :]
+    def _align(self, student: "_Side", teacher: "_Side | None") -> tuple[np.ndarray, np.ndarray]:
+        """Chunk numbers of both sides, before any cut and fill."""
+        if teacher is None:
+            return np.full(len(student.ids), -1), np.zeros(0, dtype=np.int64)
+        if self.alignment == "chunk":
+            return align_chunks(student.located, student.answers, teacher.located, teacher.answers)
+        return align_equal_tokens(
+            student.ids, student.spans, student.answers, teacher.ids, teacher.spans, teacher.answers
+        )
 
-    def _tokenize(self, row: dict, tokenizer) -> tuple[list[int], list[tuple[int, int]], list[Answer]]:
-        """Ids, character offsets and answers of one row by one tokenizer."""
+    def _fill(self, columns: dict[str, np.ndarray], fill_teacher: bool) -> dict[str, np.ndarray]:
+        """Appends trained-on EOS tokens, each side its own; those of a shared tokenizer pair in order."""
+        shared = self.alignment == "token"
+        eos = self.tokenizer.eos_token_id
+        teacher_eos = eos if shared or not fill_teacher else self.teacher_tokenizer.eos_token_id
+        missing = self._missing(len(columns["input_ids"]), self.max_length)
+        teacher_missing = 0
+        if fill_teacher and teacher_eos is not None:
+            teacher_missing = self._missing(len(columns["teacher_input_ids"]), self.teacher_max_length)
+        pairs = min(missing, teacher_missing) if shared else 0
+        numbers = np.full(max(missing, teacher_missing), -1)
+        numbers[:pairs] = columns["chunk_ids"].max(initial=-1) + 1 + np.arange(pairs)
+        added = {
+            "input_ids": np.full(missing, eos),
+            "labels": np.full(missing, eos),
+            "teacher_input_ids": np.full(teacher_missing, teacher_eos if teacher_missing else 0),
+            "chunk_ids": numbers[:missing],
+            "teacher_chunk_ids": numbers[:teacher_missing],
+        }
+        return {name: np.concatenate([column, added[name]]) for name, column in columns.items()}
+
+    def _missing(self, length: int, limit: int) -> int:
+        """Fill tokens behind a row of `length` tokens that may have `limit`."""
+        room = limit - length
+        return room if self.eos_fill == "end" else min(-length % self.block_size, room)
+
+    def _tokenize(self, row: dict, tokenizer, token_bytes: TokenBytes | None) -> "_Side":
+        """One row rendered and tokenised by one tokenizer."""
         text, answers = self._render(row, tokenizer)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if not encoded["input_ids"]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowSkipped("text that is not Unicode (half of a surrogate pair)") from error
+        encoding = tokenizer(text, add_special_tokens=False, return_attention_mask=False).encodings[0]
+        if not encoding.ids:
             raise RowSkipped("empty row")
-        return encoded["input_ids"], encoded["offset_mapping"], answers
+        if self.alignment == "token" or token_bytes is None:
+            return _Side(encoding.ids, np.array(encoding.offsets, dtype=np.int64), answers)
+        located, positions = token_bytes.locate(text, encoding)
+        return _Side(encoding.ids, located.spans, answers_in_bytes(answers, positions), located)
 
     def _render(self, row: dict, tokenizer) -> tuple[str, list[Answer]]:
         """Text and answers of a row of `messages`, `prompt` + `completion`, or `text`."""
@@ -148,10 +231,10 @@ class RowPreparation:
                 return self._render_messages([*prompt, *completion], tokenizer, first_trained=len(prompt))
             prompt = prompt or ""
             text = prompt + completion + (tokenizer.eos_token or "")
-            return text, [Answer(len(prompt), len(text), len(prompt))]
+            return text, [Answer(len(prompt), len(text), len(prompt), anchored=True)]
         if row.get("text") is not None:
             text = row["text"] + (tokenizer.eos_token or "")
-            return text, [Answer(0, len(text), 0)]
+            return text, [Answer(0, len(text), 0, anchored=True)]
         raise RowSkipped("no messages, completion or text in the row")
 
     def _render_messages(self, messages, tokenizer, first_trained: int = 0):
@@ -199,7 +282,7 @@ def prepare_dataset(
     removed = [name for name in names or [] if name not in COLUMNS]
     if isinstance(dataset, IterableDataset):
         prepared = dataset.map(preparation, with_indices=True, remove_columns=removed)
-        return prepared.filter(_keep_and_log, input_columns=[STATUS]).remove_columns([STATUS]), None
+        return prepared.filter(_keep_and_log, input_columns=[STATUS]).remove_columns([STATUS, COVERAGE]), None
     prepared = dataset.map(
         preparation, with_indices=True, remove_columns=removed, num_proc=num_proc, desc="Preparing rows"
     )
@@ -213,10 +296,11 @@ def prepare_dataset(
     )
     if not kept:
         raise ValueError(f"No row is left to train on: {report}")
-    prepared = prepared.select(kept).remove_columns([STATUS])
-    for batch in prepared.select_columns(["labels", "chunk_ids"]).iter(1000):
-        report.num_trained_tokens += sum(label != -100 for labels in batch["labels"] for label in labels)
-        report.num_aligned_tokens += sum(chunk >= 0 for chunks in batch["chunk_ids"] for chunk in chunks)
+    prepared = prepared.select(kept)
+    for batch in prepared.select_columns([COVERAGE]).iter(1000):
+        for name, count in zip(COVERAGE_COUNTS, np.sum(batch[COVERAGE], axis=0), strict=True):
+            setattr(report, name, getattr(report, name) + int(count))
+    prepared = prepared.remove_columns([STATUS, COVERAGE])
     logger.info(f"Prepared dataset: {report}")
     return prepared, report
 

@@ -1,0 +1,174 @@
+"""Which bytes each token stands for, and where they lie in the tokenised text.
+
+The bytes come from the tokenizer's own alphabet, the places from the bytes where they spell the text exactly, else
+from the character offsets. A wrong reading of a vocabulary costs coverage, never correctness: chunks compare bytes.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from .chat import Answer
+
+
+@dataclass(frozen=True)
+class LocatedTokens:
+    """The tokens of one text.
+
+    Args:
+        spans (`np.ndarray` of shape `(n, 2)`): byte range of each token in the text's UTF-8, half-open, in text order;
+            a token that stands for part of a character may have the whole character.
+        nbytes (`np.ndarray` of shape `(n,)`): bytes of the token itself.
+        stream (`bytes`): the tokens' own bytes, joined.
+        text (`bytes`): the text's UTF-8.
+        exact (`bool`): whether the two are the same and no token is empty, so that the spans are exact.
+    """
+
+    spans: np.ndarray
+    nbytes: np.ndarray
+    stream: bytes
+    text: bytes
+    exact: bool
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """The bytes of each id of a vocabulary.
+
+    Args:
+        pieces (`tuple[bytes, ...]`): by id; empty for ids without a token.
+        nbytes (`np.ndarray` of shape `(V,)`): their lengths.
+    """
+
+    pieces: tuple[bytes, ...]
+    nbytes: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenBytes":
+        """Reads the vocabulary of a fast tokenizer: byte-level BPE, SentencePiece, WordPiece, or plain text.
+
+        Raises:
+            ValueError: for a tokenizer without a Rust backend, which gives neither bytes nor offsets.
+        """
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} of {tokenizer.name_or_path or 'unknown origin'} is a slow tokenizer, "
+                "which says neither the bytes nor the place of its tokens: load its fast version "
+                "(AutoTokenizer.from_pretrained(..., use_fast=True)), or convert it to a tokenizer.json."
+            )
+        vocabulary = tokenizer.get_vocab()
+        read = _reader(tokenizer.backend_tokenizer)
+        pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        for token, index in vocabulary.items():
+            pieces[index] = read(token)
+        for index, token in tokenizer.added_tokens_decoder.items():
+            pieces[index] = token.content.encode()
+        return cls(tuple(pieces), np.fromiter(map(len, pieces), np.int64, len(pieces)))
+
+    def locate(self, text: str, encoding: Encoding) -> tuple[LocatedTokens, np.ndarray | None]:
+        """Finds the tokens of a tokenised text, in bytes.
+
+        Args:
+            text (`str`): what was tokenised.
+            encoding (`tokenizers.Encoding`): its tokens; their offsets are read only where they are needed.
+
+        Returns:
+            the tokens, and [`byte_positions`] of the text.
+
+        Raises:
+            ValueError: for a token that was added to the tokenizer after this table was made.
+        """
+        ids, data, positions = encoding.ids, text.encode(), byte_positions(text)
+        try:
+            stream = b"".join(map(self.pieces.__getitem__, ids))
+        except IndexError:
+            raise ValueError(
+                f"token id {max(ids)} lies outside the {len(self.pieces)} ids known: tokens were added to the "
+                "tokenizer after it was given to the preparation; add them before."
+            ) from None
+        nbytes = self.nbytes[np.array(ids, dtype=np.int64)]
+        if stream == data and nbytes.all():
+            ends = nbytes.cumsum()
+            return LocatedTokens(np.stack([ends - nbytes, ends], 1), nbytes, stream, data, True), positions
+        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        if positions is not None:
+            spans = positions[spans]
+        return LocatedTokens(spans, nbytes, stream, data, False), positions
+
+
+def byte_positions(text: str) -> np.ndarray | None:
+    """Where each character of a text begins in its UTF-8, shape `(characters + 1,)`; None if all take one byte."""
+    if text.isascii():
+        return None
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points > 0x7F) + (points > 0x7FF).astype(np.int64) + (points > 0xFFFF)
+    return np.concatenate([[0], widths.cumsum()])
+
+
+def answers_in_bytes(answers: Sequence[Answer], positions: np.ndarray | None) -> list[Answer]:
+    """The same answers with byte instead of character positions; `positions` of [`byte_positions`]."""
+    if positions is None:
+        return list(answers)
+    places = [(int(positions[answer.start]), int(positions[answer.end])) for answer in answers]
+    return [
+        Answer(start, end, int(positions[answer.anchor]), answer.anchored)
+        for answer, (start, end) in zip(answers, places, strict=True)
+    ]
+
+
+def _byte_alphabet() -> dict[int, int]:
+    """Code point -> byte of the byte-level alphabet: printable Latin-1 is itself, the rest follows from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: byte for byte in printable} | {0x100 + index: byte for index, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+
+
+def _reader(backend):
+    """The function from a vocabulary entry to its bytes, by the parts the tokenizer is made of."""
+    parts = [*_parts(backend.decoder), *_parts(backend.pre_tokenizer), *_parts(backend.normalizer)]
+    kinds = {part["type"] for part in parts}
+    if "ByteLevel" in kinds:
+        return _byte_level
+    spaces = {part["replacement"] for part in parts if part["type"] == "Metaspace"}
+    if any(part["type"] == "Replace" and "▁" in json.dumps(part, ensure_ascii=False) for part in parts):
+        spaces.add("▁")
+    prefix = getattr(backend.model, "continuing_subword_prefix", None) or ""
+    suffix = getattr(backend.model, "end_of_word_suffix", None) or ""
+    byte_fallback = "ByteFallback" in kinds or bool(getattr(backend.model, "byte_fallback", False))
+
+    def read(token: str) -> bytes:
+        if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        for space in spaces:
+            token = token.replace(space, " ")
+        return token.removeprefix(prefix).removesuffix(suffix).encode()
+
+    return read
+
+
+def _byte_level(token: str) -> bytes:
+    """Bytes of an entry in the byte-level alphabet."""
+    try:
+        return token.translate(BYTE_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
+
+
+def _parts(component) -> list[dict]:
+    """The settings of a normalizer, pre-tokenizer or decoder, those inside sequences included."""
+    found, queue = [], [] if component is None else [json.loads(component.__getstate__())]
+    while queue:
+        part = queue.pop()
+        if not isinstance(part, dict):
+            continue
+        found.append(part)
+        for name in ("normalizers", "pretokenizers", "decoders"):
+            queue += part.get(name, [])
+    return found
