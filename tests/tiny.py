@@ -66,6 +66,5 @@ def tiny_trainer(output_dir, rows=None, model=None, teacher=None, trainer_kwargs
         teacher=teacher,
         args=TIDEConfig(**values),
         train_dataset=sorting_rows(16, seed=3, wrong=0.3) if rows is None else rows,
-        processing_class=build_tokenizer(),
-        **(trainer_kwargs or {}),
+        **{"processing_class": build_tokenizer(), **(trainer_kwargs or {})},
     )

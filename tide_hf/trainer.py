@@ -95,6 +95,7 @@ class TIDETrainer(Trainer):
             teacher_max_length=args.teacher_max_length or args.max_length,
             block_size=model.config.block_size,
             eos_fill=args.eos_fill,
+            alignment=alignment,
         )
         self.preparation_reports = {}
         train_dataset = self._prepare("train", train_dataset, args)
@@ -109,7 +110,9 @@ class TIDETrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=DistillationCollator(pad_token_id=_pad_token_id(processing_class)),
+            data_collator=DistillationCollator(
+                _pad_token_id(processing_class), _pad_token_id(teacher_processing_class)
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -152,11 +155,6 @@ class TIDETrainer(Trainer):
             return None
         if teacher is None:
             raise ValueError(f"preset={args.preset!r} distils and needs a teacher; preset='ce' trains without one.")
-        if self.objective.alignment == "chunk":
-            raise ValueError(
-                "Teacher and student have different tokenizers; training across tokenizers is not available yet. Use "
-                "a teacher that shares the student's vocabulary."
-            )
         if isinstance(teacher, str):
             teacher = load_teacher(
                 teacher,

@@ -1,11 +1,12 @@
 """The embedded task: sort six digits. A clean teacher, and a small, dirty fine-tuning set for the student."""
 
 import random
+from collections.abc import Sequence
 
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
@@ -19,11 +20,19 @@ CHAT_TEMPLATE = (
 HELD_OUT_SEED = 20_260_429  # the held-out prompts are the same in every run and in no training set
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of one digit per token, with mask token, offsets and a `{% generation %}` template."""
-    vocab = {token: index for index, token in enumerate((*"0123456789", *SPECIAL_TOKENS))}
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
+def build_tokenizer(merged_pairs: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of digits, with mask token, offsets and a `{% generation %}` template.
+
+    Args:
+        merged_pairs (`Sequence[str]`): pairs of digits that are one token, in order of precedence; none makes every
+            digit a token, whose ids then start with the digits.
+    """
+    vocab = {token: index for index, token in enumerate((*"0123456789", *SPECIAL_TOKENS, *merged_pairs))}
+    if merged_pairs:
+        tokenizer = Tokenizer(BPE(vocab, [tuple(pair) for pair in merged_pairs], unk_token="<pad>"))
+    else:
+        tokenizer = Tokenizer(WordLevel(vocab, unk_token="<pad>"))
+        tokenizer.pre_tokenizer = Split("", "isolated")
     tokenizer.decoder = Fuse()
     return with_special_tokens(tokenizer)
 

@@ -1,0 +1,96 @@
+"""The step across two tokenizers against a straightforward one: chunk completion, pairing, CompDemo over chunks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_trainer import naive_logits
+from tiny import tiny_model, tiny_trainer
+from torch.testing import assert_close
+
+from tide_hf.demo.sorting import build_tokenizer
+from tide_hf.diffusion import row_uniforms
+
+PAIRS = ("12", "34", "56", "78", "89", "01")
+LOW, HIGH = 1e-7, 1 - 2.0**-23
+TEMPERATURE = 2.0
+
+
+def clipped(probability: torch.Tensor) -> torch.Tensor:
+    return probability.clamp(LOW, HIGH)
+
+
+def chunk_loss(preset: str, p_s, p_t, t: float, lam: float):
+    """One chunk's term, from the equations."""
+    if preset == "calm":
+        return -(p_t * p_s.log() + (1 - p_t) * (1 - p_s).log())
+    if preset == "tide-cross":
+        return -(p_s * p_t.log() + (1 - p_s) * (1 - p_t).log())
+    strength = lam * (1 - t)
+    q = clipped(((1 - strength) * p_s + strength * p_t).detach())
+    return math.exp(-((t - 0.5) ** 2) / (2 * 0.15**2)) * -(q * p_s.log() + (1 - q) * (1 - p_s).log())
+
+
+@pytest.mark.parametrize("preset", ["calm", "tide-cross", "tide-shared"])
+@pytest.mark.parametrize("merged", ["student", "teacher"])
+def test_chunk_step_equals_a_straightforward_one(tmp_path, preset, merged):
+    """Catches chunks masked on one side only, paired with another chunk, or counted by tokens: loss and gradient of a
+    whole step against loops over rows and chunks, full-length inputs and two teacher passes."""
+    pairs, digits = build_tokenizer(PAIRS), build_tokenizer()
+    tokenizers = (pairs, digits) if merged == "student" else (digits, pairs)
+    student = tiny_model(0, vocab_size=len(tokenizers[0]))
+    teacher = tiny_model(1, hidden=48, vocab_size=len(tokenizers[1]))
+    trainer = tiny_trainer(
+        tmp_path,
+        model=student,
+        teacher=teacher,
+        preset=preset,
+        max_steps=1,
+        trainer_kwargs={"processing_class": tokenizers[0], "teacher_processing_class": tokenizers[1]},
+    )
+    rows = [trainer.train_dataset[index] for index in range(8)]
+    assert any(row["chunk_ids"].count(c) != row["teacher_chunk_ids"].count(c) for row in rows for c in range(4))
+    trainer.state.max_steps, trainer.state.global_step, trainer.state.epoch = 10, 3, 0.0
+    (noised,), _ = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, torch.device("cpu"))
+    student.zero_grad()
+    loss = trainer.compute_loss(student, noised)
+    loss.backward()
+    got = {name: value.grad.clone() for name, value in student.named_parameters()}
+
+    lam = 0.1 + 0.8 * 0.5 * (1 - math.cos(math.pi * 0.3))
+    mask_id = student.config.mask_token_id
+    ce_terms, chunk_terms, num_trained = [], [], 0
+    student.zero_grad()
+    for row in rows:
+        clean, labels, chunk = (torch.tensor(row[name]) for name in ("input_ids", "labels", "chunk_ids"))
+        teacher_clean = torch.tensor(row["teacher_input_ids"])
+        teacher_chunk = torch.tensor(row["teacher_chunk_ids"])
+        u_time, u_mask, u_demo = row_uniforms(
+            trainer.args.seed, 0, [row["row_id"]], max(len(r["labels"]) for r in rows)
+        )
+        t = float(1e-3 + (1 - 1e-3) * u_time[0])
+        masked = (u_mask[0][: len(clean)] < t) & (labels != -100)
+        hit = sorted({int(c) for c in chunk[masked] if c >= 0})
+        for c in hit:
+            masked |= (chunk == c) & (labels != -100)
+        num_trained += int((labels != -100).sum())
+        z = naive_logits(student, torch.where(masked, mask_id, clean), clean, 4)
+        log_p = F.log_softmax(z, -1).gather(-1, clean[:, None]).squeeze(-1)
+        ce_terms += [-log_p[i] / t for i in masked.nonzero().flatten()]
+        part_a = {c for c in hit if preset == "tide-shared" and u_demo[0][c] < 0.5}
+        for part in (part_a, set(hit) - part_a):
+            hidden = torch.tensor([int(c) in part for c in teacher_chunk])
+            with torch.no_grad():
+                z_t = naive_logits(teacher, torch.where(hidden, mask_id, teacher_clean), teacher_clean, 4)
+            log_q = F.log_softmax(z_t, -1).gather(-1, teacher_clean[:, None]).squeeze(-1)
+            for c in part:
+                p_s = clipped((log_p[chunk == c].sum() / TEMPERATURE).exp())
+                p_t = clipped((log_q[teacher_chunk == c].sum() / TEMPERATURE).exp())
+                chunk_terms.append(chunk_loss(preset, p_s, p_t, t, lam))
+    assert chunk_terms
+    expected = sum(ce_terms) / num_trained + sum(chunk_terms) / len(chunk_terms)
+    expected.backward()
+    assert_close(loss.detach(), expected.detach(), rtol=1e-6, atol=0)
+    for name, value in student.named_parameters():
+        assert_close(got[name], value.grad, rtol=1e-4, atol=1e-6 * float(value.grad.abs().max()), msg=name)
