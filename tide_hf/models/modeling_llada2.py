@@ -71,10 +71,13 @@ class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
 
     config_class = LLaDA2MoeConfig
     config: LLaDA2MoeConfig
-    # the base drops keys of layers 46 and 92, its own extra ones, without a word
-    _keys_to_ignore_on_load_unexpected = None
     # transformers looks for the experts in the source of this module, and they are in the base's
     _can_set_experts_implementation_cached_value = True
+
+    def __init__(self, config: LLaDA2MoeConfig):
+        super().__init__(config)
+        # the base's body drops keys of layers 46 and 92, its own extra ones, without a word
+        self._keys_to_ignore_on_load_unexpected = set()
 
 
 register_key_layout(

@@ -4,7 +4,7 @@ This file travels with checkpoints: it imports transformers alone.
 """
 
 from dataclasses import fields
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
@@ -24,15 +24,13 @@ class PublishedConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """A `null` means the default where the field's type has no None, and the attention that the file asks for
-        (its own machine's) gives way to the user's."""
-        typed = {field.name for field in fields(cls) if type(None) not in get_args(field.type)}
-        # fields of the base of all configurations carry their types as text
-        typed -= {field.name for field in fields(cls) if isinstance(field.type, str) and "None" in field.type}
+        """Drops each `null` that the base class would take for a value, and the attention implementation that the
+        file asks for (its authors' machine's), which gives way to the user's."""
+        nullable = {field.name for field in fields(cls) if "None" in str(field.type)}
         given = {
             name: value
             for name, value in config_dict.items()
-            if not (value is None and name in typed) and name not in ("model_type", "attn_implementation")
+            if (value is not None or name in nullable) and name not in ("model_type", "attn_implementation")
         }
         return super().from_dict(given, **kwargs)
 
