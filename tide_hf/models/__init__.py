@@ -3,7 +3,14 @@
 Every file here imports its siblings, torch and transformers alone, because it travels with pushed checkpoints.
 """
 
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 
 from .configuration_tide import A2DQwen3Config, TIDEQwen3Config
 from .generation_tide import BlockDiffusionOutput, TIDEGenerationConfig
@@ -19,7 +26,7 @@ from .masked_diffusion import (
     masked_probability,
 )
 from .modeling_a2d import A2DLlamaConfig, A2DLlamaLMHeadModel, A2DQwen2Config, A2DQwen2LMHeadModel
-from .modeling_dream import DreamConfig, DreamModel
+from .modeling_dream import DreamConfig, DreamModel, DreamTokenizer
 from .modeling_llada import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM
 from .modeling_llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from .modeling_sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
@@ -53,6 +60,7 @@ for config_class, model_class in MODELS.items():
         auto_class.register(config_class, model_class, exist_ok=True)
 for alias, config_class in ALIASES.items():
     CONFIG_MAPPING.register(alias, config_class, exist_ok=True)
+AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
 
 __all__ = [
     "CLEAN_STREAM",
@@ -69,6 +77,7 @@ __all__ = [
     "BlockDiffusionOutput",
     "DreamConfig",
     "DreamModel",
+    "DreamTokenizer",
     "LLaDA2MoeConfig",
     "LLaDA2MoeModelLM",
     "LLaDAConfig",

@@ -5,7 +5,7 @@ HKUNLP/Dream.
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from .published import PublishedConfig
 
@@ -30,3 +30,7 @@ class DreamModel(Qwen2ForCausalLM):
 
     config_class = DreamConfig
     config: DreamConfig
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """Qwen2's byte-level BPE under the name that Dream's tokenizer_config.json asks its own code for."""
