@@ -160,6 +160,24 @@ def test_llada2_without_the_fields_its_authors_leave_out(tmp_path):
     torch.testing.assert_close(model(IDS[None]).logits[0].double(), expected, rtol=0, atol=ATOL)
 
 
+@pytest.mark.parametrize("family", [name for name in PUBLISHED if not name.startswith("a2d")])
+def test_theta_of_a_silent_config_is_the_familys(family, tmp_path):
+    """Catches transformers' default theta in a model that was trained with a larger one."""
+    config, weights = write_checkpoint(tmp_path, family, without=("rope_theta",))
+    expected = naive_logits(family, PUBLISHED[family][2] | config, weights, IDS, torch.ones(11, 11).bool().tril())
+    visible = torch.ones(1, 1, 11, 11, dtype=torch.bool).tril()
+    actual = load_teacher(str(tmp_path))(IDS[None], attention_mask=visible).logits[0]
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=ATOL)
+
+
+def test_llada_moe_never_renormalises(tmp_path):
+    """Catches a field that the published code ignores and the base class follows."""
+    config, weights = write_checkpoint(tmp_path, "llada-moe", norm_topk_prob=True)
+    expected = naive_logits("llada-moe", config | {"norm_topk_prob": False}, weights, IDS)
+    actual = load_teacher(str(tmp_path))(IDS[None]).logits[0]
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=ATOL)
+
+
 @pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe"])
 def test_experts_run_grouped(family, tmp_path):
     """Catches the slow loop over experts that transformers gives to classes it does not know."""
