@@ -158,15 +158,6 @@ def test_published_wedlm_8b_folder_loads_unchanged(auto_class, tmp_path):
     torch.testing.assert_close(loaded(tokens(2, 9)).logits, stock(tokens(2, 9)).logits, rtol=0, atol=1e-5)
 
 
-def test_wedlm_7b_is_refused_with_the_reason(tmp_path):
-    """Catches a 7B WeDLM loaded with random query and key norms."""
-    published_folder(tmp_path, "wedlm", "WeDLMForCausalLM", tied=False, qk_norm=False)
-    with pytest.raises(ValueError, match=r"7B.*Qwen2\.5"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="qk_norm=false"):
-        WeDLMConfig(**SHAPE, qk_norm=False)
-
-
 # ---- attention ----
 
 

@@ -32,11 +32,15 @@ class Side:
         mask_token_id (`int`): its [MASK].
         block_size (`int`, *optional*): tokens per block; None: the whole row is one block.
         clean_copy (`bool`): whether it sees the clean copy of earlier blocks.
+        shifted (`bool`): whether its logits are those of the next position.
+        causal (`bool`): whether it sees the noised blocks as a causal stream, unmasked tokens first.
     """
 
     mask_token_id: int
     block_size: int | None
     clean_copy: bool = True
+    shifted: bool = False
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ class Noising:
             mask_token_id=side.mask_token_id,
             block_size=side.block_size,
             clean_copy=side.clean_copy,
+            shifted=side.shifted,
+            observed_first=side.causal,
             pack=self.pack,
         )
 

@@ -20,8 +20,8 @@ class PackedLayout:
     Args:
         input_ids, position_ids, stream, block (`torch.LongTensor` of shape `(B, P)`): token, position in the row, copy
             (see `models.masked_diffusion`) and block number of each column.
-        asked (`torch.LongTensor` of shape `(N,)`): flat index (row · P + column) of each masked position, row by row,
-            and in each row by position.
+        asked (`torch.LongTensor` of shape `(N,)`): flat index (row · P + column) of the column that predicts each
+            masked position, row by row, and in each row by position: its own column, or the one before (`shifted`).
         asked_position (`torch.LongTensor` of shape `(N,)`): flat index (row · L + position) of the same in the rows.
     """
 
@@ -45,6 +45,8 @@ def block_layout(
     mask_token_id: int,
     block_size: int | None,
     clean_copy: bool = True,
+    shifted: bool = False,
+    observed_first: bool = False,
     pack: bool = True,
 ) -> PackedLayout:
     """Lays out [x_t …; x0]: one noised copy per mask, then the clean copy.
@@ -56,11 +58,16 @@ def block_layout(
         mask_token_id (`int`): id of [MASK] for this network.
         block_size (`int`, *optional*): tokens per block, counted from position 0; None makes the row one block.
         clean_copy (`bool`): False leaves x0 out: a network that sees the noised sequence alone.
+        shifted (`bool`): the network's logits at position i − 1 are those of position i (position 0 asks itself).
+            Needs the whole row as one block: in a packed layout the block before might be missing.
+        observed_first (`bool`): inside each noised block the unmasked columns stand before the masked ones, each with
+            its own position: the order in which a causal network may see them.
         pack (`bool`): False keeps every block and every padding column: the textbook [xt ; x0].
 
     Returns:
         [`PackedLayout`]
     """
+    assert not (shifted and block_size), "a shifted network sees the whole row as one block"
     num_rows, length = input_ids_BL.shape
     position = valid_BL.long().cumsum(-1).sub(1).clamp(min=0)
     block = position // block_size if block_size else torch.zeros_like(position)
@@ -86,17 +93,33 @@ def block_layout(
 
     # kept columns first, in order; at least one column, so that an empty batch still runs and has a graph
     width = max(int(keep.sum(1).max()), 1)
-    order = torch.argsort(~keep, dim=1, stable=True)[:, :width]
+    rank = torch.zeros_like(ids)
+    if observed_first:
+        copy_number = torch.arange(len(copies)).repeat_interleave(length)
+        rank = 2 * (copy_number * num_blocks + block.repeat(1, len(copies))) + asked
+    order = torch.argsort(rank.masked_fill(~keep, torch.iinfo(rank.dtype).max), dim=1, stable=True)[:, :width]
     keep, column = keep.gather(1, order), column.gather(1, order)
     asked = asked.gather(1, order) & keep
     row, packed_column = asked.nonzero(as_tuple=True)
     asked_position = row * length + column[row, packed_column]
     by_position = asked_position.argsort()
+    stream = torch.where(keep, stream.gather(1, order), PADDING_STREAM)
+    if shifted:
+        previous = _previous_column(stream, position.gather(1, column))
+        packed_column = previous[row, packed_column]
     return PackedLayout(
         input_ids=ids.gather(1, order),
         position_ids=position.gather(1, column),
-        stream=torch.where(keep, stream.gather(1, order), PADDING_STREAM),
+        stream=stream,
         block=torch.where(keep & valid_BL.gather(1, column), block.gather(1, column), -1),
         asked=(row * width + packed_column)[by_position],
         asked_position=asked_position[by_position],
     )
+
+
+def _previous_column(stream_BP: torch.Tensor, position_BP: torch.Tensor) -> torch.Tensor:
+    """The column that holds the position before, in the same copy; at position 0 the column itself."""
+    own = torch.arange(stream_BP.shape[1]).expand_as(stream_BP)
+    last_real = torch.where(stream_BP == PADDING_STREAM, -1, own).cummax(1).values
+    before = torch.cat([own[:, :1], last_real[:, :-1]], 1)
+    return torch.where(position_BP == 0, own, before)

@@ -3,7 +3,14 @@
 Every file here imports its siblings, torch and transformers alone, because it travels with pushed checkpoints.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 
 from .configuration_tide import A2DQwen3Config, TIDEQwen3Config
 from .generation_tide import BlockDiffusionOutput, TIDEGenerationConfig
@@ -18,19 +25,42 @@ from .masked_diffusion import (
     loss_weight,
     masked_probability,
 )
+from .modeling_a2d import A2DLlamaConfig, A2DLlamaLMHeadModel, A2DQwen2Config, A2DQwen2LMHeadModel
+from .modeling_dream import DreamConfig, DreamModel, DreamTokenizer
+from .modeling_llada import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM
+from .modeling_llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from .modeling_sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 from .modeling_tide import A2DQwen3LMHeadModel, MaskedDiffusionMixin, MaskedDiffusionOutput, TIDEQwen3ForBlockDiffusion
 from .modeling_wedlm import WeDLMConfig, WeDLMForCausalLM
 
 MODELS = {
     TIDEQwen3Config: TIDEQwen3ForBlockDiffusion,
     A2DQwen3Config: A2DQwen3LMHeadModel,
+    A2DQwen2Config: A2DQwen2LMHeadModel,
+    A2DLlamaConfig: A2DLlamaLMHeadModel,
+    LLaDA2MoeConfig: LLaDA2MoeModelLM,
     WeDLMConfig: WeDLMForCausalLM,
+    # one model_type, two architectures: the last one registered is asked, and hands a LLaDA-MoE's file on
+    LLaDAMoEConfig: LLaDAMoEModelLM,
+    LLaDAConfig: LLaDAModelLM,
+    DreamConfig: DreamModel,
+    SDARConfig: SDARForCausalLM,
+    SDARMoeConfig: SDARMoeForCausalLM,
+}
+# names that training code of others writes into copies of the same checkpoints
+ALIASES = {
+    "llada21_moe": LLaDA2MoeConfig,
+    "llada2_moe_veomni": LLaDA2MoeConfig,
+    "lladamoe": LLaDAMoEConfig,
 }
 
 for config_class, model_class in MODELS.items():
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
         auto_class.register(config_class, model_class, exist_ok=True)
+for alias, config_class in ALIASES.items():
+    CONFIG_MAPPING.register(alias, config_class, exist_ok=True)
+AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)
 
 __all__ = [
     "CLEAN_STREAM",
@@ -38,11 +68,28 @@ __all__ = [
     "PADDING_STREAM",
     "SCHEDULES",
     "TIME_EPSILON",
+    "A2DLlamaConfig",
+    "A2DLlamaLMHeadModel",
+    "A2DQwen2Config",
+    "A2DQwen2LMHeadModel",
     "A2DQwen3Config",
     "A2DQwen3LMHeadModel",
     "BlockDiffusionOutput",
+    "DreamConfig",
+    "DreamModel",
+    "DreamTokenizer",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModelLM",
+    "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModelLM",
+    "LLaDAModelLM",
     "MaskedDiffusionMixin",
     "MaskedDiffusionOutput",
+    "SDARConfig",
+    "SDARForCausalLM",
+    "SDARMoeConfig",
+    "SDARMoeForCausalLM",
     "TIDEGenerationConfig",
     "TIDEQwen3Config",
     "TIDEQwen3ForBlockDiffusion",

@@ -11,6 +11,16 @@ from .masked_diffusion import SCHEDULES
 OBJECTIVES = ("block", "full")
 
 
+def check_diffusion_fields(config) -> None:
+    """Refuses a block size, objective or schedule that is none."""
+    if config.block_size < 1:
+        raise ValueError(f"block_size must be at least 1 token, got {config.block_size}.")
+    if config.objective not in OBJECTIVES:
+        raise ValueError(f"objective must be 'block' or 'full', got {config.objective!r}.")
+    if config.noise_schedule not in SCHEDULES:
+        raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {config.noise_schedule!r}.")
+
+
 @strict
 class TIDEQwen3Config(Qwen3Config):
     """[`~transformers.Qwen3Config`] of a Qwen3 diffusion LM.
@@ -31,12 +41,7 @@ class TIDEQwen3Config(Qwen3Config):
     noise_schedule: str = "linear"
 
     def __post_init__(self, **kwargs):
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1 token, got {self.block_size}.")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be 'block' or 'full', got {self.objective!r}.")
-        if self.noise_schedule not in SCHEDULES:
-            raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {self.noise_schedule!r}.")
+        check_diffusion_fields(self)
         super().__post_init__(**kwargs)
 
 

@@ -1,37 +1,52 @@
-"""WeDLM as transformers' own Qwen3, so that the published 8 B weights load without anybody's remote code.
+"""WeDLM as transformers' own Qwen3, so that the published weights load without anybody's remote code.
 
-The published key layout is Qwen3's, so nothing is renamed. Source: Tencent/WeDLM.
+The published key layout is Qwen3's for the 8 B models and Qwen2.5's for the 7 B ones, under one class name.
+Source: Tencent/WeDLM.
 """
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from .published import PublishedConfig
 
 
 @strict
-class WeDLMConfig(Qwen3Config):
-    """[`~transformers.Qwen3Config`] of WeDLM 8B.
+class WeDLMConfig(PublishedConfig, Qwen3Config):
+    """[`~transformers.Qwen3Config`] of WeDLM.
 
     Args:
         mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
         qk_norm (`bool`): query and key normalisation. The 7 B models, built on Qwen2.5, have none.
+        head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
     """
 
     model_type = "wedlm"
+    default_theta = 1_000_000.0
 
     mask_token_id: int | None = None
     qk_norm: bool = True
+    head_dim: int | None = None
 
     def __post_init__(self, **kwargs):
-        if not self.qk_norm:
-            raise ValueError(
-                "This is a WeDLM of the 7B kind (qk_norm=false, Qwen2.5 based), which is not supported yet; "
-                "WeDLM-8B (qk_norm=true) is."
-            )
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
 
 class WeDLMForCausalLM(Qwen3ForCausalLM):
-    """WeDLM 8B; the class name is the one its checkpoints carry."""
+    """WeDLM; causal without a mask; the class name is the one its checkpoints carry.
+
+    A 7 B model is Qwen2.5: no query and key norms, and no bias behind the attention where query, key and value have
+    theirs.
+    """
 
     config_class = WeDLMConfig
     config: WeDLMConfig
+
+    def __init__(self, config: WeDLMConfig):
+        super().__init__(config)
+        if not config.qk_norm:
+            for layer in self.model.layers:
+                layer.self_attn.q_norm, layer.self_attn.k_norm = nn.Identity(), nn.Identity()
+                layer.self_attn.o_proj.bias = None

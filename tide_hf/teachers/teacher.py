@@ -1,80 +1,12 @@
-"""What the trainer needs to know about a teacher, and the teacher's one forward."""
+"""The teacher's one forward."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from ..models.masked_diffusion import attention_mask_for, block_visibility
-
-SUPPORTED_CONTEXTS = ("paper", "native")
-
-
-@dataclass(frozen=True)
-class TeacherContract:
-    """How a teacher is fed.
-
-    Args:
-        mask_token_id (`int`): its [MASK].
-        block_size (`int`, *optional*): tokens per block; None: the whole row is one block.
-        clean_copy (`bool`): whether the clean copy of earlier blocks stands beside the noised sequence.
-    """
-
-    mask_token_id: int
-    block_size: int | None
-    clean_copy: bool
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model_type the library knows as a teacher.
-
-    Args:
-        contexts (`tuple[str, ...]`): values of `teacher_context` it supports.
-        mask_token_id (`int`, *optional*): used where neither its config nor its tokenizer says it.
-    """
-
-    contexts: tuple[str, ...]
-    mask_token_id: int | None = None
-
-
-# WeDLM's mask id: the constant of Tencent's training and inference code
-FAMILIES = {
-    "tide_qwen3": Family(contexts=("paper", "native")),
-    "a2d-qwen3": Family(contexts=("paper", "native")),
-    "wedlm": Family(contexts=("paper",), mask_token_id=151665),
-}
-
-
-def contract_for(config, mask_token_id: int, context: str, student_block_size: int) -> TeacherContract:
-    """The contract of a teacher of a known family.
-
-    Args:
-        config (`PretrainedConfig`): the teacher's.
-        mask_token_id (`int`): its resolved [MASK].
-        context (`str`): `teacher_context`. WeDLM in the paper's context sees blocks of the student's size.
-        student_block_size (`int`): tokens per block of the student.
-
-    Raises:
-        ValueError: for an unknown family, or a context it does not support.
-    """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise ValueError(
-            f"model_type={config.model_type!r} is not a known teacher family; known are {', '.join(FAMILIES)}. A new "
-            "one needs a transformers class registered with AutoModelForCausalLM and an entry in "
-            "tide_hf.teachers.FAMILIES."
-        )
-    if context not in family.contexts:
-        raise ValueError(
-            f"teacher_context={context!r} is not available for {config.model_type}; "
-            f"it has {', '.join(family.contexts)}."
-        )
-    if config.model_type == "wedlm":
-        return TeacherContract(mask_token_id, student_block_size, clean_copy=True)
-    full = config.objective == "full"
-    return TeacherContract(mask_token_id, None if full else config.block_size, clean_copy=not full)
+from .contract import TeacherContract
 
 
 class Teacher:
@@ -84,7 +16,7 @@ class Teacher:
     does not know it.
 
     Args:
-        model (`PreTrainedModel`): with `.model` (body) and `.lm_head`.
+        model (`PreTrainedModel`): a body (`base_model`) with an output embedding as its head.
         contract ([`TeacherContract`]): how it is fed.
     """
 
@@ -103,14 +35,33 @@ class Teacher:
             batch (`Mapping`): the `teacher_…` tensors of [`~tide_hf.data.Noising`].
 
         Returns:
-            `torch.Tensor` of shape `(M_T, U)`, in the teacher's dtype, in the order of `teacher_asked`.
+            `torch.Tensor` of shape `(M_T, U)`, in the teacher's dtype, on the batch's device, in the order of
+            `teacher_asked`.
         """
-        stream, block = batch["teacher_stream"], batch["teacher_block"]
+        asked = batch["teacher_asked"]
+        input_ids, position_ids, stream, block = (
+            batch[f"teacher_{name}"].to(self._device(asked.device))
+            for name in ("input_ids", "position_ids", "stream", "block")
+        )
         visible = block_visibility(stream, block, stream, block)
-        hidden = self.model.model(
-            input_ids=batch["teacher_input_ids"],
+        if self.contract.causal:
+            visible &= _own_past(stream, block)
+        hidden = self.model.base_model(
+            input_ids=input_ids,
             attention_mask=attention_mask_for(visible, self.model.config._attn_implementation, self.model.dtype),
-            position_ids=batch["teacher_position_ids"],
+            position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
-        return self.model.lm_head(hidden.flatten(0, 1)[batch["teacher_asked"]])
+        head = self.model.get_output_embeddings()
+        return head(hidden.flatten(0, 1)[asked.to(hidden.device)]).to(asked.device)
+
+    def _device(self, default: torch.device) -> torch.device:
+        """Where its input goes: the device of its first weights that are not off-loaded."""
+        return next((weight.device for weight in self.model.parameters() if not weight.is_meta), default)
+
+
+def _own_past(stream: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """`(B, 1, P, P)`: False where a key stands behind the query in the query's own block and copy."""
+    own = (stream[:, :, None] == stream[:, None, :]) & (block[:, :, None] == block[:, None, :])
+    column = torch.arange(stream.shape[1], device=stream.device)
+    return (~own | (column[:, None] >= column[None, :]))[:, None]

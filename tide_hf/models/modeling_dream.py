@@ -1,0 +1,36 @@
+"""Dream 7B as transformers' Qwen2, without anybody's remote code; the published keys are Qwen2's.
+
+Full-sequence diffusion with logits for the NEXT position: those of [MASK] at position i stand at i − 1. Source:
+HKUNLP/Dream.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from .published import PublishedConfig
+
+
+@strict
+class DreamConfig(PublishedConfig, Qwen2Config):
+    """[`~transformers.Qwen2Config`] of Dream.
+
+    Args:
+        mask_token_id (`int`, *optional*): id of [MASK].
+    """
+
+    model_type = "Dream"
+    default_theta = 1_000_000.0
+
+    is_causal: bool = False
+    mask_token_id: int | None = None
+
+
+class DreamModel(Qwen2ForCausalLM):
+    """Dream with its head; bidirectional without a mask; the class name is the one its checkpoints carry."""
+
+    config_class = DreamConfig
+    config: DreamConfig
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """Qwen2's byte-level BPE under the name that Dream's tokenizer_config.json asks its own code for."""

@@ -1,0 +1,142 @@
+"""LLaDA-8B (and 1.5) as transformers' Llama, LLaDA-MoE as its Qwen3Moe, without anybody's remote code.
+
+Both carry model_type `llada`; `architectures` tells them apart. Full-sequence diffusion, bidirectional, logits for the
+same position. Source: GSAI-ML/LLaDA-8B, inclusionAI/LLaDA-MoE.
+"""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.core_model_loading import WeightRenaming
+
+from .published import PublishedConfig, packed_experts, register_key_layout
+
+
+@strict
+class LLaDAConfig(PublishedConfig, LlamaConfig):
+    """[`~transformers.LlamaConfig`] of the dense LLaDA; a LLaDA-MoE's config.json gives a [`LLaDAMoEConfig`].
+
+    Args:
+        mask_token_id (`int`, *optional*): id of [MASK].
+
+    Raises:
+        ValueError: for an option of the code's ancestry (OLMo) that no published LLaDA uses.
+    """
+
+    model_type = "llada"
+    default_theta = 500_000.0
+    published_names: ClassVar[dict[str, str]] = {
+        "d_model": "hidden_size",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "n_layers": "num_hidden_layers",
+        "mlp_hidden_size": "intermediate_size",
+        "max_sequence_length": "max_position_embeddings",
+        "embedding_size": "vocab_size",
+        "weight_tying": "tie_word_embeddings",
+    }
+    required_values: ClassVar[dict] = {
+        "block_type": "llama",
+        "activation_type": "silu",
+        "layer_norm_type": "rms",
+        "rope": True,
+        "alibi": False,
+        "multi_query_attention": False,
+        "attention_layer_norm": False,
+        "input_emb_norm": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "scale_logits": False,
+    }
+
+    is_causal: bool = False
+    mask_token_id: int | None = None
+    num_key_value_heads: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Dispatches on `architectures`, which alone tells the two architectures of this model_type apart."""
+        is_moe = "LLaDAMoEModelLM" in (config_dict.get("architectures") or ()) or "num_experts" in config_dict
+        return LLaDAMoEConfig.from_dict(config_dict, **kwargs) if is_moe else super().from_dict(config_dict, **kwargs)
+
+
+class LLaDAModelLM(LlamaForCausalLM):
+    """LLaDA-8B; bidirectional without a mask; the class name is the one its checkpoints carry."""
+
+    config_class = LLaDAConfig
+    config: LLaDAConfig
+
+
+@strict
+class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
+    """[`~transformers.Qwen3MoeConfig`] of LLaDA-MoE.
+
+    Args:
+        mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
+        head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
+
+    Raises:
+        ValueError: for a router, norm or layer plan that no published LLaDA-MoE has.
+    """
+
+    model_type = "llada"
+    default_theta = 50_000.0
+    published_names: ClassVar[dict[str, str]] = {
+        "expert_intermediate_size": "moe_intermediate_size",
+        "dense_intermediate_size": "intermediate_size",
+    }
+    required_values: ClassVar[dict] = {
+        "qk_layernorm": True,
+        "partial_rotary_factor": 1,
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "routed_scaling_factor": 1,
+        "shared_expert_intermediate_size": 0,
+    }
+
+    is_causal: bool = False
+    mask_token_id: int | None = None
+    head_dim: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if any(step != 1 for step in kwargs.get("moe_layer_freq") or []):
+            raise ValueError(f"moe_layer_freq={kwargs['moe_layer_freq']}: only models with experts in every layer.")
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        # the published code never renormalises, whatever its config says
+        self.norm_topk_prob = False
+        super().__post_init__(**kwargs)
+
+
+class LLaDAMoEModelLM(Qwen3MoeForCausalLM):
+    """LLaDA-MoE; bidirectional without a mask; the class name is the one its checkpoints carry."""
+
+    config_class = LLaDAMoEConfig
+    config: LLaDAMoEConfig
+    # transformers looks for the experts in the source of this module, and they are in the base's
+    _can_set_experts_implementation_cached_value = True
+
+
+register_key_layout(
+    LLaDAModelLM,
+    [
+        # ff_out is the head outside the blocks and the down projection inside
+        WeightRenaming(r"^model\.transformer\.ff_out\.", "lm_head."),
+        WeightRenaming(r"^model\.transformer\.wte\.", "model.embed_tokens."),
+        WeightRenaming(r"^model\.transformer\.ln_f\.", "model.norm."),
+        WeightRenaming(r"^model\.transformer\.blocks\.", "model.layers."),
+        WeightRenaming(r"\.attn_norm\.", ".input_layernorm."),
+        WeightRenaming(r"\.ff_norm\.", ".post_attention_layernorm."),
+        WeightRenaming(r"\.q_proj\.", ".self_attn.q_proj."),
+        WeightRenaming(r"\.k_proj\.", ".self_attn.k_proj."),
+        WeightRenaming(r"\.v_proj\.", ".self_attn.v_proj."),
+        WeightRenaming(r"\.attn_out\.", ".self_attn.o_proj."),
+        WeightRenaming(r"\.ff_proj\.", ".mlp.gate_proj."),
+        WeightRenaming(r"\.up_proj\.", ".mlp.up_proj."),
+        WeightRenaming(r"\.ff_out\.", ".mlp.down_proj."),
+    ],
+)
+register_key_layout(LLaDAMoEModelLM, packed_experts())

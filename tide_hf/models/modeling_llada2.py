@@ -1,0 +1,98 @@
+"""LLaDA2.0 and LLaDA2.1 (mini 16 B, flash 100 B; MoE) as transformers' Glm4Moe, without anybody's remote code.
+
+The two networks are the same: grouped sigmoid router with a bias that only selects, a shared expert, per-head query
+and key norms before a rotation of the first half of each head. Keys differ: fused query_key_value, one tensor per
+expert, names of their own. Source: inclusionAI dFactory and dInfer.
+"""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
+
+from .published import PublishedConfig, packed_experts, register_key_layout
+
+
+@strict
+class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
+    """[`~transformers.Glm4MoeConfig`] of LLaDA2.
+
+    Args:
+        mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
+        block_size (`int`): tokens per diffusion block, counted from absolute position 0.
+        head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
+        use_qk_norm (`bool`): published configurations leave it out, and every model has the norms.
+
+    Raises:
+        ValueError: for a router, bias or rotary size that no published LLaDA2 has.
+    """
+
+    model_type = "llada2_moe"
+    default_theta = 600_000.0
+    published_names: ClassVar[dict[str, str]] = {
+        "num_experts": "n_routed_experts",
+        "num_shared_experts": "n_shared_experts",
+    }
+    required_values: ClassVar[dict] = {
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "norm_head": False,
+    }
+
+    is_causal: bool = False
+    mask_token_id: int | None = None
+    block_size: int = 32
+    head_dim: int | None = None
+    use_qk_norm: bool = True
+    rms_norm_eps: float = 1e-6
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    num_mtp_layers: int = 0
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        rotary_dim, factor = kwargs.get("rotary_dim"), kwargs.get("partial_rotary_factor")
+        if factor is None:
+            factor = 0.5 if rotary_dim is None else rotary_dim / self.head_dim
+        if rotary_dim is not None and rotary_dim != int(self.head_dim * factor):
+            raise ValueError(
+                f"rotary_dim={rotary_dim} contradicts partial_rotary_factor={factor:g} of head_dim={self.head_dim}."
+            )
+        super().__post_init__(**{**kwargs, "partial_rotary_factor": factor})
+
+
+class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
+    """LLaDA2; bidirectional without a mask; the class name is the one its checkpoints carry."""
+
+    config_class = LLaDA2MoeConfig
+    config: LLaDA2MoeConfig
+    # transformers looks for the experts in the source of this module, and they are in the base's
+    _can_set_experts_implementation_cached_value = True
+
+    def __init__(self, config: LLaDA2MoeConfig):
+        super().__init__(config)
+        # the base's body drops keys of layers 46 and 92, its own extra ones, without a word
+        self._keys_to_ignore_on_load_unexpected = set()
+
+
+register_key_layout(
+    LLaDA2MoeModelLM,
+    [
+        WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
+        WeightRenaming(r"\.attention\.dense\.", ".self_attn.o_proj."),
+        WeightRenaming(r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
+        WeightRenaming(r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
+        WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
+        WeightConverter(
+            source_patterns="attention.query_key_value.weight",
+            target_patterns=["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+            operations=[Split(dim=0)],
+        ),
+        *packed_experts(),
+    ],
+)

@@ -1,0 +1,69 @@
+"""SDAR as transformers' Qwen3, SDAR-MoE (30B-A3B) as its Qwen3Moe, without anybody's remote code.
+
+Block diffusion, 4 tokens per block unless config.json says otherwise; the published keys are the base classes'.
+Source: JetAstra/SDAR. The MoE's shape is taken from third-party inference code; no published file was at hand.
+"""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from .published import PublishedConfig, packed_experts, register_key_layout
+
+
+@strict
+class SDARConfig(PublishedConfig, Qwen3Config):
+    """[`~transformers.Qwen3Config`] of SDAR.
+
+    Args:
+        mask_token_id (`int`, *optional*): id of [MASK]; some published configurations leave it out.
+        block_size (`int`): tokens per diffusion block, counted from absolute position 0.
+    """
+
+    model_type = "sdar"
+    default_theta = 1_000_000.0
+
+    is_causal: bool = False
+    mask_token_id: int | None = None
+    block_size: int = 4
+
+
+class SDARForCausalLM(Qwen3ForCausalLM):
+    """SDAR; bidirectional without a mask; the class name is the one its checkpoints carry."""
+
+    config_class = SDARConfig
+    config: SDARConfig
+
+
+@strict
+class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
+    """[`~transformers.Qwen3MoeConfig`] of SDAR-MoE.
+
+    Args:
+        mask_token_id (`int`, *optional*), block_size (`int`): as in [`SDARConfig`].
+        head_dim (`int`): of each attention head.
+        norm_topk_prob (`bool`): whether the chosen experts' weights sum to 1.
+    """
+
+    model_type = "sdar_moe"
+    default_theta = 1_000_000.0
+    required_values: ClassVar[dict] = {"partial_rotary_factor": 1}
+
+    is_causal: bool = False
+    mask_token_id: int | None = None
+    block_size: int = 4
+    head_dim: int = 128
+    norm_topk_prob: bool = True
+
+
+class SDARMoeForCausalLM(Qwen3MoeForCausalLM):
+    """SDAR-MoE; bidirectional without a mask; the class name is the one its checkpoints carry."""
+
+    config_class = SDARMoeConfig
+    config: SDARMoeConfig
+    # transformers looks for the experts in the source of this module, and they are in the base's
+    _can_set_experts_implementation_cached_value = True
+
+
+register_key_layout(SDARMoeForCausalLM, packed_experts())
