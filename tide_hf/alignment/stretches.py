@@ -63,8 +63,12 @@ def resynchronise(one: bytes, two: bytes) -> list[tuple[int, int, int]]:
         left = chosen[where - 1] if where else (0, 0, 0)
         right = chosen[where] if where < len(chosen) else (len(one), len(two), 0)
         floor = (left[0] + left[2], left[1] + left[2])
-        if start < floor[0] or other < floor[1] or start + size > right[0] or other + size > right[1]:
+        # a neighbour that goes on by chance takes a byte or two of this one
+        skip = max(floor[0] - start, floor[1] - other, 0)
+        size = min(size, right[0] - start, right[1] - other) - skip
+        if size <= 0:
             continue
+        start, other = start + skip, other + skip
         # as far as the texts agree, windows that stand elsewhere too included
         before = common_prefix(one[floor[0] : start][::-1], two[floor[1] : other][::-1])
         behind = common_prefix(one[start + size : right[0]], two[other + size : right[1]])

@@ -20,6 +20,7 @@ class LocatedTokens:
     """The tokens of one text.
 
     Args:
+        ids (`np.ndarray` of shape `(n,)`): token ids.
         spans (`np.ndarray` of shape `(n, 2)`): byte range of each token in the text's UTF-8, half-open, in text order;
             a token that stands for part of a character may have the whole character.
         nbytes (`np.ndarray` of shape `(n,)`): bytes of the token itself.
@@ -28,6 +29,7 @@ class LocatedTokens:
         exact (`bool`): whether the two are the same and no token is empty, so that the spans are exact.
     """
 
+    ids: np.ndarray
     spans: np.ndarray
     nbytes: np.ndarray
     stream: bytes
@@ -90,14 +92,15 @@ class TokenBytes:
                 f"token id {max(ids)} lies outside the {len(self.pieces)} ids known: tokens were added to the "
                 "tokenizer after it was given to the preparation; add them before."
             ) from None
-        nbytes = self.nbytes[np.array(ids, dtype=np.int64)]
+        ids = np.array(ids, dtype=np.int64)
+        nbytes = self.nbytes[ids]
         if stream == data and nbytes.all():
             ends = nbytes.cumsum()
-            return LocatedTokens(np.stack([ends - nbytes, ends], 1), nbytes, stream, data, True), positions
+            return LocatedTokens(ids, np.stack([ends - nbytes, ends], 1), nbytes, stream, data, True), positions
         spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         if positions is not None:
             spans = positions[spans]
-        return LocatedTokens(spans, nbytes, stream, data, False), positions
+        return LocatedTokens(ids, spans, nbytes, stream, data, False), positions
 
 
 def byte_positions(text: str) -> np.ndarray | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -73,7 +74,7 @@ class RowSkipped(ValueError):
 class _Side:
     """One row by one tokenizer: token ids, range of each token, answers in the same unit; bytes for chunks."""
 
-    ids: list[int]
+    ids: np.ndarray
     spans: np.ndarray
     answers: list[Answer]
     located: LocatedTokens | None = None
@@ -142,8 +143,8 @@ class RowPreparation:
         if self.teacher_tokenizer is not None:
             teacher = self._tokenize(row, self.teacher_tokenizer, self._teacher_bytes)
         chunks, teacher_chunks = self._align(student, teacher)
-        ids = np.array(student.ids)
-        labels = np.full(len(ids), -100)
+        teacher_ids = np.zeros(0, dtype=np.int64) if teacher is None else teacher.ids
+        ids, labels = student.ids, np.full(len(student.ids), -100)
         for first, behind in answer_tokens(student.spans, student.answers):
             labels[first:behind] = ids[first:behind]
         if (labels == -100).all():
@@ -159,12 +160,12 @@ class RowPreparation:
         columns = {
             "input_ids": ids,
             "labels": labels,
-            "teacher_input_ids": np.array(teacher.ids if teacher else [], dtype=np.int64)[: self.teacher_max_length],
+            "teacher_input_ids": teacher_ids[: self.teacher_max_length],
             "chunk_ids": chunks,
             "teacher_chunk_ids": teacher_chunks,
         }
         if not truncated and trained[-1] and self.eos_fill != "none":
-            teacher_truncated = teacher is not None and len(teacher.ids) > self.teacher_max_length
+            teacher_truncated = len(teacher_ids) > self.teacher_max_length
             columns = self._fill(columns, teacher is not None and not teacher_truncated)
         coverage = [np.count_nonzero(columns["labels"] != -100), np.count_nonzero(columns["chunk_ids"] >= 0), *covered]
         return {name: column.tolist() for name, column in columns.items()}, truncated, [int(n) for n in coverage]
@@ -212,13 +213,14 @@ class RowPreparation:
             text.encode()
         except UnicodeEncodeError as error:
             raise RowSkipped("text that is not Unicode (half of a surrogate pair)") from error
-        encoding = tokenizer(text, add_special_tokens=False, return_attention_mask=False).encodings[0]
-        if not encoding.ids:
+        encoding = _encode(tokenizer, text)
+        if not len(encoding):
             raise RowSkipped("empty row")
-        if self.alignment == "token" or token_bytes is None:
-            return _Side(encoding.ids, np.array(encoding.offsets, dtype=np.int64), answers)
+        if self.alignment == "token":
+            spans = np.array(encoding.offsets, dtype=np.int64)
+            return _Side(np.array(encoding.ids, dtype=np.int64), spans, answers)
         located, positions = token_bytes.locate(text, encoding)
-        return _Side(encoding.ids, located.spans, answers_in_bytes(answers, positions), located)
+        return _Side(located.ids, located.spans, answers_in_bytes(answers, positions), located)
 
     def _render(self, row: dict, tokenizer) -> tuple[str, list[Answer]]:
         """Text and answers of a row of `messages`, `prompt` + `completion`, or `text`."""
@@ -254,6 +256,18 @@ class RowPreparation:
         # white space behind the last answer would stand between its end and the EOS fill
         end = answers[-1].end
         return (text if text[end:].strip() else text[:end]), answers
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
+    """Tokens of a whole text without added ones, in the tokenizer's own form (`tokenizer(text)` makes lists of it)."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend.encode(text, add_special_tokens=False)
 
 
 def prepare_dataset(
