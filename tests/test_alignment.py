@@ -116,7 +116,7 @@ def aligned(student: str, teacher: str, text: str):
     sides = []
     for name, located, numbers in ((student, ours, chunks), (teacher, theirs, teacher_chunks)):
         assert len(numbers) == len(located.ids)
-        sides.append([table(name).pieces[index] for index in located.ids])
+        sides.append([table(name)[index] for index in located.ids])
     check_chunks(sides[0], chunks.tolist(), sides[1], teacher_chunks.tolist())
     return sides[0], chunks, sides[1], teacher_chunks
 
@@ -348,7 +348,8 @@ def test_slow_tokenizer_is_refused():
 def test_token_added_later_is_named():
     """Catches an IndexError, or bytes of another token, for a token added after the preparation was made."""
     encoding = qwen()("hello", add_special_tokens=False).encodings[0]
-    short = TokenBytes(table("qwen").pieces[:10], table("qwen").nbytes[:10])
+    whole = table("qwen")
+    short = TokenBytes(whole.data, whole.ends[:10], whole.nbytes[:10])
     with pytest.raises(ValueError, match="outside the 10 ids known"):
         short.locate("hello", encoding)
 
@@ -391,8 +392,8 @@ def across() -> RowPreparation:
 
 def chunk_text(columns, prepare: RowPreparation) -> list[bytes]:
     """Bytes of each chunk, after the checks of every alignment."""
-    pieces = [[prepare._bytes.pieces[index] for index in columns["input_ids"]]]
-    pieces.append([prepare._teacher_bytes.pieces[index] for index in columns["teacher_input_ids"]])
+    pieces = [[prepare._bytes[index] for index in columns["input_ids"]]]
+    pieces.append([prepare._teacher_bytes[index] for index in columns["teacher_input_ids"]])
     numbers = columns["chunk_ids"], columns["teacher_chunk_ids"]
     check_chunks(pieces[0], numbers[0], pieces[1], numbers[1])
     for label, chunk in zip(columns["labels"], columns["chunk_ids"], strict=True):

@@ -2,7 +2,7 @@
 
 from .chat import Answer, render_chat
 from .chunks import align_chunks, align_equal_tokens, answer_tokens, cut_equal_bytes, drop_cut_chunks
-from .token_bytes import LocatedTokens, TokenBytes, answers_in_bytes
+from .token_bytes import LocatedTokens, TokenBytes, answers_in_bytes, character_spans
 from .vocabulary import resolve_alignment, shared_vocab_size
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "align_equal_tokens",
     "answer_tokens",
     "answers_in_bytes",
+    "character_spans",
     "cut_equal_bytes",
     "drop_cut_chunks",
     "render_chat",

@@ -75,12 +75,15 @@ def align_equal_tokens(
     if len(student_answers) != len(teacher_answers):
         raise ValueError(f"the student has {len(student_answers)} answers, the teacher {len(teacher_answers)}")
     (tokens, keys), (teacher_tokens, teacher_keys) = rows
-    if np.array_equal(keys, teacher_keys):  # two renderings that differ outside the answers only
-        chunks[0][tokens] = chunks[1][teacher_tokens] = np.arange(len(tokens))
-        return chunks[0], chunks[1]
-    pair, teacher_pair = _equal_rows(keys, teacher_keys)
+    # most often the two differ behind the content only: what agrees from the first token on pairs as it stands
+    size = min(len(keys), len(teacher_keys))
+    different = (keys[:size] != teacher_keys[:size]).any(1)
+    same = int(different.argmax()) if different.any() else size
+    pair, teacher_pair = _equal_rows(keys[same:], teacher_keys[same:])
     order = pair.argsort()
-    chunks[0][tokens[pair[order]]] = chunks[1][teacher_tokens[teacher_pair[order]]] = np.arange(len(order))
+    pair, teacher_pair = tokens[same:][pair[order]], teacher_tokens[same:][teacher_pair[order]]
+    chunks[0][tokens[:same]] = chunks[1][teacher_tokens[:same]] = np.arange(same)
+    chunks[0][pair] = chunks[1][teacher_pair] = same + np.arange(len(pair))
     return chunks[0], chunks[1]
 
 
@@ -198,6 +201,8 @@ def _ranges(firsts: np.ndarray, behinds: np.ndarray) -> np.ndarray:
 
 def _equal_rows(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices of equal rows of two tables; the k-th of several equal ones pairs with the k-th."""
+    if not len(one) or not len(two):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     table = np.concatenate([one, two])
     table -= table.min(0, initial=0)
     sizes = [int(size) + 1 for size in table.max(0, initial=0)]
@@ -221,9 +226,10 @@ def _cut_points(located: LocatedTokens) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate([[0], located.spans[:, 1]]), np.arange(len(located.spans) + 1)
     starts, ends = _rising(located.spans)
     # between two tokens may lie text that neither covers: both its edges are such places
-    before, behind = np.concatenate([[0], ends]), np.concatenate([starts, [len(located.text)]])
-    apart = before <= behind
-    places = np.unique(np.concatenate([before[apart], behind[apart]]))
+    edges = np.empty((len(ends) + 1, 2), dtype=np.int64)
+    edges[0, 0], edges[1:, 0], edges[:-1, 1], edges[-1, 1] = 0, ends, starts, len(located.text)
+    places = edges[edges[:, 0] <= edges[:, 1]].ravel()  # rises, as starts and ends do
+    places = places[np.diff(places, prepend=-1) > 0]
     return places, ends.searchsorted(places, "right")
 
 

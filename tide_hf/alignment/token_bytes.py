@@ -7,6 +7,7 @@ from the character offsets. A wrong reading of a vocabulary costs coverage, neve
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from tokenizers import Encoding
@@ -39,15 +40,24 @@ class LocatedTokens:
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """The bytes of each id of a vocabulary.
+    """The bytes of each id of a vocabulary; arrays, so that it is quick to pickle and to hash.
 
     Args:
-        pieces (`tuple[bytes, ...]`): by id; empty for ids without a token.
-        nbytes (`np.ndarray` of shape `(V,)`): their lengths.
+        data (`np.ndarray` of shape `(N,)`): uint8, all tokens joined in the order of their ids.
+        ends (`np.ndarray` of shape `(V,)`): where each token ends in it.
+        nbytes (`np.ndarray` of shape `(V,)`): bytes of each token; 0 for ids without one.
     """
 
-    pieces: tuple[bytes, ...]
+    data: np.ndarray
+    ends: np.ndarray
     nbytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.nbytes)
+
+    def __getitem__(self, index: int) -> bytes:
+        """Bytes of one token."""
+        return self.data[self.ends[index] - self.nbytes[index] : self.ends[index]].tobytes()
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenBytes":
@@ -69,7 +79,8 @@ class TokenBytes:
             pieces[index] = read(token)
         for index, token in tokenizer.added_tokens_decoder.items():
             pieces[index] = token.content.encode()
-        return cls(tuple(pieces), np.fromiter(map(len, pieces), np.int64, len(pieces)))
+        nbytes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        return cls(np.frombuffer(b"".join(pieces), np.uint8), nbytes.cumsum(), nbytes)
 
     def locate(self, text: str, encoding: Encoding) -> tuple[LocatedTokens, np.ndarray | None]:
         """Finds the tokens of a tokenised text, in bytes.
@@ -84,23 +95,28 @@ class TokenBytes:
         Raises:
             ValueError: for a token that was added to the tokenizer after this table was made.
         """
-        ids, data, positions = encoding.ids, text.encode(), byte_positions(text)
-        try:
-            stream = b"".join(map(self.pieces.__getitem__, ids))
-        except IndexError:
+        ids, data, positions = np.array(encoding.ids, dtype=np.int64), text.encode(), byte_positions(text)
+        if ids.max(initial=-1) >= len(self):
             raise ValueError(
-                f"token id {max(ids)} lies outside the {len(self.pieces)} ids known: tokens were added to the "
-                "tokenizer after it was given to the preparation; add them before."
-            ) from None
-        ids = np.array(ids, dtype=np.int64)
+                f"token id {ids.max()} lies outside the {len(self)} ids known: tokens were added to the tokenizer "
+                "after it was given to the preparation; add them before."
+            )
         nbytes = self.nbytes[ids]
+        ends = nbytes.cumsum()
+        place = np.repeat(self.ends[ids] - ends, nbytes)
+        place += np.arange(len(place))
+        stream = self.data[place].tobytes()
         if stream == data and nbytes.all():
-            ends = nbytes.cumsum()
             return LocatedTokens(ids, np.stack([ends - nbytes, ends], 1), nbytes, stream, data, True), positions
-        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        spans = character_spans(encoding)
         if positions is not None:
             spans = positions[spans]
         return LocatedTokens(ids, spans, nbytes, stream, data, False), positions
+
+
+def character_spans(encoding: Encoding) -> np.ndarray:
+    """Character range of each token, int64 of shape `(n, 2)`."""
+    return np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding)).reshape(-1, 2)
 
 
 def byte_positions(text: str) -> np.ndarray | None:

@@ -17,6 +17,7 @@ from ..alignment import (
     align_equal_tokens,
     answer_tokens,
     answers_in_bytes,
+    character_spans,
     drop_cut_chunks,
     render_chat,
 )
@@ -128,6 +129,12 @@ class RowPreparation:
             return {"row_id": row_id, **empty, STATUS: str(reason), COVERAGE: [0] * len(COVERAGE_COUNTS)}
         return {"row_id": row_id, **columns, STATUS: "truncated" if truncated else "kept", COVERAGE: coverage}
 
+    def prepare_batch(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        """The same for many rows as columns, which `Dataset.map` takes in at a fraction of its cost per row."""
+        rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        prepared = [self(row, index) for row, index in zip(rows, indices, strict=True)]
+        return {name: [row[name] for row in prepared] for name in (*COLUMNS, STATUS, COVERAGE)}
+
     def prepare(self, row: dict) -> tuple[dict[str, list[int]], bool]:
         """Token columns of one row, and whether the student's side was cut.
 
@@ -217,7 +224,7 @@ class RowPreparation:
         if not len(encoding):
             raise RowSkipped("empty row")
         if self.alignment == "token":
-            spans = np.array(encoding.offsets, dtype=np.int64)
+            spans = character_spans(encoding)
             return _Side(np.array(encoding.ids, dtype=np.int64), spans, answers)
         located, positions = token_bytes.locate(text, encoding)
         return _Side(located.ids, located.spans, answers_in_bytes(answers, positions), located)
@@ -298,10 +305,17 @@ def prepare_dataset(
         prepared = dataset.map(preparation, with_indices=True, remove_columns=removed)
         return prepared.filter(_keep_and_log, input_columns=[STATUS]).remove_columns([STATUS, COVERAGE]), None
     prepared = dataset.map(
-        preparation, with_indices=True, remove_columns=removed, num_proc=num_proc, desc="Preparing rows"
+        preparation.prepare_batch,
+        batched=True,
+        batch_size=100,
+        with_indices=True,
+        remove_columns=removed,
+        num_proc=num_proc,
+        desc="Preparing rows",
     )
-    statuses = Counter(prepared[STATUS])
-    kept = [index for index, status in enumerate(prepared[STATUS]) if status in ("kept", "truncated")]
+    status_of_rows = prepared[STATUS][:]
+    statuses = Counter(status_of_rows)
+    kept = [index for index, status in enumerate(status_of_rows) if status in ("kept", "truncated")]
     report = PreparationReport(
         num_rows=len(prepared),
         num_kept=len(kept),
