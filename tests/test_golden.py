@@ -412,6 +412,7 @@ def objective_of(case) -> Objective:
         jsd_beta=0.5,
         schedule="linear",
         ce_weighting={"scheduler": "schedule", "uniform": "uniform"}[case["loss_weight_type"]],
+        chunk_weighting="paper",
         loss_normalization=case["loss_norm_type"],
     )
 

@@ -9,7 +9,7 @@ from test_trainer import naive_logits
 from tiny import tiny_model, tiny_trainer
 from torch.testing import assert_close
 
-from tide_hf.demo.sorting import build_tokenizer
+from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.diffusion import row_uniforms
 
 PAIRS = ("12", "34", "56", "78", "89", "01")
@@ -33,8 +33,8 @@ def chunk_loss(preset: str, p_s, p_t, t: float, lam: float):
 
 
 @pytest.mark.parametrize("preset", ["calm", "tide-cross", "tide-shared"])
-@pytest.mark.parametrize("merged", ["student", "teacher"])
-def test_chunk_step_equals_a_straightforward_one(tmp_path, preset, merged):
+@pytest.mark.parametrize(("merged", "weighting"), [("student", "paper"), ("student", "exact"), ("teacher", "paper")])
+def test_chunk_step_equals_a_straightforward_one(tmp_path, preset, merged, weighting):
     """Catches chunks masked on one side only, paired with another chunk, or counted by tokens: loss and gradient of a
     whole step against loops over rows and chunks, full-length inputs and two teacher passes."""
     pairs, digits = build_tokenizer(PAIRS), build_tokenizer()
@@ -46,6 +46,7 @@ def test_chunk_step_equals_a_straightforward_one(tmp_path, preset, merged):
         model=student,
         teacher=teacher,
         preset=preset,
+        chunk_weighting=weighting,
         max_steps=1,
         trainer_kwargs={"processing_class": tokenizers[0], "teacher_processing_class": tokenizers[1]},
     )
@@ -77,7 +78,11 @@ def test_chunk_step_equals_a_straightforward_one(tmp_path, preset, merged):
         num_trained += int((labels != -100).sum())
         z = naive_logits(student, torch.where(masked, mask_id, clean), clean, 4)
         log_p = F.log_softmax(z, -1).gather(-1, clean[:, None]).squeeze(-1)
-        ce_terms += [-log_p[i] / t for i in masked.nonzero().flatten()]
+        for i in masked.nonzero().flatten():
+            in_chunk = int(((chunk == chunk[i]) & (labels != -100)).sum()) if chunk[i] >= 0 else 1
+            # linear schedule: −α′ = 1, and a chunk of k tokens is masked with probability 1 − (1 − t)^k
+            probability = t if weighting == "paper" else 1 - (1 - t) ** in_chunk
+            ce_terms.append(-log_p[i] / probability)
         part_a = {c for c in hit if preset == "tide-shared" and u_demo[0][c] < 0.5}
         for part in (part_a, set(hit) - part_a):
             hidden = torch.tensor([int(c) in part for c in teacher_chunk])
@@ -94,3 +99,26 @@ def test_chunk_step_equals_a_straightforward_one(tmp_path, preset, merged):
     assert_close(loss.detach(), expected.detach(), rtol=1e-6, atol=0)
     for name, value in student.named_parameters():
         assert_close(got[name], value.grad, rtol=1e-4, atol=1e-6 * float(value.grad.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("preset", ["calm", "tide-cross", "tide-shared"])
+def test_chunk_evaluation_equals_the_step_on_the_same_noise(tmp_path, preset):
+    """Catches an evaluation that pairs rows' chunks wrongly, or weighs completed positions as another row's."""
+    pairs, digits = build_tokenizer(PAIRS), build_tokenizer()
+    trainer = tiny_trainer(
+        tmp_path,
+        model=tiny_model(0, vocab_size=len(pairs)),
+        teacher=tiny_model(1),
+        preset=preset,
+        chunk_weighting="exact",
+        trainer_kwargs={
+            "processing_class": pairs,
+            "teacher_processing_class": digits,
+            "eval_dataset": sorting_rows(6, seed=5),
+        },
+    )
+    metrics = trainer.evaluate()
+    batch = trainer._noise(trainer.data_collator([trainer.eval_dataset[index] for index in range(6)]), None)
+    trainer.state.max_steps = max(trainer.state.max_steps, 1)
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)

@@ -18,6 +18,7 @@ CHOICES = {
     "tidal_normalization": ("none", "expected", None),
     "schedule": SCHEDULES,
     "ce_weighting": ("schedule", "uniform"),
+    "chunk_weighting": ("paper", "exact"),
     "loss_normalization": ("token", "sequence", "batch"),
     "eos_fill": EOS_FILLS,
     "teacher_context": ("paper", "native"),
@@ -91,6 +92,11 @@ class TIDEConfig(TrainingArguments):
     time_epsilon: float = _knob(TIME_EPSILON, "Smallest diffusion time, in (0, 1).")
     ce_weighting: str = _knob(
         "schedule", "Weight of the denoising loss: schedule −α′/(1−α), 1/t if linear; or uniform."
+    )
+    chunk_weighting: str = _knob(
+        "paper",
+        "Two tokenizers: denoising weight of a position masked by completion of a chunk of k trained-on tokens: paper "
+        "w(t), or exact −α′/(1−α^k), which undoes that such positions are masked more often.",
     )
     loss_normalization: str = _knob(
         "token",

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from .diffusion import chunk_loss_weight
 from .losses import (
     bernoulli_reverse_kl_loss,
     calm_loss,
@@ -91,6 +92,7 @@ class Objective:
     jsd_beta: float
     schedule: str
     ce_weighting: str
+    chunk_weighting: str
     loss_normalization: str
     tidal_scale: float = 1.0
 
@@ -139,7 +141,11 @@ class Objective:
     def _denoising(self, student_logits_NV, batch, counts) -> torch.Tensor:
         """CE on all masked positions under the run's weighting and normalisation."""
         t_N = batch["t"][batch["row"]]
-        weights_N = loss_weight(t_N, self.schedule) if self.ce_weighting == "schedule" else 1.0
+        weights_N = 1.0
+        if self.ce_weighting == "schedule" and self.chunk_weighting == "exact":
+            weights_N = chunk_loss_weight(t_N, batch["chunk_tokens"], self.schedule)
+        elif self.ce_weighting == "schedule":
+            weights_N = loss_weight(t_N, self.schedule)
         num_items = counts[0].float()
         if self.loss_normalization != "token":
             num_items = counts[3].float().expand(len(t_N))
@@ -217,6 +223,7 @@ def resolve_objective(config, alignment: str) -> Objective:
         alignment=alignment,
         schedule=config.schedule,
         ce_weighting=config.ce_weighting,
+        chunk_weighting=config.chunk_weighting,
         loss_normalization=config.loss_normalization,
         **values,
     )

@@ -337,7 +337,8 @@ class TIDETrainer(Trainer):
 def _row_of(batch: dict, index: int) -> dict:
     """The part of a noised batch that concerns one row; row numbers and teacher indices stay those of the batch."""
     inside = (batch["row"] == index).nonzero().squeeze(-1)
-    part = {**batch, "asked": batch["asked"][inside], "targets": batch["targets"][inside], "row": batch["row"][inside]}
+    by_position = ("asked", "targets", "row", "chunk_tokens")
+    part = {**batch, **{name: batch[name][inside] for name in by_position}}
     if "pair" not in batch:
         return part
     chunks = (batch["chunk_row"] == index).nonzero().squeeze(-1)

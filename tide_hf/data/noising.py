@@ -78,11 +78,12 @@ class Noising:
 
         Returns:
             `dict` of host tensors. Student: `input_ids, position_ids, stream, block (B, P)`, `asked (N,)` (flat
-            columns to put through the head), `targets (N,)`, `row (N,)`, `t (B,)`. Pairs: `pair (M,)` (indices into
-            the N), `teacher_pair (M_T,)` (indices into the teacher's asked positions), `pair_chunk`,
-            `teacher_pair_chunk` (number in 0 … C−1 of each), `chunk_row (C,)`. Teacher: `teacher_input_ids,
-            teacher_position_ids, teacher_stream, teacher_block`, `teacher_asked`, `teacher_targets`. `counts (4,)`:
-            trained-on tokens, pairs, active chunks, rows; `row_tokens (B,)`: trained-on tokens of each row.
+            columns to put through the head), `targets (N,)`, `row (N,)`, `chunk_tokens (N,)` (trained-on tokens of
+            each position's chunk), `t (B,)`. Pairs: `pair (M,)` (indices into the N), `teacher_pair (M_T,)` (indices
+            into the teacher's asked positions), `pair_chunk`, `teacher_pair_chunk` (number in 0 … C−1 of each),
+            `chunk_row (C,)`. Teacher: `teacher_input_ids, teacher_position_ids, teacher_stream, teacher_block`,
+            `teacher_asked`, `teacher_targets`. `counts (4,)`: trained-on tokens, pairs, active chunks, rows;
+            `row_tokens (B,)`: trained-on tokens of each row.
         """
         time_B, mask_BL, demo_BL = uniforms
         labels, chunk_ids = batch["labels"], batch["chunk_ids"]
@@ -103,6 +104,7 @@ class Noising:
             "asked": layout.asked,
             "targets": batch["input_ids"].flatten()[layout.asked_position],
             "row": row,
+            "chunk_tokens": _trained_chunk_tokens(labels, chunk_ids, num_chunks).flatten()[layout.asked_position],
             "t": t_B,
             "row_tokens": (labels != -100).sum(1),
         }
@@ -189,3 +191,11 @@ class Noising:
             "teacher_pair_chunk": teacher_pair_chunk,
             "chunk_row": chunks // num_chunks,
         }
+
+
+def _trained_chunk_tokens(labels_BL: torch.Tensor, chunk_ids_BL: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """Trained-on tokens of each position's chunk, (B, L); 1 where a position is in no chunk."""
+    index = torch.where(chunk_ids_BL >= 0, chunk_ids_BL, num_chunks)
+    counts = torch.zeros(len(labels_BL), num_chunks + 1, dtype=torch.long)
+    counts.scatter_add_(1, index, (labels_BL != -100).long())
+    return torch.where(chunk_ids_BL >= 0, counts.gather(1, index), 1)

@@ -73,22 +73,8 @@ def block_layout(
     block = position // block_size if block_size else torch.zeros_like(position)
     num_blocks = int(block.max()) + 1 if block.numel() else 1
 
-    copies = []  # (ids, stream, keep, asked) of each copy
-    last_block = torch.full((num_rows, 1), -1)
-    for index, mask in enumerate(masks_BL):
-        kept_blocks = torch.zeros(num_rows, num_blocks, dtype=torch.long).scatter_add_(1, block, mask.long()) > 0
-        block_numbers = torch.where(kept_blocks, torch.arange(num_blocks), -1)
-        last_block = torch.maximum(last_block, block_numbers.amax(1, keepdim=True))
-        keep = valid_BL & kept_blocks.gather(1, block) if pack else torch.ones_like(valid_BL)
-        copies.append((torch.where(mask, mask_token_id, input_ids_BL), NOISED_STREAM + index, keep, mask))
-    if clean_copy:
-        keep = valid_BL & (block < last_block) if pack else torch.ones_like(valid_BL)
-        copies.append((input_ids_BL, CLEAN_STREAM, keep, torch.zeros_like(valid_BL)))
-
-    ids = torch.cat([copy[0] for copy in copies], 1)
-    stream = torch.cat([torch.where(valid_BL, copy[1], PADDING_STREAM) for copy in copies], 1)
-    keep = torch.cat([copy[2] for copy in copies], 1)
-    asked = torch.cat([copy[3] for copy in copies], 1)
+    copies = _copies(input_ids_BL, valid_BL, masks_BL, block, num_blocks, mask_token_id, clean_copy, pack)
+    ids, stream, keep, asked = (torch.cat(parts, 1) for parts in zip(*copies, strict=True))
     column = torch.arange(length).repeat(len(copies)).expand(num_rows, -1)
 
     # kept columns first, in order; at least one column, so that an empty batch still runs and has a graph
@@ -115,6 +101,23 @@ def block_layout(
         asked=(row * width + packed_column)[by_position],
         asked_position=asked_position[by_position],
     )
+
+
+def _copies(ids, valid, masks, block, num_blocks, mask_token_id, clean_copy, pack) -> list[tuple[torch.Tensor, ...]]:
+    """Ids, stream, columns to keep and asked columns (B, L) of each noised copy and of the clean one."""
+    copies = []
+    last_block = torch.full((len(ids), 1), -1)
+    for index, mask in enumerate(masks):
+        kept_blocks = torch.zeros(len(ids), num_blocks, dtype=torch.long).scatter_add_(1, block, mask.long()) > 0
+        block_numbers = torch.where(kept_blocks, torch.arange(num_blocks), -1)
+        last_block = torch.maximum(last_block, block_numbers.amax(1, keepdim=True))
+        keep = valid & kept_blocks.gather(1, block) if pack else torch.ones_like(valid)
+        stream = torch.where(valid, NOISED_STREAM + index, PADDING_STREAM)
+        copies.append((torch.where(mask, mask_token_id, ids), stream, keep, mask))
+    if clean_copy:
+        keep = valid & (block < last_block) if pack else torch.ones_like(valid)
+        copies.append((ids, torch.where(valid, CLEAN_STREAM, PADDING_STREAM), keep, torch.zeros_like(valid)))
+    return copies
 
 
 def _previous_column(stream_BP: torch.Tensor, position_BP: torch.Tensor) -> torch.Tensor:
