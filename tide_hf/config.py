@@ -94,9 +94,9 @@ class TIDEConfig(TrainingArguments):
         "schedule", "Weight of the denoising loss: schedule −α′/(1−α), 1/t if linear; or uniform."
     )
     chunk_weighting: str = _knob(
-        "paper",
-        "Two tokenizers: denoising weight of a position masked by completion of a chunk of k trained-on tokens: paper "
-        "w(t), or exact −α′/(1−α^k), which undoes that such positions are masked more often.",
+        "exact",
+        "Two tokenizers: denoising weight of a position masked by completion of a chunk of k trained-on tokens: exact "
+        "−α′/(1−α^k), or paper, w(t), which weighs long chunks too much, since they are masked more often.",
     )
     loss_normalization: str = _knob(
         "token",
