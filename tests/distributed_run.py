@@ -33,6 +33,9 @@ def main() -> None:
         torch.save(
             {"weights": trainer.model.state_dict(), "losses": losses, "metrics": metrics}, output + "/result.pt"
         )
+    # a process that leaves while others still talk can abort on its way out
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
 
 
 if __name__ == "__main__":
