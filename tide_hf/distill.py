@@ -92,7 +92,6 @@ def run_distillation(arguments: Arguments) -> TIDETrainer:
     trainer.accelerator.print(f"Saved to {training.output_dir}")
     if training.push_to_hub:
         trainer.push_to_hub(dataset=script.dataset_name or [part.path for part in mixture.datasets])
-    trainer.end()
     return trainer
 
 
