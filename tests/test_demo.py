@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from tide_hf.demo import build_report, complete, format_table, rows_task, sorting_task
 from tide_hf.demo.command import run_and_show
-from tide_hf.demo.comparison import Network, RowResult, build_network
+from tide_hf.demo.comparison import RowResult
+from tide_hf.demo.networks import Network, build_network
 from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dense_teacher.py"
@@ -57,14 +58,17 @@ def test_completions_are_cut_at_eos_and_counted():
 
 def test_report_of_nll_keeps_noise_levels():
     """Catches a summary that averages over diffusion times, and spreads claimed from one seed."""
-    task = replace(sorting_task(), metric="nll", noise_levels=(0.1, 0.5))
-    one = RowResult("teacher", 0, {"0.1": 1.0, "0.5": 2.0}, 10, 5, 1.0, 100.0, [], "")
-    report = build_report(task, [one], [0])
-    assert report["rows"][0]["nll"] == {"mean": one.value, "sd": None, "values": [one.value]}
-    two = replace(one, seed=1, value={"0.1": 3.0, "0.5": 4.0})
-    summary = build_report(task, [one, two], [0, 1])["rows"][0]["nll"]
-    assert summary["mean"] == {"0.1": 2.0, "0.5": 3.0} and summary["sd"]["0.1"] == pytest.approx(2**0.5)
-    assert "nll t=0.5" in format_table(report)
+    nll = {"0.1": 1.0, "0.5": 2.0}
+    one = RowResult("teacher", 0, {"exact_match": 0.5, "nll": nll}, 10, 5, 1.0, 100.0, [], "")
+    report = build_report(sorting_task(), [one], [0])
+    assert report["rows"][0]["nll"] == {"mean": nll, "sd": None, "values": [nll]}
+    two = replace(one, seed=1, metrics={"exact_match": 1.0, "nll": {"0.1": 3.0, "0.5": 4.0}})
+    row = build_report(sorting_task(), [one, two], [0, 1])["rows"][0]
+    assert row["nll"]["mean"] == {"0.1": 2.0, "0.5": 3.0} and row["nll"]["sd"]["0.1"] == pytest.approx(2**0.5)
+    assert row["exact_match"]["mean"] == 0.75
+    head, line = format_table(report).splitlines()
+    assert head.split("  ")[-6:-4] == ["nll t=0.1", "nll t=0.5"]
+    assert line.split()[:5] == ["teacher", "50.0", "%", "1.000", "2.000"]
     json.dumps(report)
 
 
@@ -78,7 +82,7 @@ def test_embedded_default_shows_that_it_worked(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report) == {"task", "settings", "environment", "rows"} and report["task"] == "sorting"
+    assert set(report) == {"task", "settings", "environment", "preparation", "rows"} and report["task"] == "sorting"
     assert [row["name"] for row in report["rows"]] == ROWS
     match = {row["name"]: row["exact_match"]["mean"] for row in report["rows"]}
     assert match["teacher"] >= 0.95

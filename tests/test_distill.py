@@ -14,6 +14,7 @@ from peft import AutoPeftModelForCausalLM
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tide_hf.demo import dense_task, moe_task
 from tide_hf.demo.command import run_embedded
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.distill import parse_arguments, run_distillation
@@ -21,13 +22,13 @@ from tide_hf.distill import parse_arguments, run_distillation
 ROOT = Path(__file__).parent.parent
 
 
-def recipe(*flags: str, cache: Path) -> tuple[subprocess.CompletedProcess, float]:
-    """Runs the dense-teacher recipe offline with an empty cache; its outcome and seconds."""
+def recipe(*flags: str, cache: Path, name: str = "dense_teacher") -> tuple[subprocess.CompletedProcess, float]:
+    """Runs a recipe offline with an empty cache; its outcome and seconds."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
-    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        environment.pop(name, None)
+    for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        environment.pop(variable, None)
     started = time.monotonic()
-    command = [sys.executable, "recipes/dense_teacher.py", *flags]
+    command = [sys.executable, f"recipes/{name}.py", *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     return done, time.monotonic() - started
 
@@ -35,10 +36,11 @@ def recipe(*flags: str, cache: Path) -> tuple[subprocess.CompletedProcess, float
 # -- before anything is loaded ----------------------------------------------------------------------------------------
 
 
-def test_the_papers_run_says_offline_what_it_misses(tmp_path):
+@pytest.mark.parametrize(("name", "config"), [("dense_teacher", "wedlm_to_qwen3"), ("moe_teacher", "llada2_to_qwen3")])
+def test_the_papers_run_says_offline_what_it_misses(name, config, tmp_path):
     """Catches the full run, started without network, failing late, item by item, or for this machine's precision."""
-    config = "recipes/configs/wedlm_to_qwen3.yaml"
-    done, seconds = recipe("--config", config, cache=tmp_path)
+    config = f"recipes/configs/{config}.yaml"
+    done, seconds = recipe("--config", config, cache=tmp_path, name=name)
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("HF_HUB_OFFLINE is set and the model ") and message.endswith("give local paths.")
@@ -64,7 +66,7 @@ def test_embedded_run_refuses_flags_it_would_ignore(flags, named, monkeypatch):
     """Catches a setting of the user that an embedded comparison silently does not use."""
     monkeypatch.setattr("tide_hf.demo.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
     with pytest.raises(SystemExit) as stopped:
-        run_embedded(parse_arguments("outputs", flags))
+        run_embedded(parse_arguments("outputs", flags), dense_task)
     assert str(stopped.value).startswith(f"{named} has no meaning for an embedded comparison")
 
 
@@ -74,7 +76,7 @@ def test_embedded_run_refuses_a_file_of_settings(tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 1e-3\nuse_cpu: true\n")
     with pytest.raises(SystemExit, match="--config has no meaning"):
-        run_embedded(parse_arguments("outputs", ["--config", str(path)]))
+        run_embedded(parse_arguments("outputs", ["--config", str(path)]), dense_task)
 
 
 @pytest.mark.parametrize(
@@ -94,8 +96,19 @@ def test_embedded_run_takes_its_own_flags(flags, expected, monkeypatch):
     monkeypatch.setattr(
         "tide_hf.demo.command.run_and_show", lambda task, seeds, folder: started.append((task.name, seeds, folder))
     )
-    run_embedded(parse_arguments("outputs", flags))
+    run_embedded(parse_arguments("outputs", flags), dense_task)
     assert started == [expected]
+
+
+def test_the_other_recipe_embeds_one_comparison(monkeypatch):
+    """Catches a comparison of another recipe run in place of the one that was named."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    started = []
+    monkeypatch.setattr("tide_hf.demo.command.run_and_show", lambda task, seeds, folder: started.append(task.name))
+    run_embedded(parse_arguments("outputs", []), moe_task)
+    with pytest.raises(SystemExit, match="--dataset_name python_stdlib names another"):
+        run_embedded(parse_arguments("outputs", ["--dataset_name", "python_stdlib"]), moe_task)
+    assert started == ["sorting_across_tokenizers"]
 
 
 def test_embedded_run_refuses_several_processes(monkeypatch):
@@ -104,7 +117,7 @@ def test_embedded_run_refuses_several_processes(monkeypatch):
     arguments = parse_arguments("outputs", [])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="--num_processes 1"):
-        run_embedded(arguments)
+        run_embedded(arguments, dense_task)
 
 
 # -- a tiny run from folders ------------------------------------------------------------------------------------------

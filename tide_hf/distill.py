@@ -62,7 +62,7 @@ def run_distillation(arguments: Arguments) -> TIDETrainer:
     script, training, model, mixture = arguments.script, arguments.training, arguments.model, arguments.mixture
     if not mixture.datasets and script.dataset_name is None:
         sys.exit("Nothing to train on: give --dataset_name (a Hub name, a .jsonl or .parquet file) or a mixture.")
-    rows = load_mixture(mixture) if mixture.datasets else _load_named(script)
+    rows = _load_named(script) if script.dataset_name is not None else load_mixture(mixture)
     evaluates = training.eval_strategy != "no"
     if evaluates and script.dataset_test_split not in rows:
         sys.exit(
@@ -100,9 +100,9 @@ def _check_available(script: DistillArguments, model: ModelConfig, mixture: Mixt
     if model.model_name_or_path is None:
         return
     models = [name for name in (model.model_name_or_path, script.teacher_model_name_or_path) if name is not None]
-    datasets = [part.path for part in mixture.datasets] or [script.dataset_name]
+    datasets = [part.path for part in mixture.datasets] if script.dataset_name is None else [script.dataset_name]
     try:
-        require_available(models, [name for name in dict.fromkeys(datasets) if name is not None])
+        require_available(models, list(dict.fromkeys(datasets)))
     except NotAvailableError as error:
         sys.exit(str(error))
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
@@ -11,18 +12,18 @@ from transformers import AutoModelForCausalLM
 from .comparison import RowResult, Task, TaskData, run_comparison
 from .decoding import complete, show_denoising
 from .report import build_report, format_table, write_report
-from .tasks import python_stdlib_task, rows_task, sorting_task
 
 # the only flags that mean something to an embedded comparison
 FLAGS = {"dataset_name", "output_dir", "seeds"}
 NUM_COMPLETIONS = 3
 
 
-def run_embedded(arguments) -> None:
-    """Sorting without `--dataset_name`, the standard library with `python_stdlib`, otherwise the user's own rows.
+def run_embedded(arguments, choose_task: Callable[[str | None], Task]) -> None:
+    """Runs the comparison that `--dataset_name` asks for.
 
     Args:
         arguments ([`~tide_hf.distill.Arguments`]): of the recipe.
+        choose_task (`Callable`): name, or None for the default -> task, see [`dense_task`] and [`moe_task`].
     """
     unused = sorted(arguments.given - FLAGS)
     if unused:
@@ -32,13 +33,11 @@ def run_embedded(arguments) -> None:
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit("An embedded comparison runs in one process: start it with accelerate launch --num_processes 1.")
-    name = arguments.script.dataset_name
-    if name is None:
-        task, num_seeds = sorting_task(), 3
-    elif name == "python_stdlib":
-        task, num_seeds = python_stdlib_task(), 1
-    else:
-        task, num_seeds = rows_task(name), 1
+    try:
+        task = choose_task(arguments.script.dataset_name)
+    except ValueError as error:
+        sys.exit(str(error))
+    num_seeds = 3 if task.decodes else 1
     run_and_show(task, list(range(arguments.script.seeds or num_seeds)), arguments.training.output_dir)
 
 
@@ -53,7 +52,7 @@ def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
     report = build_report(task, results, seeds)
     write_report(report, results, output_dir)
     print(f"\n{format_table(report)}\n")
-    student = next(result for result in results if result.name == "tide" and result.seed == seeds[0])
+    student = next(result for result in results if result.name == task.distilled and result.seed == seeds[0])
     for file in Path(student.path).iterdir():
         if file.is_file() and file.name != "training_args.bin":
             shutil.copy(file, output_dir)
@@ -68,15 +67,15 @@ def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
 def _show_student(data: TaskData, results: list[RowResult], task: Task, output_dir: str) -> None:
     """One answer being denoised, or a few completions by teacher and student."""
     student = AutoModelForCausalLM.from_pretrained(output_dir)
-    if task.metric == "exact_match":
+    if task.decodes:
         print("One held-out prompt being denoised by the distilled student:")
         show_denoising(student, data.tokenizer, data.held_out_rows[0]["messages"])
         return
     rows = data.held_out_rows.select(range(NUM_COMPLETIONS))
     teacher = AutoModelForCausalLM.from_pretrained(next(row.path for row in results if row.name == "teacher"))
     answers = {
-        "teacher": complete(teacher, data.tokenizer, rows, task.num_completion_tokens)[0],
-        "student (tide)": complete(student, data.tokenizer, rows, task.num_completion_tokens)[0],
+        "teacher": complete(teacher, data.teacher_tokenizer or data.tokenizer, rows, task.num_completion_tokens)[0],
+        f"student ({task.distilled})": complete(student, data.tokenizer, rows, task.num_completion_tokens)[0],
     }
     for index, messages in enumerate(rows["messages"]):
         print(f"--- prompt\n{messages[0]['content']}\n--- reference\n{messages[-1]['content']}")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,41 +21,25 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PrinterC
 from transformers.utils import logging as transformers_logging
 
 from ..config import TIDEConfig
-from ..models import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
 from ..trainer import TIDETrainer
 from .decoding import complete, exact_match
+from .networks import Network, build_network
 
 NUM_WORKERS = 2
+START = "start"  # the students' weights as they were drawn
 EQUAL_TIME = "ce_equal_time"
 NUM_TIMED_PROMPTS = 64  # of a text task, decoded in one batch
 
 
 @dataclass(frozen=True)
-class Network:
-    """Size and training of one network.
-
-    Args:
-        hidden, layers, heads (`int`): width, depth, attention heads.
-        steps, batch_size (`int`), learning_rate, weight_decay (`float`): of AdamW with a linear schedule.
-    """
-
-    hidden: int
-    layers: int
-    heads: int
-    steps: int
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.0
-
-
-@dataclass(frozen=True)
 class TaskData:
-    """What a task brings: a tokenizer and rows of messages."""
+    """What a task brings: a tokenizer, or one for the student and one for the teacher, and rows of messages."""
 
     tokenizer: PreTrainedTokenizerBase
     teacher_rows: Dataset
     student_rows: Dataset
     held_out_rows: Dataset
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @dataclass(frozen=True)
@@ -65,21 +49,22 @@ class Task:
     Args:
         name (`str`): of the report.
         load (`Callable[[int], TaskData]`): data of a seed.
-        metric (`str`): `"exact_match"` (fraction of held-out answers decoded exactly) or `"nll"` (nats per masked
-            token at `noise_levels`).
+        decodes (`bool`): whether answers are short enough for `exact_match`, the fraction of held-out ones that are
+            decoded exactly; otherwise some completions are shown.
         max_length, block_size (`int`): tokens.
         teacher, student ([`Network`]): sizes and training.
         num_student_rows (`int`): training rows of the student at most.
-        objectives (`dict`): row name -> TIDEConfig fields of the student's run.
+        objectives (`dict`): row name -> TIDEConfig fields of the student's run; a row named "start" does not train.
         training (`dict`): TIDEConfig fields of every run.
-        noise_levels (`tuple[float, ...]`): diffusion times of the `"nll"` metric.
+        noise_levels (`tuple[float, ...]`): diffusion times at which `nll` is measured, nats per masked held-out token.
         curve_every (`int`): steps between points of the curve.
         num_completion_tokens (`int`): length of the completions that a text task prints.
+        distilled (`str`): the objective whose student the run hands over.
     """
 
     name: str
     load: Callable[[int], TaskData]
-    metric: str
+    decodes: bool
     max_length: int
     block_size: int
     teacher: Network
@@ -90,6 +75,7 @@ class Task:
     noise_levels: tuple[float, ...] = ()
     curve_every: int = 100
     num_completion_tokens: int = 48
+    distilled: str = "tide"
 
 
 @dataclass
@@ -97,22 +83,24 @@ class RowResult:
     """One trained network: what the report and the plot need.
 
     Args:
-        value (`float` or `dict[str, float]`): exact match, or nats by diffusion time.
+        metrics (`dict`): `exact_match` (a fraction) and `nll` (nats by diffusion time), where they are measured.
         train_seconds (`float`): CPU seconds of training on one thread, evaluation left out.
         tokens_per_second (`float`): answer tokens decoded per CPU second, held-out prompts in one batch.
-        curve (`list`): `{"step", "loss", …}` as logged; with `"metric"` where it was measured.
+        curve (`list`): `{"step", "loss", …}` as logged; with `"exact_match"` where it was measured.
         path (`str`): the saved checkpoint.
+        preparation (`dict`): what became of its training rows, see [`~tide_hf.data.PreparationReport`].
     """
 
     name: str
     seed: int
-    value: float | dict[str, float]
+    metrics: dict
     parameters: int
     steps: int
     train_seconds: float
     tokens_per_second: float
     curve: list[dict]
     path: str
+    preparation: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -161,8 +149,9 @@ def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list
             f"teacher x {len(seeds)}",
             [_Job(task, "teacher", seed, output_dir, task.teacher, {"preset": "ce"}) for seed in seeds],
         )
+        networks = {START: replace(task.student, steps=0)}
         jobs = [
-            _Job(task, name, seed, output_dir, task.student, overrides)
+            _Job(task, name, seed, output_dir, networks.get(name, task.student), overrides)
             for name, overrides in task.objectives.items()
             for seed in seeds
         ]
@@ -187,12 +176,60 @@ def train_row(job: _Job) -> RowResult:
     task, network = job.task, job.network
     data = task.load(job.seed)
     is_teacher = job.name == "teacher"
+    teacher_tokenizer = data.teacher_tokenizer or data.tokenizer
+    tokenizer = teacher_tokenizer if is_teacher else data.tokenizer
     path = job.output_dir / "runs" / f"{job.name}-seed{job.seed}"
-    args = TIDEConfig(
+    args = _training_arguments(job, path)
+    teacher = None if args.preset == "ce" else str(job.output_dir / "runs" / f"teacher-seed{job.seed}")
+    callback = _Clock(job.queue, network.steps)
+    trainer = TIDETrainer(
+        model=build_network(network, tokenizer, task.block_size, job.seed),
+        teacher=teacher,
+        args=args,
+        train_dataset=data.teacher_rows if is_teacher else data.student_rows,
+        eval_dataset=data.held_out_rows if task.noise_levels else None,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if task.decodes:
+        callback.measure = lambda: exact_match(trainer.model, tokenizer, data.held_out_rows)[0]
+        callback.every = task.curve_every
+    if network.steps:
+        trainer.train()
+    trainer.save_model()
+    model = AutoModelForCausalLM.from_pretrained(path)
+    metrics = {}
+    if task.decodes:
+        metrics["exact_match"], tokens_per_second = exact_match(model, tokenizer, data.held_out_rows)
+    else:
+        prompts = data.held_out_rows.select(range(min(NUM_TIMED_PROMPTS, len(data.held_out_rows))))
+        _, tokens_per_second = complete(model, tokenizer, prompts, task.num_completion_tokens)
+    if task.noise_levels:
+        measured = trainer.evaluate()
+        metrics["nll"] = {f"{t:g}": measured[f"eval_nll_{t:g}"] for t in task.noise_levels}
+    return RowResult(
+        name=job.name,
+        seed=job.seed,
+        metrics=metrics,
+        parameters=model.num_parameters(),
+        steps=network.steps,
+        train_seconds=callback.seconds,
+        tokens_per_second=tokens_per_second,
+        curve=trainer.state.log_history + callback.points,
+        path=str(path),
+        preparation=asdict(trainer.preparation_reports["train"]),
+    )
+
+
+def _training_arguments(job: _Job, path: Path) -> TIDEConfig:
+    """Settings of the task, of the network and of the row, the last winning."""
+    task, network = job.task, job.network
+    return TIDEConfig(
         output_dir=str(path),
         max_length=task.max_length,
         block_size=task.block_size,
-        max_steps=network.steps,
+        max_steps=network.steps or -1,
         per_device_train_batch_size=network.batch_size,
         per_device_eval_batch_size=64,
         learning_rate=network.learning_rate,
@@ -204,64 +241,8 @@ def train_row(job: _Job) -> RowResult:
         disable_tqdm=True,
         use_cpu=True,
         seed=job.seed,
-        **task.training,
-        **job.overrides,
+        **{**task.training, **job.overrides},
     )
-    teacher = None if args.preset == "ce" else str(job.output_dir / "runs" / f"teacher-seed{job.seed}")
-    callback = _Clock(job.queue, network.steps)
-    trainer = TIDETrainer(
-        model=build_network(network, data.tokenizer, task.block_size, job.seed),
-        teacher=teacher,
-        args=args,
-        train_dataset=data.teacher_rows if is_teacher else data.student_rows,
-        eval_dataset=data.held_out_rows if task.metric == "nll" else None,
-        processing_class=data.tokenizer,
-        callbacks=[callback],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if task.metric == "exact_match":
-        callback.measure = lambda: exact_match(trainer.model, data.tokenizer, data.held_out_rows)[0]
-        callback.every = task.curve_every
-    trainer.train()
-    trainer.save_model()
-    model = AutoModelForCausalLM.from_pretrained(path)
-    if task.metric == "exact_match":
-        value, tokens_per_second = exact_match(model, data.tokenizer, data.held_out_rows)
-    else:
-        prompts = data.held_out_rows.select(range(min(NUM_TIMED_PROMPTS, len(data.held_out_rows))))
-        _, tokens_per_second = complete(model, data.tokenizer, prompts, task.num_completion_tokens)
-        metrics = trainer.evaluate()
-        value = {f"{t:g}": metrics[f"eval_nll_{t:g}"] for t in task.noise_levels}
-    return RowResult(
-        name=job.name,
-        seed=job.seed,
-        value=value,
-        parameters=model.num_parameters(),
-        steps=network.steps,
-        train_seconds=callback.seconds,
-        tokens_per_second=tokens_per_second,
-        curve=trainer.state.log_history + callback.points,
-        path=str(path),
-    )
-
-
-def build_network(network: Network, tokenizer, block_size: int, seed: int) -> TIDEQwen3ForBlockDiffusion:
-    """A small dense diffusion LM with random weights drawn from the seed."""
-    torch.manual_seed(seed)
-    config = TIDEQwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=network.hidden,
-        intermediate_size=3 * network.hidden,
-        num_hidden_layers=network.layers,
-        num_attention_heads=network.heads,
-        num_key_value_heads=network.heads,
-        head_dim=network.hidden // network.heads,
-        block_size=block_size,
-        mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return TIDEQwen3ForBlockDiffusion(config)
 
 
 class _Clock(TrainerCallback):
@@ -281,7 +262,7 @@ class _Clock(TrainerCallback):
         if self.queue is not None:
             self.queue.put(1)
         if self.measure is not None and (state.global_step % self.every == 0 or state.global_step == self.num_steps):
-            self.points.append({"step": state.global_step, "metric": self.measure()})
+            self.points.append({"step": state.global_step, "exact_match": self.measure()})
         self._started = time.process_time()
 
 

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from .comparison import RowResult, Task
 
+METRICS = ("exact_match", "nll")
+
 
 def build_report(task: Task, results: list[RowResult], seeds: list[int]) -> dict:
     """The record of a comparison.
 
     Returns:
-        `{"task", "settings", "environment", "rows": [{"name", "exact_match" or "nll": {"mean", "sd", "values"},
-        "parameters", "tokens_per_second", "train_seconds", "steps"}]}`. `exact_match` is a fraction; the `mean`, `sd`
-        and each value of `nll` map a diffusion time to nats per masked token. `sd` is the sample standard deviation
-        over seeds, None for one seed.
+        `{"task", "settings", "environment", "preparation", "rows": [{"name", "exact_match" and "nll": {"mean", "sd",
+        "values"}, "parameters", "tokens_per_second", "train_seconds", "steps"}]}`. `exact_match` is a fraction; the
+        `mean`, `sd` and each value of `nll` map a diffusion time to nats per masked token. `sd` is the sample standard
+        deviation over seeds, None for one seed. `preparation` is that of the student's rows of the first seed.
     """
     settings = asdict(task)
     settings.pop("load")
@@ -29,7 +31,11 @@ def build_report(task: Task, results: list[RowResult], seeds: list[int]) -> dict
         rows.append(
             {
                 "name": name,
-                task.metric: _summary([result.value for result in group]),
+                **{
+                    metric: _summary([result.metrics[metric] for result in group])
+                    for metric in METRICS
+                    if metric in group[0].metrics
+                },
                 "parameters": group[0].parameters,
                 "tokens_per_second": statistics.mean(result.tokens_per_second for result in group),
                 "train_seconds": statistics.mean(result.train_seconds for result in group),
@@ -40,22 +46,25 @@ def build_report(task: Task, results: list[RowResult], seeds: list[int]) -> dict
         "task": task.name,
         "settings": {**settings, "seeds": seeds},
         "environment": environment,
+        "preparation": next((result.preparation for result in results if result.name == task.distilled), {}),
         "rows": rows,
     }
 
 
 def format_table(report: dict) -> str:
     """The report as text, one line per network."""
-    metric = "exact_match" if "exact_match" in report["rows"][0] else "nll"
-    levels = list(report["rows"][0]["nll"]["mean"]) if metric == "nll" else []
-    heads = [f"nll t={t}" for t in levels] or ["exact match"]
+    first = report["rows"][0]
+    levels = list(first["nll"]["mean"]) if "nll" in first else []
+    heads = ["exact match"] * ("exact_match" in first) + [f"nll t={t}" for t in levels]
     table = [["", *heads, "parameters", "steps", "train CPU s", "tokens/s"]]
     for row in report["rows"]:
-        mean, sd = row[metric]["mean"], row[metric]["sd"]
-        if metric == "nll":
-            cells = [f"{mean[t]:.3f}" + (f" ± {sd[t]:.3f}" if sd else "") for t in levels]
-        else:
-            cells = [f"{100 * mean:.1f} %" + (f" ± {100 * sd:.1f}" if sd is not None else "")]
+        cells = []
+        if "exact_match" in first:
+            mean, sd = row["exact_match"]["mean"], row["exact_match"]["sd"]
+            cells.append(f"{100 * mean:.1f} %" + (f" ± {100 * sd:.1f}" if sd is not None else ""))
+        for t in levels:
+            sd = row["nll"]["sd"]
+            cells.append(f"{row['nll']['mean'][t]:.3f}" + (f" ± {sd[t]:.3f}" if sd else ""))
         numbers = [f"{row['parameters']:,}", f"{row['steps']:,.0f}", f"{row['train_seconds']:.1f}"]
         table.append([row["name"], *cells, *numbers, f"{row['tokens_per_second']:,.0f}"])
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
@@ -88,8 +97,8 @@ def _plot(report: dict, results: list[RowResult], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels = [("ce", "denoising loss (nats per token)"), ("distill", "distillation term"), ("lambda", "λ(s)")]
-    if any("metric" in point for result in results for point in result.curve):
-        panels.append(("metric", "exact match"))
+    if any("exact_match" in point for result in results for point in result.curve):
+        panels.append(("exact_match", "exact match"))
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), layout="constrained")
     for axis, (key, title) in zip(axes, panels, strict=True):
         for index, row in enumerate(report["rows"]):

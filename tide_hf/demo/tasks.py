@@ -1,12 +1,14 @@
 """The embedded comparisons and their settings."""
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 
 from datasets import Dataset
 
 from ..data.loading import as_messages, load_rows
-from .comparison import Network, Task, TaskData
+from .comparison import START, Task, TaskData
+from .networks import Network
 from .python_stdlib import build_tokenizer as build_bpe_tokenizer
 from .python_stdlib import dataset_texts, stdlib_datasets
 from .sorting import build_tokenizer, held_out_rows, sorting_rows
@@ -25,6 +27,17 @@ TEXT_TRAINING = {
 BASELINES = {"ce": {"preset": "ce"}, "kl": {"preset": "kl"}, "kl_weight_3": {"preset": "kl", "distill_weight": 3.0}}
 TIDE_RAW = {"tide_raw": {"preset": "tide-shared"}}
 TIDE = {"tide": {"preset": "tide-shared", "tidal_normalization": "expected"}}
+# tide_cross is the paper's Reverse CALM; in bernoulli_reverse_kl its missing entropy term is added
+ACROSS_TOKENIZERS = {
+    START: {"preset": "ce"},
+    "ce": {"preset": "ce"},
+    "calm": {"preset": "calm"},
+    "tide_cross": {"preset": "tide-cross"},
+    "bernoulli_reverse_kl": {"preset": "tide-cross", "divergence": "bernoulli_reverse_kl"},
+    "tide_shared_raw": {"preset": "tide-shared"},
+    "tide_shared": {"preset": "tide-shared", "tidal_normalization": "expected"},
+}
+MERGED_PAIRS = ("12", "23", "34", "45", "56", "67", "78", "89")
 
 
 def load_sorting(seed: int, num_teacher_rows: int, num_student_rows: int, num_held_out: int) -> TaskData:
@@ -48,13 +61,45 @@ def sorting_task(steps: int = 600, num_student_rows: int = 300, num_held_out: in
             num_student_rows=num_student_rows,
             num_held_out=num_held_out,
         ),
-        metric="exact_match",
+        decodes=True,
         max_length=16,
         block_size=4,
         teacher=teacher,
         student=Network(hidden=48, layers=2, heads=4, steps=steps),
         num_student_rows=num_student_rows,
         objectives={**BASELINES, **TIDE_RAW, **TIDE},
+    )
+
+
+def load_sorting_across_tokenizers(seed: int, **sizes) -> TaskData:
+    """[`load_sorting`], the student reading some pairs of digits as one token; the teacher reads digits."""
+    return replace(
+        load_sorting(seed, **sizes), tokenizer=build_tokenizer(MERGED_PAIRS), teacher_tokenizer=build_tokenizer()
+    )
+
+
+def sorting_across_tokenizers_task(steps: int = 600, num_student_rows: int = 1500, num_held_out: int = 400) -> Task:
+    """Sort six digits across tokenizers: a mixture-of-experts teacher of LLaDA2's class, which learned from clean
+    rows, and a dense student with a tokenizer of its own and 20 % wrong digits."""
+    teacher = Network(hidden=72, layers=3, heads=4, steps=steps, experts=8)
+    return Task(
+        name="sorting_across_tokenizers",
+        load=partial(
+            load_sorting_across_tokenizers,
+            num_teacher_rows=steps * teacher.batch_size,
+            num_student_rows=num_student_rows,
+            num_held_out=num_held_out,
+        ),
+        decodes=True,
+        max_length=16,
+        block_size=4,
+        teacher=teacher,
+        student=Network(hidden=48, layers=2, heads=4, steps=steps),
+        num_student_rows=num_student_rows,
+        objectives=ACROSS_TOKENIZERS,
+        training={"teacher_context": "native"},
+        noise_levels=(0.5,),
+        distilled="tide_cross",
     )
 
 
@@ -85,11 +130,32 @@ def rows_task(path: str, num_student_rows: int = 300) -> Task:
     return _text_task(path, partial(load_own_rows, path=path), num_student_rows)
 
 
+def dense_task(name: str | None) -> Task:
+    """Comparisons of the dense recipe: sorting, `python_stdlib`, or a user's own file of conversations."""
+    if name is None:
+        return sorting_task()
+    return python_stdlib_task() if name == "python_stdlib" else rows_task(name)
+
+
+def moe_task(name: str | None) -> Task:
+    """The comparison of the mixture-of-experts recipe.
+
+    Raises:
+        ValueError: if another one is named.
+    """
+    if name is not None:
+        raise ValueError(
+            f"This recipe embeds one comparison, and --dataset_name {name} names another: give --model_name_or_path "
+            "and --teacher_model_name_or_path to distil your own models on it."
+        )
+    return sorting_across_tokenizers_task()
+
+
 def _text_task(name: str, load, num_student_rows: int) -> Task:
     return Task(
         name=name,
         load=partial(load, num_student_rows=num_student_rows),
-        metric="nll",
+        decodes=False,
         max_length=128,
         block_size=16,
         teacher=Network(

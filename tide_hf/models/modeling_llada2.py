@@ -11,6 +11,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
+from .configuration_tide import check_diffusion_fields
+from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig, packed_experts, register_key_layout
 
 
@@ -21,6 +23,7 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
     Args:
         mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
         block_size (`int`): tokens per diffusion block, counted from absolute position 0.
+        objective, noise_schedule (`str`): how it is trained and generates, as in [`TIDEQwen3Config`].
         head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
         use_qk_norm (`bool`): published configurations leave it out, and every model has the norms.
 
@@ -45,6 +48,8 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
     is_causal: bool = False
     mask_token_id: int | None = None
     block_size: int = 32
+    objective: str = "block"
+    noise_schedule: str = "linear"
     head_dim: int | None = None
     use_qk_norm: bool = True
     rms_norm_eps: float = 1e-6
@@ -54,6 +59,7 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
     num_mtp_layers: int = 0
 
     def __post_init__(self, **kwargs):
+        check_diffusion_fields(self)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         rotary_dim, factor = kwargs.get("rotary_dim"), kwargs.get("partial_rotary_factor")
@@ -66,8 +72,8 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
         super().__post_init__(**{**kwargs, "partial_rotary_factor": factor})
 
 
-class LLaDA2MoeModelLM(Glm4MoeForCausalLM):
-    """LLaDA2; bidirectional without a mask; the class name is the one its checkpoints carry."""
+class LLaDA2MoeModelLM(MaskedDiffusionMixin, Glm4MoeForCausalLM):
+    """LLaDA2, trained and generating like a student; the class name is the one its checkpoints carry."""
 
     config_class = LLaDA2MoeConfig
     config: LLaDA2MoeConfig
