@@ -341,10 +341,30 @@ def test_misspelled_setting_of_a_file_is_refused(tmp_path):
         parse_arguments("outputs", ["--config", str(path)])
 
 
+# the paper's table of hyperparameters (SPEC §6): file -> alignment, teacher, teacher's length, divergence, TIDAL
+PAPER_RUNS = {
+    "wedlm_to_qwen3": ("token", "tencent/WeDLM-8B-Instruct", 768, "forward_kl", True),
+    "llada2_to_qwen3": ("chunk", "inclusionAI/LLaDA2.0-mini", 1024, "reverse_calm", False),
+}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_files_resolve(path, monkeypatch):
-    """Catches a recipe's file that no longer parses, or whose preset no longer resolves."""
+def test_shipped_files_are_the_papers_runs(path, monkeypatch):
+    """Catches a recipe's file that no longer parses, or that trains with another setting than the paper."""
     monkeypatch.setattr("tide_hf.distill.require_available", lambda models, datasets: None)
     arguments = parse_arguments("outputs", ["--config", str(path), "--bf16", "false", "--use_cpu"])
-    assert resolve_objective(arguments.training, "token").distills
-    assert arguments.mixture.datasets or arguments.script.dataset_name
+    alignment, teacher, teacher_length, divergence, tidal = PAPER_RUNS[path.stem]
+    training, objective = arguments.training, resolve_objective(arguments.training, alignment)
+    assert arguments.model.model_name_or_path == "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"
+    assert arguments.script.teacher_model_name_or_path == teacher
+    assert (training.learning_rate, training.num_train_epochs) == (5e-5, 10)
+    assert (training.max_length, training.teacher_max_length, training.block_size) == (512, teacher_length, 32)
+    assert "bf16: true" in path.read_text().splitlines() and training.teacher_context == "paper"
+    assert (objective.divergence, objective.tidal, objective.comp_demo) == (divergence, tidal, tidal)
+    assert (objective.ce_weight, objective.distill_weight, objective.temperature) == (1, 1, 2)
+    assert (objective.lambda_init, objective.lambda_max, objective.demo_ratio) == (0.1, 0.9, 0.5)
+    assert {part.path.split("/")[0] for part in arguments.mixture.datasets} == {
+        "allenai",
+        "HuggingFaceTB",
+        "OpenCoder-LLM",
+    }

@@ -8,9 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tide_hf.demo import build_report, complete, format_table, rows_task, sorting_task
+from tide_hf.demo import (
+    build_report,
+    complete,
+    format_table,
+    rows_task,
+    sorting_across_tokenizers_task,
+    sorting_task,
+)
 from tide_hf.demo.command import run_and_show
 from tide_hf.demo.comparison import RowResult
 from tide_hf.demo.networks import Network, build_network
@@ -99,6 +106,25 @@ def test_embedded_default_shows_that_it_worked(tmp_path):
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr[-3000:]
     assert shown.stdout.startswith("<user>") and "<assistant>" in shown.stdout
+
+
+@pytest.mark.slow
+def test_comparison_across_tokenizers(tmp_path):
+    """Catches a mixture-of-experts teacher or a second tokenizer that one of the objectives cannot be run with."""
+    task = sorting_across_tokenizers_task(num_student_rows=200, num_held_out=64)
+    task = replace(task, teacher=replace(task.teacher, steps=60), student=replace(task.student, steps=40))
+    report = run_and_show(task, [0], str(tmp_path))
+    names = ["teacher", "start", "ce", "calm", "tide_cross", "bernoulli_reverse_kl", "tide_shared_raw", "tide_shared"]
+    assert [row["name"] for row in report["rows"]] == [*names, "ce_equal_time"]
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["start"]["steps"] == 0 and rows["start"]["parameters"] == rows["tide_cross"]["parameters"]
+    before = rows["start"]["nll"]["mean"]["0.5"]
+    assert all(rows[name]["nll"]["mean"]["0.5"] < before - 0.3 for name in names[2:])
+    counts = report["preparation"]
+    assert counts["num_aligned_bytes"] == counts["num_answer_bytes"] > 200 * 6
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "teacher-seed0")
+    assert teacher.config.model_type == "llada2_moe" and teacher.config.num_experts == 8
+    assert len(AutoTokenizer.from_pretrained(tmp_path)("123456")["input_ids"]) == 3
 
 
 @pytest.mark.slow
