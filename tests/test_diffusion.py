@@ -6,8 +6,9 @@ import references
 import torch
 from tiny import BLOCK, MASK, SHAPE
 
-from tide_hf.data import Noising, Side
+from tide_hf.data import Noising
 from tide_hf.diffusion import (
+    LayoutSpec,
     block_layout,
     chunk_loss_weight,
     chunk_member,
@@ -250,13 +251,11 @@ def pad(rows, side, value, extra=3):
     return torch.stack(filled)
 
 
-def lay_out(rows, masks, side="right", **options):
+def lay_out(rows, masks, side="right", spec=LayoutSpec(MASK, BLOCK), pack=True):
     """`block_layout` of padded rows; padding holds a real token id, which must not matter."""
     valid = pad([torch.ones(len(row), dtype=torch.bool) for row in rows], side, False)
     padded_masks = [pad([row[index] for row in masks], side, False) for index in range(len(masks[0]))]
-    return block_layout(
-        pad(rows, side, 7), valid, padded_masks, mask_token_id=MASK, **{"block_size": BLOCK, **options}
-    )
+    return block_layout(pad(rows, side, 7), valid, padded_masks, spec, pack)
 
 
 def asked_logits(model, layout):
@@ -320,7 +319,7 @@ def test_layout_says_where_its_answers_belong(num_masks, side, pack):
 def test_full_sequence_layout(model, pack):
     """Catches a clean copy, or a block grid, in the layout of a network that sees the noised sequence alone."""
     rows, masks = token_rows()
-    layout = lay_out(rows, masks, block_size=None, clean_copy=False, pack=pack)
+    layout = lay_out(rows, masks, spec=LayoutSpec(MASK, None, clean_copy=False), pack=pack)
     assert layout.input_ids.shape[1] == max(LENGTHS) + (0 if pack else 3)
     expected = []
     for row, (mask,) in zip(rows, masks, strict=True):
@@ -336,7 +335,7 @@ def test_nothing_masked_still_runs_with_a_graph(model, num_masks, clean_copy):
     """Catches a batch that was not masked anywhere: no columns to run, or a loss whose backward raises."""
     rows, masks = token_rows(num_masks)
     masks = [[torch.zeros_like(mask) for mask in row] for row in masks]
-    layout = lay_out(rows, masks, clean_copy=clean_copy)
+    layout = lay_out(rows, masks, spec=LayoutSpec(MASK, BLOCK, clean_copy=clean_copy))
     assert layout.input_ids.numel() > 0 and layout.asked.numel() == 0
     logits = asked_logits(model, layout)
     loss = denoising_loss(logits, torch.zeros(0, dtype=torch.long), num_items=0)
@@ -371,7 +370,9 @@ def test_noising_names_the_row_of_each_chunk():
         "teacher_chunk_ids": torch.tensor([[0, 1, 1, -1], [2, 0, 0, 0]]),
         "teacher_attention_mask": torch.ones(2, 4, dtype=torch.long),
     }
-    out = Noising(Side(MASK, BLOCK), Side(MASK, BLOCK))(batch, (torch.full((2,), 0.5), torch.zeros(2, 4), None))
+    out = Noising(LayoutSpec(MASK, BLOCK), LayoutSpec(MASK, BLOCK))(
+        batch, (torch.full((2,), 0.5), torch.zeros(2, 4), None)
+    )
     assert out["chunk_row"].tolist() == [0, 0, 1, 1]
     # each token's chunk by number, student then teacher: the clean ids tell which token it is
     assert list(zip(out["targets"][out["pair"]].tolist(), out["pair_chunk"].tolist(), strict=True)) == [

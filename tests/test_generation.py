@@ -8,7 +8,7 @@ from tiny import BLOCK, MASK, SHAPE, VOCAB
 from transformers import AutoModelForCausalLM, GenerationConfig, TextDiffusionStreamer
 
 from tide_hf.demo.sorting import build_tokenizer
-from tide_hf.diffusion import block_layout
+from tide_hf.diffusion import LayoutSpec, block_layout
 from tide_hf.models import TIDEGenerationConfig, TIDEQwen3Config, TIDEQwen3ForBlockDiffusion, block_visibility
 from tide_hf.models import generation_tide as generation
 
@@ -128,9 +128,7 @@ def test_generation_sees_what_the_denoiser_saw_in_training(length, pack, monkeyp
         mask[0, start:] = in_block
         # masks of other blocks' noised copies are invisible
         mask[0, :start] = torch.rand(start, generator=torch.Generator().manual_seed(start)) < 0.5
-        layout = block_layout(
-            clean, torch.ones_like(mask), [mask], mask_token_id=MASK, block_size=BLOCK, clean_copy=True, pack=pack
-        )
+        layout = block_layout(clean, torch.ones_like(mask), [mask], LayoutSpec(MASK, BLOCK), pack)
         visible = block_visibility(layout.stream, layout.block, layout.stream, layout.block)
         out = model(layout.input_ids, attention_mask=visible, position_ids=layout.position_ids, use_cache=False)
         asked = out.logits.flatten(0, 1)[layout.asked][layout.asked_position >= start]

@@ -11,7 +11,8 @@ import torch
 from golden_cases import assert_golden, golden
 
 from tide_hf.alignment import Answer, align_equal_tokens, cut_equal_bytes
-from tide_hf.data import DistillationCollator, Noising, Side
+from tide_hf.data import DistillationCollator, Noising
+from tide_hf.diffusion import LayoutSpec
 from tide_hf.losses import (
     calm_loss,
     chunk_log_likelihood,
@@ -263,8 +264,8 @@ class Step:
         self.chunk_ids, self.teacher_chunk_ids = self._chunks()
         # the recorded teacher of the cross pipeline sees the noised sequence alone, whole and bidirectional
         self.noising = Noising(
-            student=Side(case["student_mask_token_id"], case["block_size"]),
-            teacher=Side(
+            student=LayoutSpec(case["student_mask_token_id"], case["block_size"]),
+            teacher=LayoutSpec(
                 case["teacher_mask_token_id"], None if self.cross else case["block_size"], clean_copy=not self.cross
             ),
             time_epsilon=case["time_epsilon"],

@@ -1,5 +1,7 @@
 """What every family is shown as a teacher: contracts, and packed forwards against plain ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from published import FAMILIES as PUBLISHED
@@ -7,9 +9,9 @@ from published import VOCAB, naive_logits, write_checkpoint
 from tiny import BLOCK, MASK, SHAPE, tiny_trainer
 from transformers import AutoModelForCausalLM
 
-from tide_hf.data import Noising, Side
+from tide_hf.data import Noising
 from tide_hf.demo.sorting import build_tokenizer
-from tide_hf.diffusion import block_layout
+from tide_hf.diffusion import LayoutSpec, block_layout
 from tide_hf.models import (
     A2DLlamaConfig,
     A2DQwen2Config,
@@ -23,7 +25,6 @@ from tide_hf.models import (
 )
 from tide_hf.teachers import (
     Teacher,
-    TeacherContract,
     contract_for,
     load_teacher,
     resolve_mask_token_id,
@@ -40,17 +41,12 @@ def draw(*shape, seed=0):
 
 def teacher_logits(teacher, ids, valid, views, pack=True):
     """The layout that the teacher's contract asks for, and the logits for it."""
-    contract = teacher.contract
     layout = block_layout(
         ids,
         valid,
         views,
-        mask_token_id=MASK,
-        block_size=contract.block_size,
-        clean_copy=contract.clean_copy,
-        shifted=contract.shifted,
-        observed_first=contract.causal,
-        pack=pack,
+        replace(teacher.contract, mask_token_id=MASK),
+        pack,
     )
     names = ("input_ids", "position_ids", "stream", "block", "asked")
     return teacher.logits({f"teacher_{name}": getattr(layout, name) for name in names}), layout.asked_position
@@ -61,15 +57,15 @@ def teacher_logits(teacher, ids, valid, views, pack=True):
 
 def test_contracts_of_all_families():
     """Catches a teacher fed in another layout than the paper's or its own."""
-    whole = TeacherContract(5, None, False)
+    whole = LayoutSpec(5, None, False)
     expected = {
-        LLaDA2MoeConfig: (whole, TeacherContract(5, 32, True)),
-        WeDLMConfig: (TeacherContract(5, 8, True), TeacherContract(5, 32, True, causal=True)),
+        LLaDA2MoeConfig: (whole, LayoutSpec(5, 32, True)),
+        WeDLMConfig: (LayoutSpec(5, 8, True), LayoutSpec(5, 32, True, causal=True)),
         LLaDAConfig: (whole, whole),
         LLaDAMoEConfig: (whole, whole),
-        DreamConfig: (TeacherContract(5, None, False, shifted=True),) * 2,
-        SDARConfig: (TeacherContract(5, 4, True),) * 2,
-        SDARMoeConfig: (TeacherContract(5, 4, True),) * 2,
+        DreamConfig: (LayoutSpec(5, None, False, shifted=True),) * 2,
+        SDARConfig: (LayoutSpec(5, 4, True),) * 2,
+        SDARMoeConfig: (LayoutSpec(5, 4, True),) * 2,
         A2DQwen2Config: (whole, whole),
         A2DLlamaConfig: (whole, whole),
     }
@@ -79,7 +75,7 @@ def test_contracts_of_all_families():
     assert contract_for(LLaDA2MoeConfig(block_size=16), 5, "native", 8).block_size == 16
     assert contract_for(SDARConfig(block_size=16), 5, "paper", 8).block_size == 16
     blocks = A2DQwen2Config(objective="block", block_size=16)
-    assert contract_for(blocks, 5, "paper", 8) == TeacherContract(5, 16, True)
+    assert contract_for(blocks, 5, "paper", 8) == LayoutSpec(5, 16, True)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +99,7 @@ def test_mask_token_of_each_family(config, mask_token_id):
 def test_shifted_teacher_with_blocks_is_refused():
     """Catches a contract whose asked position may be missing from a packed layout."""
     with pytest.raises(ValueError, match="shifted by one position"):
-        TeacherContract(5, 4, True, shifted=True)
+        LayoutSpec(5, 4, True, shifted=True)
 
 
 # family, context, block size its contract gets
@@ -168,9 +164,7 @@ def test_padding_in_the_middle_is_no_previous_position():
     """Catches a shifted teacher asked at a padding column."""
     ids, valid = torch.arange(8)[None], torch.tensor([[1, 1, 0, 0, 1, 1, 0, 1]]).bool()
     for pack, expected in ((True, [0, 1, 2, 3]), (False, [0, 1, 4, 5])):
-        layout = block_layout(
-            ids, valid, [valid.clone()], mask_token_id=9, block_size=None, clean_copy=False, shifted=True, pack=pack
-        )
+        layout = block_layout(ids, valid, [valid.clone()], LayoutSpec(9, None, clean_copy=False, shifted=True), pack)
         assert layout.asked.tolist() == [0, *expected]
 
 
@@ -182,9 +176,9 @@ def test_noising_hands_the_contract_to_the_layout():
     batch |= {"teacher_input_ids": ids, "teacher_chunk_ids": chunk, "teacher_attention_mask": torch.ones(1, 4)}
     # positions 0 and 2 are masked
     uniforms = (torch.tensor([0.5]), torch.tensor([[0.0, 1.0, 0.0, 1.0]]), torch.zeros(1, 4))
-    plain = Noising(Side(9, 4), Side(9, 4))(batch, uniforms, t=0.5)
-    causal = Noising(Side(9, 4), Side(**vars(TeacherContract(9, 4, True, causal=True))))(batch, uniforms, t=0.5)
-    shifted = Noising(Side(9, 4), Side(**vars(TeacherContract(9, None, False, shifted=True))))(batch, uniforms, t=0.5)
+    plain = Noising(LayoutSpec(9, 4), LayoutSpec(9, 4))(batch, uniforms, t=0.5)
+    causal = Noising(LayoutSpec(9, 4), LayoutSpec(9, 4, causal=True))(batch, uniforms, t=0.5)
+    shifted = Noising(LayoutSpec(9, 4), LayoutSpec(9, None, False, shifted=True))(batch, uniforms, t=0.5)
     assert plain["teacher_position_ids"].tolist()[0] == [0, 1, 2, 3]
     assert causal["teacher_position_ids"].tolist()[0] == [1, 3, 0, 2]
     assert causal["teacher_input_ids"].tolist()[0] == [1, 3, 9, 9] and causal["teacher_asked"].tolist() == [2, 3]

@@ -8,12 +8,11 @@ import torch
 from tiny import BLOCK, MASK, SHAPE, VOCAB
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from tide_hf.diffusion import block_layout
+from tide_hf.diffusion import LayoutSpec, block_layout
 from tide_hf.models import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion, WeDLMConfig, WeDLMForCausalLM
 from tide_hf.teachers import (
     FAMILIES,
     Teacher,
-    TeacherContract,
     check_rotary_frequencies,
     contract_for,
     load_teacher,
@@ -46,10 +45,8 @@ def noised_batch(contract, ids, valid, masks, pack=True):
         ids,
         valid,
         masks,
-        mask_token_id=contract.mask_token_id,
-        block_size=contract.block_size,
-        clean_copy=contract.clean_copy,
-        pack=pack,
+        contract,
+        pack,
     )
     return {
         "teacher_input_ids": layout.input_ids,
@@ -122,7 +119,7 @@ def test_eager_teacher_sees_what_sdpa_sees():
 def test_teacher_is_frozen():
     """Catches a teacher that is trained, or answers with dropout: its targets would drift."""
     model = tiny(attention_dropout=0.5).train()
-    teacher = Teacher(model, TeacherContract(MASK, BLOCK, clean_copy=True))
+    teacher = Teacher(model, LayoutSpec(MASK, BLOCK, clean_copy=True))
     assert not any(weight.requires_grad for weight in model.parameters())
     assert not any(module.training for module in model.modules())
     ids = (draw(1, 8) * 20).long()
@@ -136,11 +133,11 @@ def test_teacher_is_frozen():
 
 def test_contracts_of_the_known_families():
     """Catches a teacher fed with the student's blocks, or a full-sequence teacher fed with a clean copy."""
-    assert contract_for(TIDEQwen3Config(**SHAPE, block_size=8), 5, "paper", 4) == TeacherContract(5, 8, True)
-    assert contract_for(TIDEQwen3Config(**SHAPE, block_size=8), 5, "native", 4) == TeacherContract(5, 8, True)
+    assert contract_for(TIDEQwen3Config(**SHAPE, block_size=8), 5, "paper", 4) == LayoutSpec(5, 8, True)
+    assert contract_for(TIDEQwen3Config(**SHAPE, block_size=8), 5, "native", 4) == LayoutSpec(5, 8, True)
     full = TIDEQwen3Config(**SHAPE, objective="full")
-    assert contract_for(full, 5, "paper", 4) == TeacherContract(5, None, False)
-    assert contract_for(WeDLMConfig(**SHAPE), 5, "paper", 4) == TeacherContract(5, 4, True)
+    assert contract_for(full, 5, "paper", 4) == LayoutSpec(5, None, False)
+    assert contract_for(WeDLMConfig(**SHAPE), 5, "paper", 4) == LayoutSpec(5, 4, True)
 
 
 def test_unknown_family_is_refused():

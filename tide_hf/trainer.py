@@ -16,8 +16,8 @@ from transformers.utils import is_peft_available, logging
 
 from .alignment import resolve_alignment
 from .config import TIDEConfig
-from .data import DistillationCollator, Noising, RowPreparation, Side, is_prepared, prepare_dataset
-from .diffusion import row_uniforms
+from .data import DistillationCollator, Noising, RowPreparation, is_prepared, prepare_dataset
+from .diffusion import LayoutSpec, row_uniforms
 from .losses import denoising_loss, lambda_schedule
 from .models.masked_diffusion import block_visibility
 from .objective import CHUNK_DIVERGENCES, resolve_objective
@@ -169,8 +169,8 @@ class TIDETrainer(Trainer):
         """How student and teacher are fed."""
         full = student_config.objective == "full"
         return Noising(
-            student=Side(student_config.mask_token_id, None if full else student_config.block_size, not full),
-            teacher=None if self.teacher is None else Side(**vars(self.teacher.contract)),
+            student=LayoutSpec(student_config.mask_token_id, None if full else student_config.block_size, not full),
+            teacher=None if self.teacher is None else self.teacher.contract,
             schedule=args.schedule,
             time_epsilon=args.time_epsilon,
             comp_demo=self.objective.comp_demo,

@@ -1,7 +1,7 @@
 """From conversations to the tensors of a step: preparation, collation, noise."""
 
 from .collator import DistillationCollator
-from .noising import Noising, Side
+from .noising import Noising
 from .preparation import (
     COLUMNS,
     EOS_FILLS,
@@ -20,7 +20,6 @@ __all__ = [
     "PreparationReport",
     "RowPreparation",
     "RowSkipped",
-    "Side",
     "is_prepared",
     "prepare_dataset",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..diffusion import (
-    PackedLayout,
+    LayoutSpec,
     block_layout,
     chunk_member,
     complementary_split,
@@ -25,38 +25,19 @@ from ..models.masked_diffusion import TIME_EPSILON
 
 
 @dataclass(frozen=True)
-class Side:
-    """How one network is fed.
-
-    Args:
-        mask_token_id (`int`): its [MASK].
-        block_size (`int`, *optional*): tokens per block; None: the whole row is one block.
-        clean_copy (`bool`): whether it sees the clean copy of earlier blocks.
-        shifted (`bool`): whether its logits are those of the next position.
-        causal (`bool`): whether it sees the noised blocks as a causal stream, unmasked tokens first.
-    """
-
-    mask_token_id: int
-    block_size: int | None
-    clean_copy: bool = True
-    shifted: bool = False
-    causal: bool = False
-
-
-@dataclass(frozen=True)
 class Noising:
     """What a run fixes about its noise; a call noises one batch.
 
     Args:
-        student (`Side`), teacher (`Side`, *optional*): how each network is fed; without a teacher no pairs are made.
+        student (`LayoutSpec`), teacher (`LayoutSpec`, *optional*): how each network is fed; without a teacher no pairs are made.
         schedule (`str`): α(t), `"linear"` or `"cosine"`.
         time_epsilon (`float`): smallest t.
         comp_demo (`bool`), demo_ratio (`float`): CompDemo's two teacher views and the share of the first.
         pack (`bool`): leave out blocks that carry no loss; False is the textbook layout, for comparison.
     """
 
-    student: Side
-    teacher: Side | None = None
+    student: LayoutSpec
+    teacher: LayoutSpec | None = None
     schedule: str = "linear"
     time_epsilon: float = TIME_EPSILON
     comp_demo: bool = False
@@ -93,7 +74,7 @@ class Noising:
         num_chunks = max(int(chunk_ids.max()), int(batch.get("teacher_chunk_ids", chunk_ids).max()), 0) + 1
         masked, hit_BC = complete_chunks(masked, chunk_ids, labels, num_chunks)
         valid = batch["attention_mask"].bool()
-        layout = self._layout(batch["input_ids"], valid, [masked], self.student)
+        layout = block_layout(batch["input_ids"], valid, [masked], self.student, self.pack)
         length = labels.shape[1]
         row = layout.asked_position // length
         out = {
@@ -123,19 +104,6 @@ class Noising:
         out["counts"] = torch.tensor([trained, num_pairs, num_active, len(labels)], dtype=torch.float64)
         return out
 
-    def _layout(self, input_ids, valid, masks, side: Side) -> PackedLayout:
-        return block_layout(
-            input_ids,
-            valid,
-            masks,
-            mask_token_id=side.mask_token_id,
-            block_size=side.block_size,
-            clean_copy=side.clean_copy,
-            shifted=side.shifted,
-            observed_first=side.causal,
-            pack=self.pack,
-        )
-
     def _teacher_masks(self, batch, masked, hit_BC, demo_BL) -> list[torch.Tensor]:
         """Masked teacher positions of each view: one view, or CompDemo's two (B masked first, then A)."""
         teacher_chunks = batch["teacher_chunk_ids"]
@@ -148,7 +116,7 @@ class Noising:
     def _teacher_inputs(self, batch, masks) -> dict[str, torch.Tensor]:
         """The teacher's layout under `teacher_…` names."""
         ids = batch["teacher_input_ids"]
-        layout = self._layout(ids, batch["teacher_attention_mask"].bool(), masks, self.teacher)
+        layout = block_layout(ids, batch["teacher_attention_mask"].bool(), masks, self.teacher, self.pack)
         return {
             "teacher_input_ids": layout.input_ids,
             "teacher_position_ids": layout.position_ids,

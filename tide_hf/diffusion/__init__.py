@@ -10,9 +10,10 @@ from .corruption import (
     masked_chunks,
     row_uniforms,
 )
-from .layout import PackedLayout, block_layout
+from .layout import LayoutSpec, PackedLayout, block_layout
 
 __all__ = [
+    "LayoutSpec",
     "PackedLayout",
     "block_layout",
     "chunk_loss_weight",

@@ -13,6 +13,37 @@ import torch
 from ..models.masked_diffusion import CLEAN_STREAM, NOISED_STREAM, PADDING_STREAM
 
 
+@dataclass(frozen=True)
+class LayoutSpec:
+    """How one network is fed.
+
+    Args:
+        mask_token_id (`int`): its [MASK].
+        block_size (`int`, *optional*): tokens per block, counted from position 0; None: the whole row is one block.
+        clean_copy (`bool`): whether the clean copy of earlier blocks stands beside the noised sequence.
+        shifted (`bool`): whether its logits at position i − 1 are those of position i (position 0 asks itself).
+        causal (`bool`): whether inside a block everything is causal, with the unmasked tokens first and every token at
+            its own position; otherwise a block is bidirectional.
+
+    Raises:
+        ValueError: for a shifted network with blocks: the position before a block lies in another one, which a packed
+            layout may leave out.
+    """
+
+    mask_token_id: int
+    block_size: int | None
+    clean_copy: bool = True
+    shifted: bool = False
+    causal: bool = False
+
+    def __post_init__(self):
+        if self.shifted and self.block_size is not None:
+            raise ValueError(
+                f"A network whose logits are shifted by one position is fed whole rows, not blocks of "
+                f"{self.block_size}: the position that predicts a block's first token lies in the block before."
+            )
+
+
 @dataclass
 class PackedLayout:
     """Inputs of one forward.
@@ -41,12 +72,7 @@ def block_layout(
     input_ids_BL: torch.Tensor,
     valid_BL: torch.Tensor,
     masks_BL: list[torch.Tensor],
-    *,
-    mask_token_id: int,
-    block_size: int | None,
-    clean_copy: bool = True,
-    shifted: bool = False,
-    observed_first: bool = False,
+    spec: LayoutSpec,
     pack: bool = True,
 ) -> PackedLayout:
     """Lays out [x_t …; x0]: one noised copy per mask, then the clean copy.
@@ -55,32 +81,26 @@ def block_layout(
         input_ids_BL (`torch.LongTensor` of shape `(B, L)`): clean tokens, padded anywhere.
         valid_BL (`torch.BoolTensor` of shape `(B, L)`): False at padding. Positions count the valid columns from 0.
         masks_BL (`list[torch.BoolTensor]`): masked positions of each noised copy, disjoint, inside `valid_BL`.
-        mask_token_id (`int`): id of [MASK] for this network.
-        block_size (`int`, *optional*): tokens per block, counted from position 0; None makes the row one block.
-        clean_copy (`bool`): False leaves x0 out: a network that sees the noised sequence alone.
-        shifted (`bool`): the network's logits at position i − 1 are those of position i (position 0 asks itself).
-            Needs the whole row as one block: in a packed layout the block before might be missing.
-        observed_first (`bool`): inside each noised block the unmasked columns stand before the masked ones, each with
-            its own position: the order in which a causal network may see them.
+        spec ([`LayoutSpec`]): how the network is fed.
         pack (`bool`): False keeps every block and every padding column: the textbook [xt ; x0].
 
     Returns:
         [`PackedLayout`]
     """
-    assert not (shifted and block_size), "a shifted network sees the whole row as one block"
     num_rows, length = input_ids_BL.shape
     position = valid_BL.long().cumsum(-1).sub(1).clamp(min=0)
-    block = position // block_size if block_size else torch.zeros_like(position)
+    block = position // spec.block_size if spec.block_size else torch.zeros_like(position)
     num_blocks = int(block.max()) + 1 if block.numel() else 1
 
-    copies = _copies(input_ids_BL, valid_BL, masks_BL, block, num_blocks, mask_token_id, clean_copy, pack)
+    copies = _copies(input_ids_BL, valid_BL, masks_BL, block, num_blocks, spec, pack)
     ids, stream, keep, asked = (torch.cat(parts, 1) for parts in zip(*copies, strict=True))
     column = torch.arange(length).repeat(len(copies)).expand(num_rows, -1)
 
     # kept columns first, in order; at least one column, so that an empty batch still runs and has a graph
     width = max(int(keep.sum(1).max()), 1)
     rank = torch.zeros_like(ids)
-    if observed_first:
+    if spec.causal:
+        # unmasked columns of a noised block before its masked ones: the order in which a causal network may see them
         copy_number = torch.arange(len(copies)).repeat_interleave(length)
         rank = 2 * (copy_number * num_blocks + block.repeat(1, len(copies))) + asked
     order = torch.argsort(rank.masked_fill(~keep, torch.iinfo(rank.dtype).max), dim=1, stable=True)[:, :width]
@@ -90,7 +110,7 @@ def block_layout(
     asked_position = row * length + column[row, packed_column]
     by_position = asked_position.argsort()
     stream = torch.where(keep, stream.gather(1, order), PADDING_STREAM)
-    if shifted:
+    if spec.shifted:
         previous = _previous_column(stream, position.gather(1, column))
         packed_column = previous[row, packed_column]
     return PackedLayout(
@@ -103,7 +123,7 @@ def block_layout(
     )
 
 
-def _copies(ids, valid, masks, block, num_blocks, mask_token_id, clean_copy, pack) -> list[tuple[torch.Tensor, ...]]:
+def _copies(ids, valid, masks, block, num_blocks, spec, pack) -> list[tuple[torch.Tensor, ...]]:
     """Ids, stream, columns to keep and asked columns (B, L) of each noised copy and of the clean one."""
     copies = []
     last_block = torch.full((len(ids), 1), -1)
@@ -113,8 +133,8 @@ def _copies(ids, valid, masks, block, num_blocks, mask_token_id, clean_copy, pac
         last_block = torch.maximum(last_block, block_numbers.amax(1, keepdim=True))
         keep = valid & kept_blocks.gather(1, block) if pack else torch.ones_like(valid)
         stream = torch.where(valid, NOISED_STREAM + index, PADDING_STREAM)
-        copies.append((torch.where(mask, mask_token_id, ids), stream, keep, mask))
-    if clean_copy:
+        copies.append((torch.where(mask, spec.mask_token_id, ids), stream, keep, mask))
+    if spec.clean_copy:
         keep = valid & (block < last_block) if pack else torch.ones_like(valid)
         copies.append((ids, torch.where(valid, CLEAN_STREAM, PADDING_STREAM), keep, torch.zeros_like(valid)))
     return copies

@@ -1,6 +1,6 @@
 """A frozen model and its contract: from packed inputs to logits at the asked positions."""
 
-from .contract import CONTEXTS, FAMILIES, REFUSED, Family, TeacherContract, View, contract_for, family_of
+from .contract import CONTEXTS, FAMILIES, REFUSED, Family, View, contract_for, family_of
 from .loading import check_rotary_frequencies, load_teacher, resolve_mask_token_id
 from .teacher import Teacher
 
@@ -10,7 +10,6 @@ __all__ = [
     "REFUSED",
     "Family",
     "Teacher",
-    "TeacherContract",
     "View",
     "check_rotary_frequencies",
     "contract_for",

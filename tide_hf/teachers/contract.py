@@ -2,37 +2,9 @@
 
 from dataclasses import dataclass
 
+from ..diffusion import LayoutSpec
+
 CONTEXTS = ("paper", "native")
-
-
-@dataclass(frozen=True)
-class TeacherContract:
-    """How a teacher is fed.
-
-    Args:
-        mask_token_id (`int`): its [MASK].
-        block_size (`int`, *optional*): tokens per block; None: the whole row is one block.
-        clean_copy (`bool`): whether the clean copy of earlier blocks stands beside the noised sequence.
-        shifted (`bool`): whether its logits at position i − 1 are those of position i.
-        causal (`bool`): whether inside a block everything is causal, with the unmasked tokens first and every token at
-            its own position; otherwise a block is bidirectional.
-
-    Raises:
-        ValueError: for a shifted teacher with blocks: the position before a block lies in another one.
-    """
-
-    mask_token_id: int
-    block_size: int | None
-    clean_copy: bool
-    shifted: bool = False
-    causal: bool = False
-
-    def __post_init__(self):
-        if self.shifted and self.block_size is not None:
-            raise ValueError(
-                f"A teacher whose logits are shifted by one position is fed whole rows, not blocks of "
-                f"{self.block_size}: the position that predicts a block's first token lies in the block before."
-            )
 
 
 @dataclass(frozen=True)
@@ -42,7 +14,7 @@ class View:
     Args:
         blocks (`str`): `"none"` (one bidirectional sequence, no clean copy), `"own"` (the block size of its config),
             `"student"` (that of the student) or `"objective"` (as its config's `objective` says).
-        shifted (`bool`), causal (`bool`): see [`TeacherContract`].
+        shifted (`bool`), causal (`bool`): see [`~tide_hf.diffusion.LayoutSpec`].
     """
 
     blocks: str
@@ -104,7 +76,7 @@ def family_of(config) -> Family | None:
     return FAMILIES.get(name)
 
 
-def contract_for(config, mask_token_id: int, context: str, student_block_size: int) -> TeacherContract:
+def contract_for(config, mask_token_id: int, context: str, student_block_size: int) -> LayoutSpec:
     """The contract of a teacher of a known family.
 
     Args:
@@ -133,7 +105,7 @@ def contract_for(config, mask_token_id: int, context: str, student_block_size: i
         "own": getattr(config, "block_size", None) or family.block_size,
         "student": student_block_size,
     }
-    return TeacherContract(mask_token_id, sizes[blocks], blocks != "none", view.shifted, view.causal)
+    return LayoutSpec(mask_token_id, sizes[blocks], blocks != "none", view.shifted, view.causal)
 
 
 def refuse_unknown(config) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
+from ..diffusion import LayoutSpec
 from ..models.masked_diffusion import attention_mask_for, block_visibility
-from .contract import TeacherContract
 
 
 class Teacher:
@@ -17,10 +17,10 @@ class Teacher:
 
     Args:
         model (`PreTrainedModel`): a body (`base_model`) with an output embedding as its head.
-        contract ([`TeacherContract`]): how it is fed.
+        contract ([`LayoutSpec`]): how it is fed.
     """
 
-    def __init__(self, model: PreTrainedModel, contract: TeacherContract):
+    def __init__(self, model: PreTrainedModel, contract: LayoutSpec):
         self.model = model.eval().requires_grad_(False)
         self.contract = contract
 
