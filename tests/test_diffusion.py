@@ -251,7 +251,10 @@ def pad(rows, side, value, extra=3):
     return torch.stack(filled)
 
 
-def lay_out(rows, masks, side="right", spec=LayoutSpec(MASK, BLOCK), pack=True):
+SPEC = LayoutSpec(MASK, BLOCK)
+
+
+def lay_out(rows, masks, side="right", spec=SPEC, pack=True):
     """`block_layout` of padded rows; padding holds a real token id, which must not matter."""
     valid = pad([torch.ones(len(row), dtype=torch.bool) for row in rows], side, False)
     padded_masks = [pad([row[index] for row in masks], side, False) for index in range(len(masks[0]))]
@@ -370,9 +373,7 @@ def test_noising_names_the_row_of_each_chunk():
         "teacher_chunk_ids": torch.tensor([[0, 1, 1, -1], [2, 0, 0, 0]]),
         "teacher_attention_mask": torch.ones(2, 4, dtype=torch.long),
     }
-    out = Noising(LayoutSpec(MASK, BLOCK), LayoutSpec(MASK, BLOCK))(
-        batch, (torch.full((2,), 0.5), torch.zeros(2, 4), None)
-    )
+    out = Noising(SPEC, SPEC)(batch, (torch.full((2,), 0.5), torch.zeros(2, 4), None))
     assert out["chunk_row"].tolist() == [0, 0, 1, 1]
     # each token's chunk by number, student then teacher: the clean ids tell which token it is
     assert list(zip(out["targets"][out["pair"]].tolist(), out["pair_chunk"].tolist(), strict=True)) == [

@@ -29,7 +29,8 @@ class Noising:
     """What a run fixes about its noise; a call noises one batch.
 
     Args:
-        student (`LayoutSpec`), teacher (`LayoutSpec`, *optional*): how each network is fed; without a teacher no pairs are made.
+        student (`LayoutSpec`), teacher (`LayoutSpec`, *optional*): how each network is fed; without a teacher no pairs
+            are made.
         schedule (`str`): α(t), `"linear"` or `"cosine"`.
         time_epsilon (`float`): smallest t.
         comp_demo (`bool`), demo_ratio (`float`): CompDemo's two teacher views and the share of the first.
