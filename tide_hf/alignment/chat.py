@@ -42,7 +42,7 @@ def render_chat(
         first_trained (`int`): assistant turns before this message index are left out (a prompt's own turns).
 
     Returns:
-        the rendered text, and one [`Answer`] per assistant turn.
+        the rendered text, and one [`Answer`] per assistant turn that is not left out.
 
     Raises:
         ValueError: if there is no template, or if it hides where a turn is.
@@ -53,6 +53,7 @@ def render_chat(
             "tokenizer.chat_template, or give rows of 'prompt' and 'completion' text."
         )
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = [index for index in turns if index >= first_trained]
     if GENERATION_MARKER.search(tokenizer.get_chat_template()):
         texts, spans = render_jinja_template(
             [messages],
@@ -66,14 +67,14 @@ def render_chat(
                 f"the chat template marks {len(spans)} generations for {len(turns)} assistant messages: every "
                 "assistant turn needs one {% generation %} block."
             )
+        spans = spans[len(turns) - len(trained) :]
     else:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = [_span_by_prefix(tokenizer, messages, index, text) for index in turns]
+        spans = [_span_by_prefix(tokenizer, messages, index, text) for index in trained]
     answers = []
-    for index, (start, end) in zip(turns, spans, strict=True):
-        if index >= first_trained:
-            anchor = _anchor(tokenizer, messages, index, text, start, end)
-            answers.append(Answer(start, end, start if anchor < 0 else anchor, anchor >= 0))
+    for index, (start, end) in zip(trained, spans, strict=True):
+        anchor = _anchor(tokenizer, messages, index, text, start, end)
+        answers.append(Answer(start, end, start if anchor < 0 else anchor, anchor >= 0))
     return text, answers
 
 
