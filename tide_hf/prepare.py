@@ -152,7 +152,7 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
 
 
 def _source(arguments: PrepareArguments, splits: dict) -> dict:
-    """What the rows are, so that an interrupted run goes on with the same ones only; their number where it is known."""
+    """What the rows are, so that an interrupted run goes on with the same ones only."""
     script, mixture = arguments.script, arguments.mixture
     if mixture.datasets:
         named = {"datasets": [vars(part) for part in mixture.datasets], "test_split_size": mixture.test_split_size}
