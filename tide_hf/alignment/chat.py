@@ -99,15 +99,17 @@ def _anchor(tokenizer, messages, index, text, start, end) -> int:
 def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
     """Character span of one assistant turn: from the generation prompt before it to its end-of-turn text.
 
-    Where the template treats a turn differently once more follows, the content is located by rendering the
-    conversation with a stand-in for it: what stands before and behind the stand-in stands before and behind the
-    content.
+    Where nothing stands before it, or the template treats a turn differently once more follows, the content is located
+    by rendering the conversation with a stand-in for it: what stands before and behind the stand-in stands before and
+    behind the content.
     """
-    before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-    last = index == len(messages) - 1
-    through = text if last else tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-    if text.startswith(through) and through.startswith(before):
-        return len(before), len(through)
+    before = None
+    if index > 0:
+        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        last = index == len(messages) - 1
+        through = text if last else tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        if text.startswith(through) and through.startswith(before):
+            return len(before), len(through)
     stand_in = [*messages[:index], {**messages[index], "content": STAND_IN}, *messages[index + 1 :]]
     head, *tails = tokenizer.apply_chat_template(stand_in, tokenize=False).split(STAND_IN)
     if len(tails) != 1 or not (text.startswith(head) and text.endswith(tails[0])):
@@ -117,4 +119,5 @@ def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
         )
     eos = tokenizer.eos_token or ""
     end = len(text) - len(tails[0])
-    return len(before) if head.startswith(before) else len(head), end + len(eos) * text.startswith(eos, end)
+    start = len(before) if before is not None and head.startswith(before) else len(head)
+    return start, end + len(eos) * text.startswith(eos, end)

@@ -62,8 +62,8 @@ class RowPreparation:
             network would take it for noise; None lets them pass.
 
     Raises:
-        ValueError: for an unknown alignment or choice of turns, a fill without an EOS token, and tokenizers that are
-            not fast.
+        ValueError: for an unknown alignment or choice of turns, a fill without an EOS token, a mask token outside the
+            vocabulary, and tokenizers that are not fast.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -86,9 +86,15 @@ class RowPreparation:
                 f"eos_fill={self.eos_fill!r} fills with EOS, which the student's tokenizer does not have: set "
                 "tokenizer.eos_token, or eos_fill='none'."
             )
-        for tokenizer in (self.tokenizer, self.teacher_tokenizer):
-            if tokenizer is not None:
-                require_fast(tokenizer)
+        for who, tokenizer, mask in self._masks():
+            require_fast(tokenizer)
+            unknown = tokenizer.unk_token_id
+            if mask is not None and mask == unknown == tokenizer.mask_token_id:
+                raise ValueError(
+                    f"The {who}'s mask token {tokenizer.mask_token!r} is not in its vocabulary: it stands for "
+                    f"{tokenizer.unk_token!r}, as all unknown text does. Add it: "
+                    f"tokenizer.add_special_tokens({{'mask_token': {tokenizer.mask_token!r}}}), or set another id."
+                )
         object.__setattr__(self, "_bytes", TokenBytes.of(self.tokenizer))
         across = self.teacher_tokenizer is not None and self.alignment == "chunk"
         object.__setattr__(self, "_teacher_bytes", TokenBytes.of(self.teacher_tokenizer) if across else None)
@@ -183,16 +189,19 @@ class RowPreparation:
         coverage = [np.count_nonzero(columns["labels"] != -100), np.count_nonzero(columns["chunk_ids"] >= 0), *covered]
         return {name: column.tolist() for name, column in columns.items()}, truncated, [int(n) for n in coverage]
 
-    def _refuse_mask_tokens(self, ids: np.ndarray, teacher_ids: np.ndarray) -> None:
+    def _masks(self) -> list[tuple[str, PreTrainedTokenizerBase, int | None]]:
+        """Who, tokenizer and mask token id of each side there is."""
+        sides = [("student", self.tokenizer, self.mask_token_id)]
+        if self.teacher_tokenizer is not None:
+            sides.append(("teacher", self.teacher_tokenizer, self.teacher_mask_token_id))
+        return sides
+
+    def _refuse_mask_tokens(self, *ids_of_sides: np.ndarray) -> None:
         """Skips a row whose own text says [MASK]: it would be noise at any t, and as an answer the target."""
-        for who, side, mask, tokenizer in (
-            ("student", ids, self.mask_token_id, self.tokenizer),
-            ("teacher", teacher_ids, self.teacher_mask_token_id, self.teacher_tokenizer),
-        ):
-            if mask is not None and (side == mask).any():
-                raise RowSkipped(
-                    f"the {who}'s mask token {tokenizer.convert_ids_to_tokens(mask)!r} stands in the text"
-                )
+        for (who, tokenizer, mask), ids in zip(self._masks(), ids_of_sides, strict=False):
+            if mask is not None and (ids == mask).any():
+                token = tokenizer.convert_ids_to_tokens(mask)
+                raise RowSkipped(f"the {who}'s mask token {token!r} stands in the text")
 
     def _align(self, student: "_Side", teacher: "_Side | None") -> tuple[np.ndarray, np.ndarray]:
         """Chunk numbers of both sides, before any cut and fill."""
