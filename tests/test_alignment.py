@@ -435,6 +435,26 @@ def test_end_of_turn_of_one_text_is_a_chunk():
     assert chunk_text(columns, prepare)[-1] == b"<|im_end|>"
 
 
+@pytest.mark.parametrize("pair", [(qwen, deepseek), (deepseek, qwen), (sentencepiece, qwen)])
+def test_last_turn_alone_aligns(pair):
+    """Catches an earlier turn trained on, or in a chunk, on either side of two tokenizers."""
+    columns, _ = preparation(*pair, trained_turns="last").prepare(chat("Q", "hello world", "Q", "(the answer)"))
+    found = b"".join(chunk_text(columns, preparation(*pair))).decode()
+    assert found.strip() == "(the answer)"
+    trained = [label for label in columns["labels"] if label != -100]
+    assert "world" not in preparation(*pair).tokenizer.decode(trained)
+
+
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    {"empty conversation": {"messages": []}, "no assistant message": chat("Q"), "no messages": {"other": 1}}.items(),
+)
+def test_rows_without_an_answer_are_counted_out(across, reason, row):
+    """Catches rows without any answer crashing the alignment of two tokenizers, or kept."""
+    with pytest.raises(RowSkipped, match=reason):
+        across.prepare(row)
+
+
 def test_empty_answer_trains_without_chunks(across):
     """Catches a crash, or a chunk of the end-of-turn texts, at an answer without content."""
     columns, _ = across.prepare(chat("Q", ""))

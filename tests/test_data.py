@@ -167,6 +167,41 @@ def test_answer_that_stands_in_the_prompt_is_labelled_in_the_answer_alone(templa
     assert prepare.tokenizer.decode(columns["input_ids"][:first_trained]).count("yes") == 1
 
 
+@pytest.mark.parametrize("templates", [(CHATML, MARKED), (MARKED, CHATML), (MARKED, DROPS_REASONING)])
+@pytest.mark.parametrize("alignment", ["token", "chunk"])
+def test_only_the_last_turn_is_trained_on_if_told_so(templates, alignment):
+    """Catches trained_turns ignored for one kind of template or one side, where earlier answers would be masked."""
+    prepare = preparation(*templates, trained_turns="last", alignment=alignment)
+    columns, _ = prepare.prepare(chat("Q", "one", "Q", "two", "unanswered"))
+    expected = "two<|im_end|>" + ("\n" if templates[0] == CHATML else "")
+    assert trained_text(columns, prepare.tokenizer) == expected
+    pairs = aligned_pairs(columns)
+    assert prepare.tokenizer.decode([student for student, _ in pairs]).strip() == "two<|im_end|>"
+    every, _ = preparation(*templates, alignment=alignment).prepare(chat("Q", "one", "Q", "two", "unanswered"))
+    assert "one" in trained_text(every, prepare.tokenizer)
+
+
+def test_earlier_turn_that_cannot_be_located_does_not_matter_if_the_last_is_trained_on():
+    """Catches rows dropped for the place of an answer that nobody asked for."""
+    shouted = "{{ message.content if loop.last else message.content|upper }}"
+    template = CHATML.replace("{{ message.content }}", shouted)
+    prepare = preparation(template, template, trained_turns="last")
+    assert trained_text(prepare.prepare(chat("Q", "one", "Q", "two"))[0], prepare.tokenizer) == "two<|im_end|>\n"
+
+
+@pytest.mark.parametrize("content", ["a<|im_end|>b", "<|im_start|>assistant\nyes<|im_end|>\n", "<pad>", "hello<|im"])
+@pytest.mark.parametrize("templates", [(CHATML, MARKED), (MARKED, CHATML)])
+@pytest.mark.parametrize("alignment", ["token", "chunk"])
+def test_special_looking_text_changes_nothing(templates, content, alignment):
+    """Catches the text of a template inside a message taken for the template's own: answers begun or ended there."""
+    prepare = preparation(*templates, alignment=alignment)
+    columns, _ = prepare.prepare(chat(content, "yes", content, content))
+    ending = END + ("\n" if templates[0] == CHATML else "")
+    assert trained_text(columns, prepare.tokenizer) == f"yes{ending}{content}{ending}"
+    aligned = prepare.tokenizer.decode([student for student, _ in aligned_pairs(columns)])
+    assert aligned.replace("\n", "") == f"yes{END}{content}{END}".replace("\n", "")
+
+
 def test_earlier_turn_quoted_later_is_not_found_in_the_quote():
     """Catches an answer whose reasoning was dropped being found in a later message: the user's turn would train."""
     prepare = preparation(DROPS_REASONING, DROPS_REASONING)
@@ -193,6 +228,16 @@ def test_reasoning_is_trained_on_where_the_template_writes_it(contents, expected
     prepare = preparation(DROPS_REASONING, DROPS_REASONING)
     columns, _ = prepare.prepare(chat(*contents))
     assert trained_text(columns, prepare.tokenizer) == expected
+
+
+@pytest.mark.parametrize("alignment", ["token", "chunk"])
+def test_conversation_that_begins_with_an_answer_trains(alignment):
+    """Catches a greeting without a question before it dropped, or its header trained on."""
+    for template, ending in ((CHATML, "\n"), (MARKED, "")):
+        prepare = preparation(template, MARKED, alignment=alignment)
+        columns, _ = prepare.prepare({"messages": chat("", "hello", "Q", "A")["messages"][1:]})
+        assert trained_text(columns, prepare.tokenizer) == f"hello{END}A{END}{ending}"
+        assert len(aligned_pairs(columns)) == 4
 
 
 def test_answer_that_cannot_be_located_is_counted_out():
@@ -395,6 +440,84 @@ def test_row_that_cannot_train_says_why(reason, row):
     """Catches rows that vanish, or train on nothing, without a reason."""
     with pytest.raises(RowSkipped, match=reason):
         preparation(REFUSES, REFUSES, max_length=64).prepare(row)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("place", ["question", "answer", "behind the cut"])
+def test_mask_token_in_the_text_is_counted_out(side, place):
+    """Catches a [MASK] of the data taken for noise, or trained on as the answer."""
+    texts = {"question": ("hello<pad>", "A"), "answer": ("Q", "x<pad>"), "behind the cut": ("Q", "b" * 90 + "<pad>")}
+    rows = Dataset.from_list([chat("Q", "A"), chat(*texts[place])])
+    mask = build_tokenizer().convert_tokens_to_ids("<pad>")
+    name = {"student": "mask_token_id", "teacher": "teacher_mask_token_id"}[side]
+    prepared, report = prepare_dataset(rows, preparation(max_length=64, teacher_max_length=64, **{name: mask}))
+    if place == "behind the cut":
+        assert len(prepared) == 2
+    else:
+        assert prepared["row_id"][:] == [0]
+        assert report.dropped == {f"the {side}'s mask token '<pad>' stands in the text": 1}
+
+
+def test_mask_token_that_is_an_ordinary_one_is_counted_out():
+    """Catches a word of the vocabulary used as [MASK]: where it stands as a word nothing is masked."""
+    mask = build_tokenizer().convert_tokens_to_ids("hello")
+    rows = Dataset.from_list([chat("Q", "A"), chat("Q", "hello"), chat("Q", "hell")])
+    prepared, report = prepare_dataset(rows, preparation(mask_token_id=mask))
+    assert prepared["row_id"][:] == [0, 2] and sum(report.dropped.values()) == 1
+    with pytest.raises(ValueError, match=r"No row is left.*1 dropped: the student's mask token 'hello'"):
+        prepare_dataset(rows.select([1]), preparation(mask_token_id=mask))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_mask_token_outside_the_vocabulary_is_refused(side):
+    """Catches a mask token that was named and never added: its id is that of all unknown text."""
+    tokenizer = build_tokenizer()
+    tokenizer.unk_token, tokenizer.mask_token = "<pad>", "<mask>"
+    assert tokenizer.mask_token_id == tokenizer.unk_token_id
+    sides = (tokenizer, build_tokenizer()) if side == "student" else (build_tokenizer(), tokenizer)
+    masks = {"mask_token_id": sides[0].mask_token_id, "teacher_mask_token_id": sides[1].mask_token_id}
+    with pytest.raises(ValueError, match=f"The {side}'s mask token '<mask>' is not in its vocabulary.*add_special"):
+        RowPreparation(*sides, 64, 64, 8, **masks)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    RowPreparation(
+        *sides, 64, 64, 8, **{**masks, f"{'teacher_' * (side == 'teacher')}mask_token_id": len(tokenizer) - 1}
+    )
+
+
+@pytest.mark.parametrize("alignment", ["token", "chunk"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_slow_tokenizer_of_either_side_is_refused(alignment, side):
+    """Catches a slow tokenizer met at the first row, or only where its bytes are needed."""
+    sides = [build_tokenizer(), build_tokenizer()]
+
+    class Slow:
+        is_fast, name_or_path, eos_token_id = False, "some/model", 1
+
+    sides[side] = Slow()
+    with pytest.raises(ValueError, match="some/model is a slow tokenizer"):
+        RowPreparation(*sides, 64, 64, 8, alignment=alignment)
+
+
+def test_template_that_only_the_teacher_refuses_is_counted():
+    """Catches a conversation kept without its teacher's side."""
+    rows = Dataset.from_list([chat("Q", "A"), {"messages": chat("Q", "A")["messages"][1:]}])
+    prepared, report = prepare_dataset(rows, preparation(CHATML, REFUSES, alignment="chunk"))
+    assert len(prepared) == 1 and report.dropped == {"chat template: user first": 1}
+
+
+@pytest.mark.parametrize("messages", [[{"content": "A"}], [{"role": None, "content": "A"}]])
+def test_message_without_role_is_counted_out(messages):
+    """Catches a KeyError far from its cause for one broken message."""
+    with pytest.raises(RowSkipped, match="a message's role is not text"):
+        preparation().prepare({"messages": messages})
+
+
+def test_unknown_settings_are_refused():
+    """Catches a misspelt choice taken for the default."""
+    with pytest.raises(ValueError, match="trained_turns is 'first'; expected one of all, last"):
+        preparation(trained_turns="first")
+    with pytest.raises(ValueError, match="eos_fill is 'blocks'; expected one of none, block, end"):
+        preparation(eos_fill="blocks")
 
 
 def test_content_in_parts_is_counted_out():

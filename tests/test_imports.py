@@ -21,7 +21,7 @@ RANKS = {
     **dict.fromkeys(("losses", "diffusion", "alignment"), 1),
     **dict.fromkeys(("teachers", "data", "hub", "objective", "config"), 2),
     **dict.fromkeys(("trainer", "few_step", "evaluation"), 3),
-    **dict.fromkeys(("demo", "cli", "distill"), 4),
+    **dict.fromkeys(("demo", "cli", "distill", "prepare"), 4),
     "recipes": 5,
 }
 STANDARD = frozenset(sys.stdlib_module_names)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from test_trainer import naive_logits
 from tiny import tiny_model, tiny_trainer
 from torch.testing import assert_close
@@ -122,3 +123,61 @@ def test_chunk_evaluation_equals_the_step_on_the_same_noise(tmp_path, preset):
     trainer.state.max_steps = max(trainer.state.max_steps, 1)
     loss = trainer.compute_loss(trainer.model, batch).item()
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["calm", "tide-cross", "tide-shared"])
+def test_one_tokenizer_on_both_sides_trains_through_chunks(tmp_path, preset):
+    """Catches the chunk pipeline failing, or computing something else, where every chunk is one token."""
+    losses, columns = [], []
+    for alignment in ("chunk", "token"):
+        trainer = tiny_trainer(
+            tmp_path / alignment,
+            model=tiny_model(0),
+            teacher=tiny_model(1),
+            preset=preset,
+            divergence={"tide-cross": "reverse_calm", "tide-shared": "calm"}.get(preset),
+            alignment=alignment,
+            eos_fill="none",
+        )
+        assert trainer.objective.alignment == alignment
+        columns.append(trainer.train_dataset.to_list())
+        trainer.train()
+        losses.append([(entry["ce"], entry["distill"]) for entry in trainer.state.log_history if "ce" in entry])
+    assert columns[0] == columns[1] and max(columns[0][0]["chunk_ids"]) == 6
+    assert losses[0] == losses[1] and all(distill != 0 for _, distill in losses[0])
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_trainer_leaves_rows_with_a_mask_token_out(tmp_path, side):
+    """Catches [MASK] in the data reaching a network as noise: the trainer must tell the preparation its mask ids."""
+    tokenizers = {"student": build_tokenizer(), "teacher": build_tokenizer(PAIRS)}
+    other = "teacher" if side == "student" else "student"
+    tokenizers[other].add_special_tokens({"mask_token": "<masked>"})
+    rows = sorting_rows(8, seed=1).to_list()
+    rows[2]["messages"][1]["content"] += "<mask>"
+    trainer = tiny_trainer(
+        tmp_path,
+        rows=Dataset.from_list(rows),
+        model=tiny_model(0, vocab_size=32, mask_token_id=tokenizers["student"].mask_token_id),
+        teacher=tiny_model(1, vocab_size=32, mask_token_id=tokenizers["teacher"].mask_token_id),
+        preset="calm",
+        trainer_kwargs={
+            "processing_class": tokenizers["student"],
+            "teacher_processing_class": tokenizers["teacher"],
+        },
+    )
+    dropped = trainer.preparation_reports["train"].dropped
+    assert dropped == {f"the {side}'s mask token '<mask>' stands in the text": 1}
+
+
+def test_trainer_trains_on_the_turns_it_is_told(tmp_path):
+    """Catches trained_turns of the configuration that never reaches the rows."""
+    (row,) = sorting_rows(1, seed=1).to_list()
+    rows = Dataset.from_list([{"messages": row["messages"] * 2}])
+    counts = [
+        tiny_trainer(tmp_path / turns, rows=rows, trained_turns=turns, eos_fill="none", max_length=32)
+        .preparation_reports["train"]
+        .num_trained_tokens
+        for turns in ("all", "last")
+    ]
+    assert counts == [14, 7]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .data import EOS_FILLS
+from .data import EOS_FILLS, TRAINED_TURNS
 from .models.masked_diffusion import SCHEDULES, TIME_EPSILON
 from .objective import DIVERGENCES, PRESETS
 
@@ -21,6 +21,7 @@ CHOICES = {
     "chunk_weighting": ("paper", "exact"),
     "loss_normalization": ("token", "sequence", "batch"),
     "eos_fill": EOS_FILLS,
+    "trained_turns": TRAINED_TURNS,
     "teacher_context": ("paper", "native"),
     "teacher_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -111,6 +112,7 @@ class TIDEConfig(TrainingArguments):
     eos_fill: str = _knob(
         "block", "What follows the last answer's end: none, EOS to the block's end (trained on), EOS to max_length."
     )
+    trained_turns: str = _knob("all", "Assistant turns of a conversation that are trained on: all, or the last alone.")
     dataset_num_proc: int | None = _knob(None, "Processes that prepare the dataset.")
     eval_noise_levels: list[float] | None = _knob(
         None, "Diffusion times at which evaluation also reports the negative log-likelihood per masked token, in nats."

@@ -49,7 +49,7 @@ def parse_arguments(output_dir: str, command_line: list[str] | None = None) -> A
     command_line = sys.argv[1:] if command_line is None else command_line
     # names first: the training arguments are refused on a machine that does not fit them, whatever else is missing
     names = TrlParser((DistillArguments, ModelConfig, MixtureConfig))
-    _check_available(*names.parse_args_and_config(command_line, return_remaining_strings=True)[:3])
+    check_available(*names.parse_args_and_config(command_line, return_remaining_strings=True)[:3])
     parser = TrlParser((DistillArguments, TIDEConfig, ModelConfig, MixtureConfig))
     parser.set_defaults(output_dir=output_dir)
     parsed = parser.parse_args_and_config(command_line)
@@ -62,7 +62,7 @@ def run_distillation(arguments: Arguments) -> TIDETrainer:
     script, training, model, mixture = arguments.script, arguments.training, arguments.model, arguments.mixture
     if not mixture.datasets and script.dataset_name is None:
         sys.exit("Nothing to train on: give --dataset_name (a Hub name, a .jsonl or .parquet file) or a mixture.")
-    rows = _load_named(script) if script.dataset_name is not None else load_mixture(mixture)
+    rows = load_named(script) if script.dataset_name is not None else load_mixture(mixture)
     evaluates = training.eval_strategy != "no"
     if evaluates and script.dataset_test_split not in rows:
         sys.exit(
@@ -95,7 +95,7 @@ def run_distillation(arguments: Arguments) -> TIDETrainer:
     return trainer
 
 
-def _check_available(script: DistillArguments, model: ModelConfig, mixture: MixtureConfig) -> None:
+def check_available(script: DistillArguments, model: ModelConfig, mixture: MixtureConfig) -> None:
     """Names everything a run with given models would miss; an embedded comparison needs nothing."""
     if model.model_name_or_path is None:
         return
@@ -107,7 +107,7 @@ def _check_available(script: DistillArguments, model: ModelConfig, mixture: Mixt
         sys.exit(str(error))
 
 
-def _load_named(script: DistillArguments) -> DatasetDict:
+def load_named(script: DistillArguments) -> DatasetDict:
     """All splits of one dataset; a single table counts as the training split."""
     rows = load_rows(script.dataset_name, script.dataset_config, split=None, streaming=script.dataset_streaming)
     return rows if isinstance(rows, dict) else DatasetDict({script.dataset_train_split: rows})

@@ -16,7 +16,14 @@ from transformers.utils import is_peft_available, logging
 
 from .alignment import resolve_alignment
 from .config import TIDEConfig
-from .data import DistillationCollator, Noising, RowPreparation, is_prepared, prepare_dataset
+from .data import (
+    DistillationCollator,
+    Noising,
+    RowPreparation,
+    is_prepared,
+    prepare_dataset,
+    require_same_preparation,
+)
 from .diffusion import LayoutSpec, row_uniforms
 from .losses import denoising_loss, lambda_schedule
 from .models.masked_diffusion import block_visibility
@@ -34,7 +41,8 @@ class TIDETrainer(Trainer):
         teacher (`str` or `PreTrainedModel`, *optional*): the teacher; None only with `preset="ce"`.
         args ([`TIDEConfig`], *optional*): every knob.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` + `completion` or
-            `text`, or rows already prepared by [`~tide_hf.data.prepare_dataset`].
+            `text`, or rows already prepared, for the same tokenizers and settings, by
+            [`~tide_hf.data.prepare_dataset`] or recipes/prepare_data.py.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; from `model` by default.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; from `teacher` if that is a
             name, otherwise the student's.
@@ -88,14 +96,9 @@ class TIDETrainer(Trainer):
         )
         self.noising = self._noising_for(model.config, args)
 
-        self._preparation = RowPreparation(
-            tokenizer=processing_class,
-            teacher_tokenizer=None if self.teacher is None else teacher_processing_class,
-            max_length=args.max_length,
-            teacher_max_length=args.teacher_max_length or args.max_length,
-            block_size=model.config.block_size,
-            eos_fill=args.eos_fill,
-            alignment=alignment,
+        teacher_side = self.noising.teacher and (teacher_processing_class, self.noising.teacher.mask_token_id)
+        self._preparation = RowPreparation.for_run(
+            args, model.config.block_size, alignment, (processing_class, model.config.mask_token_id), teacher_side
         )
         self.preparation_reports = {}
         train_dataset = self._prepare("train", train_dataset, args)
@@ -178,8 +181,13 @@ class TIDETrainer(Trainer):
         )
 
     def _prepare(self, name: str, dataset, args):
-        """Token columns for a raw dataset; a prepared one passes."""
-        if dataset is None or is_prepared(dataset):
+        """Token columns for a raw dataset; one prepared for this run's tokenizers and settings passes."""
+        if dataset is None:
+            return None
+        if is_prepared(dataset):
+            report = require_same_preparation(dataset, self._preparation, name)
+            if report is not None:
+                self.preparation_reports[name] = report
             return dataset
         with args.main_process_first(desc=f"preparing the {name} dataset"):
             dataset, self.preparation_reports[name] = prepare_dataset(

@@ -42,7 +42,7 @@ def render_chat(
         first_trained (`int`): assistant turns before this message index are left out (a prompt's own turns).
 
     Returns:
-        the rendered text, and one [`Answer`] per assistant turn.
+        the rendered text, and one [`Answer`] per assistant turn that is not left out.
 
     Raises:
         ValueError: if there is no template, or if it hides where a turn is.
@@ -53,6 +53,7 @@ def render_chat(
             "tokenizer.chat_template, or give rows of 'prompt' and 'completion' text."
         )
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = [index for index in turns if index >= first_trained]
     if GENERATION_MARKER.search(tokenizer.get_chat_template()):
         texts, spans = render_jinja_template(
             [messages],
@@ -66,14 +67,14 @@ def render_chat(
                 f"the chat template marks {len(spans)} generations for {len(turns)} assistant messages: every "
                 "assistant turn needs one {% generation %} block."
             )
+        spans = spans[len(turns) - len(trained) :]
     else:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = [_span_by_prefix(tokenizer, messages, index, text) for index in turns]
+        spans = [_span_by_prefix(tokenizer, messages, index, text) for index in trained]
     answers = []
-    for index, (start, end) in zip(turns, spans, strict=True):
-        if index >= first_trained:
-            anchor = _anchor(tokenizer, messages, index, text, start, end)
-            answers.append(Answer(start, end, start if anchor < 0 else anchor, anchor >= 0))
+    for index, (start, end) in zip(trained, spans, strict=True):
+        anchor = _anchor(tokenizer, messages, index, text, start, end)
+        answers.append(Answer(start, end, start if anchor < 0 else anchor, anchor >= 0))
     return text, answers
 
 
@@ -98,15 +99,17 @@ def _anchor(tokenizer, messages, index, text, start, end) -> int:
 def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
     """Character span of one assistant turn: from the generation prompt before it to its end-of-turn text.
 
-    Where the template treats a turn differently once more follows, the content is located by rendering the
-    conversation with a stand-in for it: what stands before and behind the stand-in stands before and behind the
-    content.
+    Where nothing stands before it, or the template treats a turn differently once more follows, the content is located
+    by rendering the conversation with a stand-in for it: what stands before and behind the stand-in stands before and
+    behind the content.
     """
-    before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-    last = index == len(messages) - 1
-    through = text if last else tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-    if text.startswith(through) and through.startswith(before):
-        return len(before), len(through)
+    before = None
+    if index > 0:
+        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        last = index == len(messages) - 1
+        through = text if last else tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        if text.startswith(through) and through.startswith(before):
+            return len(before), len(through)
     stand_in = [*messages[:index], {**messages[index], "content": STAND_IN}, *messages[index + 1 :]]
     head, *tails = tokenizer.apply_chat_template(stand_in, tokenize=False).split(STAND_IN)
     if len(tails) != 1 or not (text.startswith(head) and text.endswith(tails[0])):
@@ -116,4 +119,5 @@ def _span_by_prefix(tokenizer, messages, index, text) -> tuple[int, int]:
         )
     eos = tokenizer.eos_token or ""
     end = len(text) - len(tails[0])
-    return len(before) if head.startswith(before) else len(head), end + len(eos) * text.startswith(eos, end)
+    start = len(before) if before is not None and head.startswith(before) else len(head)
+    return start, end + len(eos) * text.startswith(eos, end)

@@ -66,12 +66,7 @@ class TokenBytes:
         Raises:
             ValueError: for a tokenizer without a Rust backend, which gives neither bytes nor offsets.
         """
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} of {tokenizer.name_or_path or 'unknown origin'} is a slow tokenizer, "
-                "which says neither the bytes nor the place of its tokens: load its fast version "
-                "(AutoTokenizer.from_pretrained(..., use_fast=True)), or convert it to a tokenizer.json."
-            )
+        require_fast(tokenizer)
         vocabulary = tokenizer.get_vocab()
         read = _reader(tokenizer.backend_tokenizer)
         pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
@@ -112,6 +107,20 @@ class TokenBytes:
         if positions is not None:
             spans = positions[spans]
         return LocatedTokens(ids, spans, nbytes, stream, data, False), positions
+
+
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer without a Rust backend, which gives neither bytes nor offsets.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} of {tokenizer.name_or_path or 'unknown origin'} is a slow tokenizer, "
+            "which says neither the bytes nor the place of its tokens: load its fast version "
+            "(AutoTokenizer.from_pretrained(..., use_fast=True)), or convert it to a tokenizer.json."
+        )
 
 
 def character_spans(encoding: Encoding) -> np.ndarray:

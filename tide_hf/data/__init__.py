@@ -1,25 +1,26 @@
 """From conversations to the tensors of a step: preparation, collation, noise."""
 
 from .collator import DistillationCollator
+from .dataset import is_prepared, prepare_dataset
 from .noising import Noising
-from .preparation import (
-    COLUMNS,
-    EOS_FILLS,
-    PreparationReport,
-    RowPreparation,
-    RowSkipped,
-    is_prepared,
-    prepare_dataset,
-)
+from .preparation import COLUMNS, EOS_FILLS, TRAINED_TURNS, RowPreparation, RowSkipped
+from .record import PreparationRecord, require_same_preparation, tokenizer_fingerprint
+from .report import PreparationReport
+from .shards import write_prepared
 
 __all__ = [
     "COLUMNS",
     "EOS_FILLS",
+    "TRAINED_TURNS",
     "DistillationCollator",
     "Noising",
+    "PreparationRecord",
     "PreparationReport",
     "RowPreparation",
     "RowSkipped",
     "is_prepared",
     "prepare_dataset",
+    "require_same_preparation",
+    "tokenizer_fingerprint",
+    "write_prepared",
 ]

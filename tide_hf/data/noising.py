@@ -69,6 +69,9 @@ class Noising:
         """
         time_B, mask_BL, demo_BL = uniforms
         labels, chunk_ids = batch["labels"], batch["chunk_ids"]
+        if self.teacher is None:
+            # chunks are for the teacher's sake: rows that were aligned with one train alone as if they were not
+            chunk_ids = torch.full_like(chunk_ids, -1)
         t_B = diffusion_time(time_B, self.time_epsilon) if t is None else torch.full_like(time_B, t)
         masked = mask_positions(mask_BL, t_B, labels, self.schedule)
         # at least one column, so that rows without any chunk need no case of their own

@@ -1,13 +1,10 @@
 """Conversations -> aligned token rows: rendering, tokenising, truncation, EOS fill, chunk numbers."""
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, IterableDataset
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..alignment import (
     Answer,
@@ -20,51 +17,17 @@ from ..alignment import (
     character_spans,
     drop_cut_chunks,
     render_chat,
+    require_fast,
 )
 
-logger = logging.get_logger(__name__)
-
 COLUMNS = ("row_id", "input_ids", "labels", "teacher_input_ids", "chunk_ids", "teacher_chunk_ids")
+RAW_COLUMNS = ("row_id", "messages", "prompt", "completion", "text")
 EOS_FILLS = ("none", "block", "end")
 ALIGNMENTS = ("token", "chunk")
+TRAINED_TURNS = ("all", "last")
 STATUS, COVERAGE = "preparation_status", "preparation_coverage"
 # what COVERAGE holds for each row; names of fields of the report
 COVERAGE_COUNTS = ("num_trained_tokens", "num_aligned_tokens", "num_answer_bytes", "num_aligned_bytes")
-
-
-@dataclass
-class PreparationReport:
-    """What became of the rows of one dataset.
-
-    Args:
-        num_rows (`int`): rows that came in.
-        num_kept (`int`): rows that train.
-        num_truncated (`int`): kept rows that were cut at `max_length`; their answers get no EOS fill.
-        dropped (`dict[str, int]`): rows left out, by reason.
-        num_trained_tokens, num_aligned_tokens (`int`): trained-on student tokens, and those in a chunk.
-        num_answer_bytes, num_aligned_bytes (`int`): bytes of the trained-on tokens without EOS fill, and of those in a
-            chunk.
-    """
-
-    num_rows: int = 0
-    num_kept: int = 0
-    num_truncated: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    num_trained_tokens: int = 0
-    num_aligned_tokens: int = 0
-    num_answer_bytes: int = 0
-    num_aligned_bytes: int = 0
-
-    def __str__(self) -> str:
-        share = self.num_aligned_tokens / max(self.num_trained_tokens, 1)
-        byte_share = self.num_aligned_bytes / max(self.num_answer_bytes, 1)
-        text = (
-            f"{self.num_kept:,} of {self.num_rows:,} rows kept ({self.num_truncated:,} truncated), "
-            f"{self.num_trained_tokens:,} trained-on tokens, {share:.1%} of them aligned with the teacher "
-            f"({byte_share:.1%} of {self.num_answer_bytes:,} answer bytes)"
-        )
-        reasons = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items())
-        return f"{text}. {reasons}" if reasons else text
 
 
 class RowSkipped(ValueError):
@@ -94,9 +57,13 @@ class RowPreparation:
             `"end"`, EOS to `max_length`. Fill is trained on.
         alignment (`str`): `"token"`, one shared tokenizer: equal tokens pair; `"chunk"`, two tokenizers: spans of
             equal bytes do, and fill, which each side has of its own, does not.
+        trained_turns (`str`): `"all"` trains on every assistant turn of a conversation, `"last"` on the last alone.
+        mask_token_id, teacher_mask_token_id (`int`, *optional*): rows whose text holds this token are skipped, for a
+            network would take it for noise; None lets them pass.
 
     Raises:
-        ValueError: for an unknown alignment, a fill without an EOS token, and tokenizers that are not fast.
+        ValueError: for an unknown alignment or choice of turns, a fill without an EOS token, a mask token outside the
+            vocabulary, and tokenizers that are not fast.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -106,18 +73,61 @@ class RowPreparation:
     block_size: int
     eos_fill: str = "block"
     alignment: str = "token"
+    trained_turns: str = "all"
+    mask_token_id: int | None = None
+    teacher_mask_token_id: int | None = None
 
     def __post_init__(self):
-        if self.alignment not in ALIGNMENTS:
-            raise ValueError(f"alignment is {self.alignment!r}; expected one of {', '.join(ALIGNMENTS)}.")
+        for name, known in (("alignment", ALIGNMENTS), ("trained_turns", TRAINED_TURNS), ("eos_fill", EOS_FILLS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
         if self.eos_fill != "none" and self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"eos_fill={self.eos_fill!r} fills with EOS, which the student's tokenizer does not have: set "
                 "tokenizer.eos_token, or eos_fill='none'."
             )
+        for who, tokenizer, mask in self._masks():
+            require_fast(tokenizer)
+            unknown = tokenizer.unk_token_id
+            if mask is not None and mask == unknown == tokenizer.mask_token_id:
+                raise ValueError(
+                    f"The {who}'s mask token {tokenizer.mask_token!r} is not in its vocabulary: it stands for "
+                    f"{tokenizer.unk_token!r}, as all unknown text does. Add it: "
+                    f"tokenizer.add_special_tokens({{'mask_token': {tokenizer.mask_token!r}}}), or set another id."
+                )
         object.__setattr__(self, "_bytes", TokenBytes.of(self.tokenizer))
         across = self.teacher_tokenizer is not None and self.alignment == "chunk"
         object.__setattr__(self, "_teacher_bytes", TokenBytes.of(self.teacher_tokenizer) if across else None)
+
+    @classmethod
+    def for_run(
+        cls,
+        args,
+        block_size: int,
+        alignment: str,
+        student: tuple[PreTrainedTokenizerBase, int],
+        teacher: tuple[PreTrainedTokenizerBase, int] | None,
+    ) -> "RowPreparation":
+        """The preparation of a run.
+
+        Args:
+            args ([`TIDEConfig`]): or anything else that has its fields of the preparation.
+            block_size (`int`): the student's.
+            alignment (`str`): `"token"` or `"chunk"`, already decided.
+            student, teacher (`tuple`): tokenizer and mask token id of each side; no teacher: None.
+        """
+        return cls(
+            tokenizer=student[0],
+            teacher_tokenizer=None if teacher is None else teacher[0],
+            max_length=args.max_length,
+            teacher_max_length=args.teacher_max_length or args.max_length,
+            block_size=block_size,
+            eos_fill=args.eos_fill,
+            alignment=alignment,
+            trained_turns=args.trained_turns,
+            mask_token_id=student[1],
+            teacher_mask_token_id=None if teacher is None else teacher[1],
+        )
 
     def __call__(self, row: dict, index: int) -> dict:
         """Columns of [`COLUMNS`], the row's status ("kept", "truncated", or why it is dropped) and its coverage."""
@@ -161,21 +171,37 @@ class RowPreparation:
         trained = labels != -100
         if not trained.any():
             raise RowSkipped(f"no answer token within max_length={self.max_length}")
+        teacher_truncated = len(teacher_ids) > self.teacher_max_length
+        teacher_ids = teacher_ids[: self.teacher_max_length]
+        self._refuse_mask_tokens(ids, teacher_ids)
         chunks, teacher_chunks = drop_cut_chunks(chunks, self.max_length, teacher_chunks, self.teacher_max_length)
         nbytes = self._bytes.nbytes[ids]
         covered = nbytes[trained].sum(), nbytes[chunks >= 0].sum()
         columns = {
             "input_ids": ids,
             "labels": labels,
-            "teacher_input_ids": teacher_ids[: self.teacher_max_length],
+            "teacher_input_ids": teacher_ids,
             "chunk_ids": chunks,
             "teacher_chunk_ids": teacher_chunks,
         }
         if not truncated and trained[-1] and self.eos_fill != "none":
-            teacher_truncated = len(teacher_ids) > self.teacher_max_length
             columns = self._fill(columns, teacher is not None and not teacher_truncated)
         coverage = [np.count_nonzero(columns["labels"] != -100), np.count_nonzero(columns["chunk_ids"] >= 0), *covered]
         return {name: column.tolist() for name, column in columns.items()}, truncated, [int(n) for n in coverage]
+
+    def _masks(self) -> list[tuple[str, PreTrainedTokenizerBase, int | None]]:
+        """Who, tokenizer and mask token id of each side there is."""
+        sides = [("student", self.tokenizer, self.mask_token_id)]
+        if self.teacher_tokenizer is not None:
+            sides.append(("teacher", self.teacher_tokenizer, self.teacher_mask_token_id))
+        return sides
+
+    def _refuse_mask_tokens(self, *ids_of_sides: np.ndarray) -> None:
+        """Skips a row whose own text says [MASK]: it would be noise at any t, and as an answer the target."""
+        for (who, tokenizer, mask), ids in zip(self._masks(), ids_of_sides, strict=False):
+            if mask is not None and (ids == mask).any():
+                token = tokenizer.convert_ids_to_tokens(mask)
+                raise RowSkipped(f"the {who}'s mask token {token!r} stands in the text")
 
     def _align(self, student: "_Side", teacher: "_Side | None") -> tuple[np.ndarray, np.ndarray]:
         """Chunk numbers of both sides, before any cut and fill."""
@@ -250,10 +276,14 @@ class RowPreparation:
         """A conversation by the chat template; conversations that cannot train are skipped with the reason."""
         if not messages:
             raise RowSkipped("empty conversation")
-        if any(not isinstance(message.get("content"), str) for message in messages):
-            raise RowSkipped("a message's content is not text")
-        if not any(message["role"] == "assistant" for message in messages[first_trained:]):
+        for part in ("role", "content"):
+            if any(not isinstance(message.get(part), str) for message in messages):
+                raise RowSkipped(f"a message's {part} is not text")
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns or turns[-1] < first_trained:
             raise RowSkipped("no assistant message")
+        if self.trained_turns == "last":
+            first_trained = turns[-1]
         try:
             text, answers = render_chat(tokenizer, messages, first_trained)
         except Exception as error:
@@ -275,78 +305,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
     if backend.encode_special_tokens != tokenizer.split_special_tokens:
         backend.encode_special_tokens = tokenizer.split_special_tokens
     return backend.encode(text, add_special_tokens=False)
-
-
-def prepare_dataset(
-    dataset: Dataset | IterableDataset, preparation: RowPreparation, num_proc: int | None = None
-) -> tuple[Dataset | IterableDataset, PreparationReport | None]:
-    """Prepares every row of a dataset once.
-
-    Args:
-        dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` and `completion`, or `text`.
-        preparation ([`RowPreparation`]): what to do with each row.
-        num_proc (`int`, *optional*): processes, as in `Dataset.map`.
-
-    Returns:
-        the prepared dataset with the columns of [`COLUMNS`], and the report; None for a streaming dataset, whose
-        dropped rows are logged as they are met.
-
-    Raises:
-        ValueError: if no column can train, or no row is left, with the counts.
-    """
-    names = dataset.column_names
-    if names is not None and not {"messages", "completion", "text"} & set(names):
-        raise ValueError(
-            f"The dataset has the columns {', '.join(names)}; expected 'messages', 'prompt' and 'completion', or "
-            "'text'. Rename the column that holds the conversation: dataset.rename_column(old, 'messages')."
-        )
-    removed = [name for name in names or [] if name not in COLUMNS]
-    if isinstance(dataset, IterableDataset):
-        prepared = dataset.map(preparation, with_indices=True, remove_columns=removed)
-        return prepared.filter(_keep_and_log, input_columns=[STATUS]).remove_columns([STATUS, COVERAGE]), None
-    prepared = dataset.map(
-        preparation.prepare_batch,
-        batched=True,
-        batch_size=100,
-        with_indices=True,
-        remove_columns=removed,
-        num_proc=num_proc,
-        desc="Preparing rows",
-    )
-    status_of_rows = prepared[STATUS][:]
-    statuses = Counter(status_of_rows)
-    kept = [index for index, status in enumerate(status_of_rows) if status in ("kept", "truncated")]
-    report = PreparationReport(
-        num_rows=len(prepared),
-        num_kept=len(kept),
-        num_truncated=statuses["truncated"],
-        dropped={status: count for status, count in statuses.items() if status not in ("kept", "truncated")},
-    )
-    if not kept:
-        raise ValueError(f"No row is left to train on: {report}")
-    prepared = prepared.select(kept)
-    for batch in prepared.select_columns([COVERAGE]).iter(1000):
-        for name, count in zip(COVERAGE_COUNTS, np.sum(batch[COVERAGE], axis=0), strict=True):
-            setattr(report, name, getattr(report, name) + int(count))
-    prepared = prepared.remove_columns([STATUS, COVERAGE])
-    logger.info(f"Prepared dataset: {report}")
-    return prepared, report
-
-
-def is_prepared(dataset) -> bool:
-    """Whether a dataset already has the token columns."""
-    return dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names)
-
-
-_SEEN_REASONS: Counter = Counter()
-
-
-def _keep_and_log(status: str) -> bool:
-    """Filter of a streaming dataset; logs each reason at its 1st, 10th, 100th, … row."""
-    if status in ("kept", "truncated"):
-        return True
-    _SEEN_REASONS[status] += 1
-    count = _SEEN_REASONS[status]
-    if str(count).strip("0") == "1":
-        logger.warning(f"Streaming: {count:,} row(s) dropped so far: {status}")
-    return False

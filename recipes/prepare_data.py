@@ -1,0 +1,32 @@
+"""Prepare an aligned dataset once, so that training reads it in place of preparing it at every start.
+
+Method: each conversation is rendered with both chat templates and tokenised by both tokenizers; every assistant turn
+is located, and the tokens on both sides are numbered by the shortest chunks of equal bytes (one shared tokenizer: by
+token). What it was made with is stored in the dataset, and training refuses one that was made for something else.
+
+Hardware: any CPU; only the tokenizers and configs of the two models are read. --dataset_num_proc uses several cores.
+Interrupted, the same command goes on where it stopped.
+
+    python recipes/prepare_data.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
+        --dataset_name NAME_OR_FILE --max_length 512 --teacher_max_length 1024 --output_dir prepared
+
+A recipe's mixture; and a corpus whose raw rows fit neither memory nor disk (--streaming for a mixture,
+--dataset_streaming for one dataset; --rows_per_part rows are held at a time):
+
+    python recipes/prepare_data.py --config recipes/configs/wedlm_to_qwen3.yaml --output_dir prepared --streaming true
+
+Also push it (a private dataset with --hub_private), and train on it:
+
+    python recipes/prepare_data.py … --output_dir prepared --hub_dataset_id NAME/DATASET
+    accelerate launch recipes/dense_teacher.py … --dataset_name prepared
+"""
+
+
+def main() -> None:
+    from tide_hf.prepare import parse_prepare_arguments, run_preparation
+
+    run_preparation(parse_prepare_arguments())
+
+
+if __name__ == "__main__":
+    main()

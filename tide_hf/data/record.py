@@ -1,0 +1,185 @@
+"""What a dataset was prepared with, carried by the dataset itself.
+
+The record stands as JSON in the `id` of the feature `row_id`. Of all that belongs to a dataset, only its features
+survive selecting, shuffling, splitting, filtering and concatenating, `save_to_disk` as well as Parquet files and the
+Hub; and datasets of different features, so of different records, are not concatenated.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, Features, IterableDataset, Value
+from transformers import PreTrainedTokenizerBase
+
+from .preparation import RowPreparation
+from .report import PreparationReport
+
+CARRIER = "row_id"
+VERSION = 1
+# setting -> how a message calls it, and whether it concerns the teacher's side alone
+SETTINGS = {
+    "tokenizer": ("student tokenizer", False),
+    "chat_template": ("student chat template", False),
+    "mask_token_id": ("student mask_token_id", False),
+    "max_length": ("max_length", False),
+    "block_size": ("block_size", False),
+    "eos_fill": ("eos_fill", False),
+    "trained_turns": ("trained_turns", False),
+    "teacher_tokenizer": ("teacher tokenizer", True),
+    "teacher_chat_template": ("teacher chat template", True),
+    "teacher_mask_token_id": ("teacher_mask_token_id", True),
+    "teacher_max_length": ("teacher_max_length", True),
+    "alignment": ("alignment", True),
+}
+
+
+@dataclass(frozen=True)
+class PreparationRecord:
+    """What a dataset was prepared with, and what became of its rows.
+
+    Args:
+        settings (`dict`): a value for each of `SETTINGS`, None for one that plays no part; tokenizers as
+            `{"name", "fingerprint"}`, where only the fingerprint counts.
+        reports (`dict[str, PreparationReport]`): of each split; empty where nobody wrote them down.
+    """
+
+    settings: dict
+    reports: dict[str, PreparationReport] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, preparation: RowPreparation) -> "PreparationRecord":
+        """The record of what a preparation would do."""
+        has_teacher = preparation.teacher_tokenizer is not None
+        settings = {
+            "tokenizer": _named_fingerprint(preparation.tokenizer),
+            "chat_template": template_fingerprint(preparation.tokenizer),
+            "mask_token_id": preparation.mask_token_id,
+            "max_length": preparation.max_length,
+            "block_size": preparation.block_size if preparation.eos_fill == "block" else None,
+            "eos_fill": preparation.eos_fill,
+            "trained_turns": preparation.trained_turns,
+            **{name: None for name, (_, teacher) in SETTINGS.items() if teacher},
+        }
+        if has_teacher:
+            settings |= {
+                "teacher_tokenizer": _named_fingerprint(preparation.teacher_tokenizer),
+                "teacher_chat_template": template_fingerprint(preparation.teacher_tokenizer),
+                "teacher_mask_token_id": preparation.teacher_mask_token_id,
+                "teacher_max_length": preparation.teacher_max_length,
+                "alignment": preparation.alignment,
+            }
+        return cls(settings)
+
+    @classmethod
+    def read(cls, dataset: Dataset | IterableDataset) -> "PreparationRecord | None":
+        """The record a dataset carries; None if it has none."""
+        carried = getattr((dataset.features or {}).get(CARRIER), "id", None)
+        try:
+            content = json.loads(carried or "null")
+        except json.JSONDecodeError:
+            return None
+        if not isinstance(content, dict) or content.get("tide_hf_preparation") != VERSION:
+            return None
+        reports = {name: PreparationReport(**report) for name, report in content["reports"].items()}
+        return cls(content["settings"], reports)
+
+    def feature(self) -> Value:
+        """The feature that carries this record."""
+        reports = {name: asdict(report) for name, report in self.reports.items()}
+        content = {"tide_hf_preparation": VERSION, "settings": self.settings, "reports": reports}
+        return Value("int64", id=json.dumps(content))
+
+    def attach(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """The same rows, carrying this record; nothing is copied."""
+        if isinstance(dataset, IterableDataset):
+            return dataset.cast_column(CARRIER, self.feature())
+        recorded = dataset.select(range(len(dataset)))  # a view with its own description
+        recorded.info.features = Features({**recorded.features, CARRIER: self.feature()})
+        return recorded
+
+    def differences(self, run: "PreparationRecord") -> list[str]:
+        """One phrase for each setting in which a run differs; a run without a teacher ignores the teacher's side."""
+        without_teacher = run.settings["teacher_tokenizer"] is None
+        found = []
+        for name, (label, of_teacher) in SETTINGS.items():
+            ours, theirs = self.settings.get(name), run.settings[name]
+            if _what_counts(ours) != _what_counts(theirs) and not (of_teacher and without_teacher):
+                found.append(f"{label}: prepared with {_described(ours)}, this run has {_described(theirs)}")
+        return found
+
+
+def require_same_preparation(
+    dataset: Dataset | IterableDataset, preparation: RowPreparation, name: str = "train"
+) -> PreparationReport | None:
+    """Refuses a prepared dataset that was made for other tokenizers or settings.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): rows of token columns.
+        preparation ([`RowPreparation`]): what the run would have prepared them with.
+        name (`str`): which dataset of the run it is, for the message and for the report.
+
+    Returns:
+        the report of the preparation where the dataset carries it: that of its own split, else of `name`, else the
+        only one. It tells of all rows that were prepared, whatever was selected from them since.
+
+    Raises:
+        ValueError: naming every setting that differs; also for a dataset without a record.
+    """
+    record, run = PreparationRecord.read(dataset), PreparationRecord.of(preparation)
+    if record is None:
+        raise ValueError(
+            f"The {name} dataset has token columns but no record of the tokenizers and settings it was prepared with, "
+            "so nobody can tell whether they are this run's. Prepare it again (recipes/prepare_data.py), or, if you "
+            "know what it was made with, write it down: "
+            "tide_hf.data.PreparationRecord.of(RowPreparation(...)).attach(dataset)."
+        )
+    different = record.differences(run)
+    if different:
+        raise ValueError(
+            f"The {name} dataset was prepared for something else. {'; '.join(different)}. Prepare it again "
+            "(recipes/prepare_data.py) with this run's models and settings, or change the run to those."
+        )
+    reports = record.reports
+    split = str(dataset.split)
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    return reports.get(split, reports.get(name))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hexadecimal digits of what a fast tokenizer does with a text, whatever its name, folder or padding."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = {
+        # callers switch these two on and off
+        "backend": {name: part for name, part in state.items() if name not in ("truncation", "padding")},
+        "special": [tokenizer.bos_token, tokenizer.eos_token],
+        "split_special_tokens": tokenizer.split_special_tokens,
+    }
+    return _digest(json.dumps(content, sort_keys=True))
+
+
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """16 hexadecimal digits of the chat template; None without one."""
+    return None if tokenizer.chat_template is None else _digest(tokenizer.get_chat_template())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _named_fingerprint(tokenizer) -> dict[str, str]:
+    """A tokenizer in a record; of a local folder only the last part, for it may be published."""
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    return {"name": Path(name).name if Path(name).exists() else name, "fingerprint": tokenizer_fingerprint(tokenizer)}
+
+
+def _what_counts(value):
+    return value["fingerprint"] if isinstance(value, dict) else value
+
+
+def _described(value) -> str:
+    if isinstance(value, dict):
+        return f"{value['name']} (fingerprint {value['fingerprint']})"
+    return "none" if value is None else str(value)

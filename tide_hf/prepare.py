@@ -1,0 +1,162 @@
+"""A dataset prepared once, from names to a saved or pushed one: two tokenizers and configs, no weights."""
+
+import sys
+from dataclasses import dataclass, field, fields, make_dataclass
+
+from datasets import Dataset, DatasetDict
+from transformers import AutoConfig, AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from .alignment import resolve_alignment
+from .config import TIDEConfig
+from .data import PreparationRecord, RowPreparation, write_prepared
+from .data.loading import MixtureConfig, load_mixture
+from .distill import DistillArguments, check_available, load_named
+from .teachers import resolve_mask_token_id
+
+# what of a run's settings the preparation depends on
+OF_THE_RUN = (
+    "max_length",
+    "teacher_max_length",
+    "block_size",
+    "eos_fill",
+    "alignment",
+    "trained_turns",
+    "mask_token_id",
+    "teacher_mask_token_id",
+    "dataset_num_proc",
+)
+# the same fields, defaults and help texts, without the checks of a training run on this machine
+RunSettings = make_dataclass(
+    "RunSettings",
+    [
+        (knob.name, knob.type, field(default=knob.default, metadata=knob.metadata))
+        for knob in fields(TIDEConfig)
+        if knob.name in OF_THE_RUN
+    ],
+)
+
+
+@dataclass
+class WriteArguments:
+    """Where the prepared dataset goes."""
+
+    output_dir: str = field(
+        default="prepared",
+        metadata={"help": "Folder of the prepared dataset; a config file's output_dir, where a run saves, is not it."},
+    )
+    rows_per_part: int = field(
+        default=10_000, metadata={"help": "Raw rows written at a time: what an interruption loses at most."}
+    )
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Also push to this dataset on the Hub."})
+    hub_private: bool = field(default=False, metadata={"help": "Make a newly pushed dataset private."})
+
+
+@dataclass
+class PrepareArguments:
+    """Everything the preparation was given."""
+
+    script: DistillArguments
+    run: RunSettings
+    write: WriteArguments
+    model: ModelConfig
+    mixture: MixtureConfig
+
+
+def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArguments:
+    """Reads flags and `--config` file; a file's settings of the training alone are passed over.
+
+    Args:
+        command_line (`list[str]`, *optional*): `sys.argv[1:]` by default.
+
+    Exits with one sentence for a flag nobody knows, if something is missing, or out of reach.
+    """
+    command_line = sys.argv[1:] if command_line is None else command_line
+    parser = TrlParser((DistillArguments, RunSettings, WriteArguments, ModelConfig, MixtureConfig))
+    *parsed, remaining = parser.parse_args_and_config(command_line, return_remaining_strings=True)
+    arguments = PrepareArguments(*parsed)
+    flags = [word[2:].split("=")[0].replace("-", "_") for word in remaining if word.startswith("--")]
+    unknown = sorted(set(flags) - {knob.name for knob in fields(TIDEConfig)})
+    if unknown:
+        sys.exit(f"Unknown: {', '.join('--' + name for name in unknown)}. See --help for what there is.")
+    if not any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in command_line):
+        arguments.write.output_dir = WriteArguments.output_dir
+    if arguments.model.model_name_or_path is None or not (arguments.mixture.datasets or arguments.script.dataset_name):
+        sys.exit(
+            "Nothing to prepare: give --model_name_or_path (the student, for its tokenizer), "
+            "--teacher_model_name_or_path and --dataset_name (a Hub name, a .jsonl or .parquet file), or --config "
+            "with them."
+        )
+    check_available(arguments.script, arguments.model, arguments.mixture)
+    return arguments
+
+
+def run_preparation(arguments: PrepareArguments) -> DatasetDict:
+    """Loads tokenizers, configs and rows; prepares, saves, and pushes where asked to. Prints the reports."""
+    script, write, mixture = arguments.script, arguments.write, arguments.mixture
+    preparation = preparation_from_names(script.teacher_model_name_or_path, arguments.model, arguments.run)
+    rows = load_named(script) if script.dataset_name is not None else load_mixture(mixture)
+    wanted = dict.fromkeys([script.dataset_train_split, script.dataset_test_split])
+    splits = {name: rows[name] for name in wanted if name in rows}
+    if not splits:
+        sys.exit(
+            f"The dataset has the splits {', '.join(rows)} and none of {', '.join(wanted)}: set "
+            "--dataset_train_split, --dataset_test_split."
+        )
+    dataset = write_prepared(
+        splits,
+        preparation,
+        write.output_dir,
+        source=_source(arguments, splits),
+        num_proc=arguments.run.dataset_num_proc,
+        rows_per_part=write.rows_per_part,
+    )
+    for name, prepared in dataset.items():
+        print(f"{name}: {PreparationRecord.read(prepared).reports[name]}")
+    print(f"Saved to {write.output_dir}: train with --dataset_name {write.output_dir}")
+    if write.hub_dataset_id is not None:
+        dataset.push_to_hub(write.hub_dataset_id, private=write.hub_private or None)
+        print(f"Pushed to {write.hub_dataset_id}: train with --dataset_name {write.hub_dataset_id}")
+    return dataset
+
+
+def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSettings) -> RowPreparation:
+    """What a training run of these models with these settings would prepare its rows with; loads no weights.
+
+    Args:
+        teacher (`str`, *optional*): Hub name or folder; None prepares for a run without teacher.
+        model (`ModelConfig`): names the student.
+        run (`RunSettings`): the settings the two have in common.
+    """
+    config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    if not hasattr(config, "objective"):
+        sys.exit(
+            f"The student {model.model_name_or_path} (model_type={config.model_type!r}) is no diffusion LM of this "
+            "library: name a tide_qwen3 or a2d-qwen3 checkpoint."
+        )
+    block_size = run.block_size or config.block_size
+    if config.objective == "block" and run.max_length % block_size:
+        sys.exit(
+            f"block_size={block_size} does not fit max_length={run.max_length}: choose a multiple of it as "
+            "--max_length, or set --block_size."
+        )
+    student = tokenizer, resolve_mask_token_id(run.mask_token_id, config, tokenizer, "student")
+    if teacher is None:
+        return RowPreparation.for_run(run, block_size, "token", student, None)
+    teacher_config = AutoConfig.from_pretrained(teacher)
+    teacher_tokenizer = AutoTokenizer.from_pretrained(teacher)
+    mask = resolve_mask_token_id(run.teacher_mask_token_id, teacher_config, teacher_tokenizer, "teacher")
+    alignment, _ = resolve_alignment(run.alignment, tokenizer, teacher_tokenizer)
+    return RowPreparation.for_run(run, block_size, alignment, student, (teacher_tokenizer, mask))
+
+
+def _source(arguments: PrepareArguments, splits: dict) -> dict:
+    """What the rows are, so that an interrupted run goes on with the same ones only."""
+    script, mixture = arguments.script, arguments.mixture
+    if script.dataset_name is not None:
+        named = {"dataset_name": script.dataset_name, "dataset_config": script.dataset_config}
+    else:
+        named = {"datasets": [vars(part) for part in mixture.datasets], "test_split_size": mixture.test_split_size}
+    sizes = {name: len(rows) for name, rows in splits.items() if isinstance(rows, Dataset)}
+    return {**named, "num_rows": sizes}
