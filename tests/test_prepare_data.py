@@ -277,6 +277,8 @@ def test_baseline_without_teacher_reads_aligned_rows_as_plain_ones(tmp_path):
     plain = tiny_trainer(tmp_path / "plain", rows=raw_rows(), **settings).train().training_loss
     settings["model"] = tiny_model(0)
     assert tiny_trainer(tmp_path / "aligned", rows=aligned, **settings).train().training_loss == plain
+    with pytest.raises(ValueError, match=r"else\. max_length: prepared with 16, this run has 32\. Prepare"):
+        tiny_trainer(tmp_path / "longer", rows=aligned, max_length=32, **settings)
 
 
 # -- writing in parts -------------------------------------------------------------------------------------------------
