@@ -12,7 +12,8 @@ are trained on the same sources.
 
 Measured on one of two shared cores, rows of about 350 to 400 tokens: alignment 4.1 million student tokens/s,
 preparation at 61 % of the speed of the two tokenisations alone (58 % on a busier machine; 66 % with the tokenizers of
-Qwen and DeepSeek, which are slower themselves), 85 % at 5,900 tokens a row. Half of what is left is the two templates.
+Qwen and DeepSeek, which are slower themselves), 85 % at 5,900 tokens a row. Some two fifths of the
+rest is the rendering of the two templates.
 """
 
 import argparse

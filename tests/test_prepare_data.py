@@ -349,7 +349,7 @@ def test_interrupted_run_goes_on(tmp_path, streaming, stop_at):
     [
         ({"source": {"dataset_name": "b"}}, "source: prepared with .*'a'.* this run has .*'b'"),
         ({"preparation": preparation(max_length=32)}, "max_length: prepared with 16, this run has 32"),
-        ({"preparation": RowPreparation(build_tokenizer(), None, 16, 16, 4)}, "teacher tokenizer: prepared with "),
+        ({"preparation": RowPreparation(build_tokenizer(), None, 16, 16, 4)}, "the rows have no teacher side"),
     ],
 )
 def test_parts_of_something_else_are_refused(tmp_path, change, said, finished):
