@@ -10,9 +10,10 @@ are trained on the same sources.
     python recipes/benchmark_prepare.py
     python recipes/benchmark_prepare.py --tokenizer Qwen/Qwen3-0.6B --teacher_tokenizer inclusionAI/LLaDA2.0-mini
 
-Measured on one shared core, rows of about 350 to 400 tokens: alignment 4.0 million student tokens/s, preparation at
-58 % of the speed of the two tokenisations alone (66 % with the tokenizers of Qwen and DeepSeek, which are slower
-themselves), 85 % at 5,900 tokens a row.
+Measured on one of two shared cores, rows of about 350 to 400 tokens: alignment 4.1 million student tokens/s,
+preparation at 61 % of the speed of the two tokenisations alone (58 % on a busier machine; 66 % with the tokenizers of
+Qwen and DeepSeek, which are slower themselves), 85 % at 5,900 tokens a row. Some two fifths of the
+rest is the rendering of the two templates.
 """
 
 import argparse

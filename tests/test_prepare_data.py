@@ -277,6 +277,8 @@ def test_baseline_without_teacher_reads_aligned_rows_as_plain_ones(tmp_path):
     plain = tiny_trainer(tmp_path / "plain", rows=raw_rows(), **settings).train().training_loss
     settings["model"] = tiny_model(0)
     assert tiny_trainer(tmp_path / "aligned", rows=aligned, **settings).train().training_loss == plain
+    with pytest.raises(ValueError, match=r"else\. max_length: prepared with 16, this run has 32\. Prepare"):
+        tiny_trainer(tmp_path / "longer", rows=aligned, max_length=32, **settings)
 
 
 # -- writing in parts -------------------------------------------------------------------------------------------------
@@ -347,7 +349,7 @@ def test_interrupted_run_goes_on(tmp_path, streaming, stop_at):
     [
         ({"source": {"dataset_name": "b"}}, "source: prepared with .*'a'.* this run has .*'b'"),
         ({"preparation": preparation(max_length=32)}, "max_length: prepared with 16, this run has 32"),
-        ({"preparation": RowPreparation(build_tokenizer(), None, 16, 16, 4)}, "teacher tokenizer: prepared with "),
+        ({"preparation": RowPreparation(build_tokenizer(), None, 16, 16, 4)}, "the rows have no teacher side"),
     ],
 )
 def test_parts_of_something_else_are_refused(tmp_path, change, said, finished):

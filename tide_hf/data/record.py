@@ -101,11 +101,14 @@ class PreparationRecord:
 
     def differences(self, run: "PreparationRecord") -> list[str]:
         """One phrase for each setting in which a run differs; a run without a teacher ignores the teacher's side."""
-        without_teacher = run.settings["teacher_tokenizer"] is None
+        ours, theirs = self.settings["teacher_tokenizer"], run.settings["teacher_tokenizer"]
+        both_have_teachers = ours is not None and theirs is not None
         found = []
+        if ours is None and theirs is not None:
+            found = [f"the rows have no teacher side, and this run has the teacher tokenizer {_described(theirs)}"]
         for name, (label, of_teacher) in SETTINGS.items():
-            ours, theirs = self.settings.get(name), run.settings[name]
-            if _what_counts(ours) != _what_counts(theirs) and not (of_teacher and without_teacher):
+            ours, theirs = self.settings[name], run.settings[name]
+            if _what_counts(ours) != _what_counts(theirs) and (both_have_teachers or not of_teacher):
                 found.append(f"{label}: prepared with {_described(ours)}, this run has {_described(theirs)}")
         return found
 
