@@ -177,10 +177,8 @@ class Decoder:
 
     def _streamed(self, start: int, end: int) -> torch.Tensor:
         """The first row's answer tokens in the columns [start, end), as they will be returned."""
-        canvas, answer_column = self.canvas, int(self.canvas.answer_column[0])
-        return canvas.answer()[
-            0, max(start - answer_column, 0) : min(end - answer_column, int(canvas.num_new[0]))
-        ].cpu()
+        answer_column, num_new = int(self.canvas.answer_column[0]), int(self.canvas.num_new[0])
+        return self.canvas.answer()[0, max(start - answer_column, 0) : min(end - answer_column, num_new)].cpu()
 
 
 def _spread(masked: torch.Tensor, flat: torch.Tensor, values_N: torch.Tensor, fill: float) -> torch.Tensor:

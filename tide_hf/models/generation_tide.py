@@ -128,7 +128,7 @@ class BlockDiffusionOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(B, P + new)`): the prompt as given, then the generated tokens.
-        forward_passes (`int`): network calls; the prompt and each finished block run along with the next block's first.
+        forward_passes (`int`): network calls; prompt and finished blocks run along with the next block's first.
         tokens_per_forward (`float`): generated tokens (up to and with EOS, mean over rows) per network call.
     """
 

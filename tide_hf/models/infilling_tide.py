@@ -5,7 +5,7 @@ This file travels with checkpoints: it imports transformers' types alone.
 
 import re
 
-PLACEHOLDER = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
+HOLE = r"\[MASK(?::[1-9]\d*)?\]"
 
 
 class TextInfillingMixin:
@@ -32,13 +32,13 @@ class TextInfillingMixin:
         if tokenizer.mask_token_id is None:
             raise ValueError("infill_text needs tokenizer.mask_token, and this tokenizer has none: set it.")
         kwargs.setdefault("mask_token_id", tokenizer.mask_token_id)
-        holes = re.compile(f"(?:{PLACEHOLDER.pattern}|{re.escape(tokenizer.mask_token)})+")
+        holes = re.compile(f"(?:{HOLE}|{re.escape(tokenizer.mask_token)})+")
         for given in texts:
             if not holes.search(given):
                 raise ValueError(
                     f"Expected a hole, [MASK] or [MASK:number of tokens], in every text, and found none in {given!r}."
                 )
-        masked = [PLACEHOLDER.sub(lambda hole: tokenizer.mask_token * int(hole[1] or 1), given) for given in texts]
+        masked = [re.sub(HOLE, lambda hole: tokenizer.mask_token * int(hole[0][6:-1] or 1), given) for given in texts]
         inputs = tokenizer(masked, padding=len(texts) > 1, return_tensors="pt").to(self.device)
         mask = inputs["attention_mask"].bool()
         output = self.infill(inputs["input_ids"], attention_mask=mask, **kwargs)
@@ -52,7 +52,8 @@ class TextInfillingMixin:
                     f"Expected {len(holes.findall(given))} separate holes after tokenisation, got {len(pieces)}: the "
                     "tokenizer drops what stands between them or splits its mask token. Fill token ids with infill."
                 )
-            results.append(holes.sub(lambda _, pieces=iter(pieces): next(pieces), given))
+            between = holes.split(given)
+            results.append("".join(part for pair in zip(between, [*pieces, ""], strict=True) for part in pair))
         return results[0] if isinstance(text, str) else results
 
 

@@ -13,7 +13,7 @@ from transformers.generation import LogitsProcessorList, TopKLogitsWarper, TopPL
 
 @lru_cache(maxsize=1024)
 def reveal_counts(num_masked: int, steps: int) -> tuple[int, ...]:
-    """How many of `num_masked` positions each of at most `steps` steps reveals; steps that would reveal none are left out.
+    """How many of `num_masked` positions each of at most `steps` steps reveals, without steps that reveal none.
 
     Step j of S goes from time t = (S−j)/S to s = (S−j−1)/S. Under the linear schedule a position stays masked with
     probability s/t, so round(left · (1 − s/t)) of those left are revealed. The quotient is taken in float32 from
