@@ -6,8 +6,6 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextDiffusionStreamer, TextStreamer
 
-import tide_hf  # noqa: F401  registers the models
-
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
 
 
