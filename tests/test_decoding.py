@@ -241,11 +241,18 @@ def test_processors_act_on_their_own_rows_and_positions():
             forced[0, n], forced[1, 19 - n] = 0, 0
             return forced
 
+    class Same(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.clone()
+
     ids, mask = torch.cat([prompt(7), prompt(7, seed=2)]), torch.ones(2, 7, dtype=torch.long)
     mask[1, :4] = 0
     for settings in ({}, {"block_grid": "prompt_aligned"}, {"confidence_threshold": 0.5}, {"steps_per_block": 1}):
         out = tiny().generate(ids, attention_mask=mask, max_new_tokens=10, logits_processor=[Force()], **settings)
         assert out[:, 7:].tolist() == [list(range(10)), [19 - n for n in range(10)]]
+        free = tiny().generate(ids, attention_mask=mask, max_new_tokens=10, **settings)
+        same = tiny().generate(ids, attention_mask=mask, max_new_tokens=10, logits_processor=[Same()], **settings)
+        assert torch.equal(same, free), "scores of other rows or positions"
 
 
 def test_suppressed_tokens_do_not_occur():
