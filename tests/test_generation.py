@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from tiny import BLOCK, MASK, SHAPE, VOCAB
+from naive_sampler import EOS, PAD, naive_generate, prompt, tiny
+from tiny import BLOCK, MASK, VOCAB
 from transformers import AutoModelForCausalLM, GenerationConfig, TextDiffusionStreamer
 
 from tide_hf.demo.sorting import build_tokenizer
 from tide_hf.diffusion import LayoutSpec, block_layout
-from tide_hf.models import TIDEGenerationConfig, TIDEQwen3Config, TIDEQwen3ForBlockDiffusion, block_visibility
-from tide_hf.models import generation_tide as generation
+from tide_hf.models import TIDEGenerationConfig, block_visibility
+from tide_hf.models import decoding_tide as decoding
 
-EOS, PAD = 22, 21
 SETTINGS = [
     {},
     {"steps_per_block": 1},
@@ -22,68 +22,6 @@ SETTINGS = [
     {"confidence_threshold": 0.3},
     {"confidence_threshold": 1.0},
 ]
-
-
-def tiny(seed=0, **changes) -> TIDEQwen3ForBlockDiffusion:
-    values = {
-        **SHAPE,
-        "mask_token_id": MASK,
-        "block_size": BLOCK,
-        "eos_token_id": None,
-        "pad_token_id": PAD,
-        **changes,
-    }
-    torch.manual_seed(seed)
-    return TIDEQwen3ForBlockDiffusion(TIDEQwen3Config(**values)).double().eval()
-
-
-def prompt(length, seed=1):
-    return torch.randint(0, 20, (1, length), generator=torch.Generator().manual_seed(seed + length))
-
-
-@torch.no_grad()
-def naive_generate(
-    model, prompt_ids, max_new_tokens, eos=None, steps_per_block=None, confidence_threshold=None, order=None
-):
-    """One row from the definition: blocks from absolute position 0, a full forward of [prefix ; block] each step.
-
-    Returns the new ids, cut behind EOS, and the number of denoising steps of each block.
-    """
-    ids, length = list(prompt_ids), len(prompt_ids)
-    ends = {eos} if isinstance(eos, int) else set(eos or ())
-    full = model.config.objective == "full"
-    size = length + max_new_tokens if full else model.config.block_size
-    num_steps = []
-    for block in range(length // size, -(-(length + max_new_tokens) // size)):
-        start, end = block * size, (block + 1) * size
-        ids = ids + [MASK] * (end - len(ids))
-        masked = [position for position in range(max(start, length), end)]
-        steps = steps_per_block or len(masked)
-        quota = [len(masked) // steps + (step < len(masked) % steps) for step in range(steps)]
-        number = torch.arange(end) // size
-        visible = (number[:, None] >= number[None, :])[None, None]
-        step = 0
-        while masked:
-            logits = model(torch.tensor([ids]), attention_mask=None if full else visible).logits[0].float()
-            logits[:, MASK] = -torch.inf
-            probability, token = logits.softmax(-1).max(-1)
-            noise = order(size) if order else None
-            key = (lambda p: -float(noise[p - start])) if order else (lambda p: -float(probability[p]))  # noqa: B023
-            ranked = sorted(masked, key=key)  # stable: the earlier position first
-            if confidence_threshold is None:
-                chosen = ranked[: quota[step]]
-            else:
-                chosen = [p for p in masked if p == ranked[0] or float(probability[p]) >= confidence_threshold]
-            for position in chosen:
-                ids[position] = int(token[position])
-                masked.remove(position)
-            step += 1
-        num_steps.append(step)
-        if ends & set(ids[length:]):
-            break
-    new = ids[length : length + max_new_tokens]
-    first_end = next((index for index, token in enumerate(new) if token in ends), len(new))
-    return new[: first_end + 1], num_steps
 
 
 def as_batch(prompts, side, num_extra=2):
@@ -113,7 +51,10 @@ def test_generation_sees_what_the_denoiser_saw_in_training(length, pack, monkeyp
 
     def spy(**kwargs):
         out = run(**kwargs)
-        calls.append((kwargs["input_ids"].clone(), kwargs["position_ids"].clone(), out.last_hidden_state))
+        # final columns that the cache lacked may run along in front of the active block
+        active = slice(-BLOCK, None)
+        ids, position = kwargs["input_ids"][:, active], kwargs["position_ids"][:, active]
+        calls.append((ids.clone(), position.clone(), out.last_hidden_state[:, active]))
         return out
 
     monkeypatch.setattr(model, "run_decoder", spy)
@@ -223,7 +164,7 @@ def test_finished_rows_cost_no_forward_passes():
         num_blocks = max(map(len, rows))
         denoising = sum(max(row[block] for row in rows if block < len(row)) for block in range(num_blocks))
         out = model.generate(ids, attention_mask=mask, eos_token_id=eos, return_dict_in_generate=True, **settings)
-        assert out.forward_passes == 1 + denoising + num_blocks - 1  # prompt, drafts, cache updates
+        assert out.forward_passes == denoising  # prompt and cache updates run along
         saved += denoising < sum(max(row[block] for row in free if block < len(row)) for block in range(num_blocks))
     assert saved, "no row that ended would have held up the others"
 
@@ -321,13 +262,17 @@ def test_random_remasking_matches_the_naive_sampler(settings):
 @pytest.mark.parametrize(
     ("length", "settings", "forward_passes"),
     [
-        (8, {"steps_per_block": 2}, 1 + 2 + 1 + 2),  # prompt, block, its cache update, last block
-        (8, {}, 1 + 4 + 1 + 4),
-        (3, {"steps_per_block": 1}, 1 + 1 + 1 + 1 + 1),  # no finished block to prefill; 1 + 4 + 3 tokens
+        (
+            8,
+            {"steps_per_block": 2},
+            2 + 2,
+        ),  # prompt and first block run along with the next block
+        (8, {}, 4 + 4),
+        (3, {"steps_per_block": 1}, 1 + 1 + 1),  # 1 + 4 + 3 tokens
     ],
 )
 def test_output_counts_real_network_calls(length, settings, forward_passes, monkeypatch):
-    """Catches a speed that leaves out the cache updates: the reported tokens per forward would be too good."""
+    """Catches a speed that leaves out network calls, and calls for the prompt or the cache alone."""
     model, calls = tiny(), []
     run = model.run_decoder
     monkeypatch.setattr(model, "run_decoder", lambda **kwargs: calls.append(1) or run(**kwargs))
@@ -467,7 +412,7 @@ def test_keyword_arguments_override_the_given_config():
     out = model.generate(
         prompt(8), generation_config=given, max_new_tokens=8, steps_per_block=4, return_dict_in_generate=True
     )
-    assert out.sequences.shape[1] == 16 and out.forward_passes == 1 + 4 + 1 + 4
+    assert out.sequences.shape[1] == 16 and out.forward_passes == 4 + 4
 
 
 @pytest.mark.parametrize(
@@ -562,7 +507,7 @@ def test_mode_is_put_back_after_an_error():
 
 def test_cache_layer_writes_behind_what_is_committed():
     """Catches a cache that grows by every denoising step, or lets a draft overwrite finished blocks."""
-    layer = generation.BlockCacheLayer(10)
+    layer = decoding.BlockCacheLayer(10)
     draw = torch.Generator().manual_seed(0)
     states = [torch.randn(2, 3, width, 5, generator=draw) for width in (4, 4, 4, 2)]
     keys, values = layer.update(states[0], -states[0])
@@ -579,7 +524,7 @@ def test_cache_layer_writes_behind_what_is_committed():
 def test_cache_keeps_committed_columns(monkeypatch):
     """Catches finished blocks recomputed or overwritten while later blocks are denoised, and a cache of drafts."""
     model, snapshots, decoders = tiny(seed=3), [], []
-    forward = generation._Decoder._forward
+    forward = decoding.Decoder._forward
 
     def spy(decoder, start, end):
         hidden = forward(decoder, start, end)
@@ -588,11 +533,11 @@ def test_cache_keeps_committed_columns(monkeypatch):
         decoders.append(decoder)
         return hidden
 
-    monkeypatch.setattr(generation._Decoder, "_forward", spy)
+    monkeypatch.setattr(decoding.Decoder, "_forward", spy)
     out = model.generate(prompt(6), max_new_tokens=14)
     layer = decoders[-1].cache.layers[-1]
     assert layer.keys.shape[2] == 20 and {pointer for *_, pointer in snapshots} == {layer.keys.data_ptr()}
-    assert sorted({committed for committed, *_ in snapshots}) == [0, 4, 8, 12, 16]
+    assert sorted({committed for committed, *_ in snapshots}) == [4, 8, 12, 16]
     for committed, keys, _ in snapshots:
         assert torch.equal(keys, layer.keys[:, :, :committed])
     # what was kept are the keys of the final tokens

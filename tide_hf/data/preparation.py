@@ -27,7 +27,7 @@ ALIGNMENTS = ("token", "chunk")
 TRAINED_TURNS = ("all", "last")
 STATUS, COVERAGE = "preparation_status", "preparation_coverage"
 # what COVERAGE holds for each row; names of fields of the report
-COVERAGE_COUNTS = ("num_trained_tokens", "num_aligned_tokens", "num_answer_bytes", "num_aligned_bytes")
+COVERAGE_COUNTS = ("num_trained_tokens", "num_aligned_tokens", "num_chunks", "num_answer_bytes", "num_aligned_bytes")
 
 
 class RowSkipped(ValueError):
@@ -186,7 +186,8 @@ class RowPreparation:
         }
         if not truncated and trained[-1] and self.eos_fill != "none":
             columns = self._fill(columns, teacher is not None and not teacher_truncated)
-        coverage = [np.count_nonzero(columns["labels"] != -100), np.count_nonzero(columns["chunk_ids"] >= 0), *covered]
+        aligned = columns["chunk_ids"][columns["chunk_ids"] >= 0]
+        coverage = [np.count_nonzero(columns["labels"] != -100), len(aligned), len(np.unique(aligned)), *covered]
         return {name: column.tolist() for name, column in columns.items()}, truncated, [int(n) for n in coverage]
 
     def _masks(self) -> list[tuple[str, PreTrainedTokenizerBase, int | None]]:

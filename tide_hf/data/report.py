@@ -15,6 +15,7 @@ class PreparationReport:
         num_truncated (`int`): kept rows that were cut at `max_length`; their answers get no EOS fill.
         dropped (`dict[str, int]`): rows left out, by reason.
         num_trained_tokens, num_aligned_tokens (`int`): trained-on student tokens, and those in a chunk.
+        num_chunks (`int`): chunks; with one shared tokenizer every one is a token.
         num_answer_bytes, num_aligned_bytes (`int`): bytes of the trained-on tokens without EOS fill, and of those in a
             chunk.
     """
@@ -25,6 +26,7 @@ class PreparationReport:
     dropped: dict[str, int] = field(default_factory=dict)
     num_trained_tokens: int = 0
     num_aligned_tokens: int = 0
+    num_chunks: int = 0
     num_answer_bytes: int = 0
     num_aligned_bytes: int = 0
 
@@ -34,7 +36,7 @@ class PreparationReport:
         text = (
             f"{self.num_kept:,} of {self.num_rows:,} rows kept ({self.num_truncated:,} truncated), "
             f"{self.num_trained_tokens:,} trained-on tokens, {share:.1%} of them aligned with the teacher "
-            f"({byte_share:.1%} of {self.num_answer_bytes:,} answer bytes)"
+            f"in {self.num_chunks:,} chunks ({byte_share:.1%} of {self.num_answer_bytes:,} answer bytes)"
         )
         reasons = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items())
         return f"{text}. {reasons}" if reasons else text

@@ -1,0 +1,188 @@
+"""Denoises the blocks of a canvas in order, over one cache that is only ever extended (SPEC §1, inference).
+
+This file travels with checkpoints: it imports its siblings, torch and transformers.
+
+Shapes: B rows, R rows in all (2B with guidance), K columns being denoised, N masked positions among them, H hidden,
+V vocabulary.
+"""
+
+from itertools import zip_longest
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+from .canvas_tide import Canvas
+from .sampling_tide import (
+    propose_tokens,
+    rank_descending,
+    reveal_counts,
+    sampling_warpers,
+    token_entropy,
+    within_entropy_bound,
+)
+
+
+class BlockCacheLayer(DynamicLayer):
+    """Keys and values of the finished blocks, in one buffer; the active block is written behind them and not kept."""
+
+    def __init__(self, max_length: int):
+        super().__init__()
+        self.max_length, self.committed = max_length, 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Writes behind the committed columns and returns views of both together."""
+        if not self.is_initialized:
+            rows, heads, _, head_dim = key_states.shape
+            self.keys = key_states.new_empty(rows, heads, self.max_length, head_dim)
+            self.values = value_states.new_empty(rows, heads, self.max_length, value_states.shape[-1])
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        end = self.committed + key_states.shape[-2]
+        self.keys[:, :, self.committed : end] = key_states
+        self.values[:, :, self.committed : end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        """Committed columns."""
+        return self.committed
+
+
+class Decoder:
+    """Runs the windows of a canvas in order.
+
+    Args:
+        model: a student; its `run_decoder` and `lm_head` are called.
+        canvas ([`Canvas`]): what is denoised, in place.
+        settings ([`TIDEGenerationConfig`]): with every default filled in.
+        generator (`torch.Generator`, *optional*): source of all random draws.
+        streamer (*optional*): gets each finished window through `put`, its states through `put_draft` if it has that.
+        processors (`LogitsProcessorList`, *optional*), criteria (`StoppingCriteriaList`, *optional*): transformers'.
+    """
+
+    def __init__(self, model, canvas: Canvas, settings, generator=None, streamer=None, processors=None, criteria=None):
+        self.model, self.canvas, self.settings = model, canvas, settings
+        self.generator, self.streamer = generator, streamer
+        self.processors = LogitsProcessorList(processors or [])
+        self.criteria = StoppingCriteriaList(criteria or [])
+        self.warpers = sampling_warpers(settings.top_k, settings.top_p)
+        self.temperature = 0.0 if settings.do_sample is False else settings.temperature or 0.0
+        self.forward_passes = 0
+        self.cache = None
+        if not canvas.is_one_block:
+            num_layers, width = model.config.num_hidden_layers, canvas.ids.shape[1]
+            self.cache = Cache(layers=[BlockCacheLayer(width) for _ in range(num_layers)])
+        self._span, self._visible = None, None
+
+    def run(self) -> None:
+        """Window after window until every row has ended."""
+        canvas = self.canvas
+        for start, end in canvas.windows:
+            self._denoise(start, end)
+            canvas.end_rows(end, self.criteria)
+            if self.streamer is not None:
+                self.streamer.put(self._streamed(start, end))
+            if bool(canvas.finished.all()):
+                break
+
+    def _denoise(self, start: int, end: int) -> None:
+        """Reveals the masked positions of one window.
+
+        With fixed steps the host knows how many positions each step reveals and never waits for the device.
+        """
+        canvas, num_masked = self.canvas, self.canvas.masked[:, start:end].sum(-1).tolist()
+        shares, num_left, step = self._shares(num_masked, end - start), sum(num_masked), 0
+        while num_left:
+            masked = canvas.masked[:, start:end]
+            # where the masks are, without asking the device how many: they come first in a stable order
+            flat = (~masked).flatten().byte().argsort(stable=True)[:num_left]
+            logits_NV = self._logits(start, end, flat)
+            tokens, probability_N = propose_tokens(logits_NV, self.temperature, self.warpers, self.generator)
+            share, num_revealed = (None, None) if shares is None else shares[step]
+            chosen = self._choose(masked, flat, logits_NV, probability_N, share)
+            canvas.reveal(start, end, chosen, _spread(masked, flat, tokens, 0))
+            num_left = int(canvas.masked[:, start:end].sum()) if shares is None else num_left - num_revealed
+            step += 1
+            if self.streamer is not None and hasattr(self.streamer, "put_draft"):
+                first_new = max(start, int(canvas.answer_column[0]))
+                self.streamer.put_draft(canvas.ids[:1, first_new:end].cpu())
+
+    def _shares(self, num_masked: list[int], window: int) -> list[tuple[torch.Tensor, int]] | None:
+        """Positions that each step reveals in each row `(B,)`, and in all; None where the network's answers decide."""
+        settings = self.settings
+        if settings.confidence_threshold is not None or settings.entropy_bound is not None:
+            return None
+        rows = [reveal_counts(count, settings.steps_per_block or window) for count in num_masked]
+        steps = list(zip_longest(*rows, fillvalue=0))
+        return list(zip(torch.tensor(steps, device=self.canvas.ids.device), map(sum, steps), strict=True))
+
+    def _choose(self, masked, flat, logits_NV, probability_N, share: torch.Tensor | None) -> torch.Tensor:
+        """Positions to reveal now, `(B, K)`: within the entropy bound, above the threshold, or the step's share."""
+        settings = self.settings
+        if settings.entropy_bound is not None:
+            entropy_BK = _spread(masked, flat, token_entropy(logits_NV), torch.inf)
+            return within_entropy_bound(entropy_BK, settings.entropy_bound)
+        order_BK = score_BK = _spread(masked, flat, probability_N, -1.0)
+        if settings.remasking == "random":
+            noise = torch.rand(masked.shape, device=masked.device, generator=self.generator)
+            order_BK = torch.where(masked, noise, -1.0)
+        rank = rank_descending(order_BK)
+        if settings.confidence_threshold is not None:
+            return masked & ((score_BK >= settings.confidence_threshold) | (rank == 0))
+        return masked & (rank < share[:, None])
+
+    def _logits(self, start: int, end: int, flat: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `(N, V)` of the masked positions, guided and processed; [MASK] has none."""
+        row, column = flat // (end - start), flat % (end - start)
+        hidden = self._forward(start, end)
+        logits_NV = self.model.lm_head(hidden[row, column]).float()
+        num_rows = len(self.canvas.masked)
+        if len(hidden) > num_rows:
+            negative_NV = self.model.lm_head(hidden[row + num_rows, column]).float()
+            logits_NV = negative_NV + self.settings.guidance_scale * (logits_NV - negative_NV)
+        logits_NV[:, self.settings.mask_token_id] = -torch.inf
+        if self.processors:
+            index = start + column - self.canvas.answer_column[row]
+            sequences = self.canvas.sequences()
+            for n in index.unique().tolist():
+                at = index == n
+                scores_BV = logits_NV.new_zeros(num_rows, logits_NV.shape[-1])
+                scores_BV[row[at]] = logits_NV[at]
+                prefix = sequences[:, : self.canvas.prompt_ids.shape[1] + n]
+                logits_NV[at] = self.processors(prefix, scores_BV)[row[at]]
+        return logits_NV
+
+    def _forward(self, start: int, end: int) -> torch.Tensor:
+        """Hidden states `(R, end − start, H)` of the active columns.
+
+        Columns before them are final: those the cache does not hold yet (the prompt, or the block finished last) run
+        along once and are kept. Without a cache all columns run.
+        """
+        canvas = self.canvas
+        first, stop = (0, canvas.ids.shape[1]) if self.cache is None else (self.cache.get_seq_length(), end)
+        if self._span != (first, stop):
+            self._span, self._visible = (first, stop), canvas.visible(first, stop)
+        self.forward_passes += 1
+        hidden = self.model.run_decoder(
+            input_ids=canvas.ids[:, first:stop],
+            attention_mask=self._visible,
+            position_ids=canvas.position[:, first:stop],
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+        ).last_hidden_state
+        if self.cache is not None:
+            for layer in self.cache.layers:
+                layer.committed = start
+        return hidden[:, start - first : end - first]
+
+    def _streamed(self, start: int, end: int) -> torch.Tensor:
+        """The first row's answer tokens in the columns [start, end), as they will be returned."""
+        answer_column, num_new = int(self.canvas.answer_column[0]), int(self.canvas.num_new[0])
+        return self.canvas.answer()[0, max(start - answer_column, 0) : min(end - answer_column, num_new)].cpu()
+
+
+def _spread(masked: torch.Tensor, flat: torch.Tensor, values_N: torch.Tensor, fill: float) -> torch.Tensor:
+    """`(B, K)`: the masked positions' values at their places, `fill` elsewhere."""
+    spread = torch.full((masked.numel(),), fill, dtype=values_N.dtype, device=values_N.device)
+    spread[flat] = values_N
+    return spread.view_as(masked)

@@ -1,0 +1,92 @@
+"""What one denoising step reveals: a token for each masked position, and the positions that keep theirs (SPEC §1).
+
+Functions of tensors. This file travels with checkpoints: it imports torch and transformers alone.
+
+Shapes: B rows, K columns being denoised, N masked positions among them (row by row, left to right), V vocabulary.
+"""
+
+from functools import lru_cache
+
+import torch
+from transformers.generation import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+
+@lru_cache(maxsize=1024)
+def reveal_counts(num_masked: int, steps: int) -> tuple[int, ...]:
+    """How many of `num_masked` positions each of at most `steps` steps reveals, without steps that reveal none.
+
+    Step j of S goes from time t = (S−j)/S to s = (S−j−1)/S. Under the linear schedule a position stays masked with
+    probability s/t, so round(left · (1 − s/t)) of those left are revealed. The quotient is taken in float32 from
+    1 − (1 − s), as in the published sampler: that decides which way a half is rounded, and the result is the same
+    token for token.
+
+    Source: MDLM 2406.07524 eq. 7; the sampler of dllm and TIDE.
+    """
+    time = (torch.arange(steps, -1, -1, dtype=torch.float64) / steps).float()
+    masked_probability = 1 - (1 - time)
+    stays_masked = (masked_probability[1:] / masked_probability[:-1]).tolist()
+    counts, left = [], num_masked
+    for probability in stays_masked:
+        counts.append(min(round(left * (1 - probability)), left))
+        left -= counts[-1]
+    return tuple(count for count in counts if count)
+
+
+def sampling_warpers(top_k: int | None, top_p: float | None) -> LogitsProcessorList:
+    """transformers' top-k and top-p, in this order, where set."""
+    warpers = LogitsProcessorList()
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
+
+
+def propose_tokens(
+    logits_NV: torch.Tensor, temperature: float, warpers: LogitsProcessorList, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each masked position, `(N,)`, and its probability under the untempered logits, `(N,)`.
+
+    Temperature 0 takes the most probable token.
+    """
+    if temperature:
+        warped_NV = warpers(None, logits_NV / temperature)
+        tokens = torch.multinomial(warped_NV.softmax(-1), 1, generator=generator).squeeze(-1)
+    else:
+        tokens = logits_NV.argmax(-1)
+    chosen = logits_NV.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, (chosen - logits_NV.logsumexp(-1)).exp()
+
+
+def token_entropy(logits_NV: torch.Tensor) -> torch.Tensor:
+    """Entropy of each position's distribution in nats, `(N,)`."""
+    return torch.special.entr(logits_NV.softmax(-1)).sum(-1)
+
+
+def rank_descending(score_BK: torch.Tensor) -> torch.Tensor:
+    """Place of each column in its row's descending order, from 0; among equals the left one comes first."""
+    return score_BK.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+
+
+def within_entropy_bound(entropy_BK: torch.Tensor, bound: float) -> torch.Tensor:
+    """The columns to reveal under an entropy bound.
+
+    In ascending order of entropy (among equals the left one first) the longest prefix U with
+    Σ_{i∈U} H_i − max_{i∈U} H_i ≤ bound: what the revealed tokens can at most say about one another, since the
+    joint entropy is at least the largest and at most the sum. The first is always revealed; bound 0 reveals one
+    token per step and those that are certain.
+
+    Args:
+        entropy_BK (`torch.Tensor` of shape `(B, K)`): nats; infinite where nothing is to be revealed.
+        bound (`float`): nats, ≥ 0.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, K)`.
+
+    Source: EB-Sampler, arXiv 2505.24857 §3.
+    """
+    ascending, column = entropy_BK.sort(dim=-1, stable=True)
+    # in this order the sum without the largest is the sum of those before
+    before = torch.cat([torch.zeros_like(ascending[:, :1]), ascending[:, :-1].cumsum(-1)], -1)
+    revealed = (before <= bound) & ascending.isfinite()
+    return torch.zeros_like(revealed).scatter(-1, column, revealed)
