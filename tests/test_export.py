@@ -51,7 +51,7 @@ def student(**overrides):
         "eos_token_id": EOS,
         "pad_token_id": 151_643,
         "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
         "max_position_embeddings": 40_960,
         **overrides,
     }
@@ -108,8 +108,8 @@ def test_config_has_what_engines_read(exported):
         "attention_bias": False,
         "sliding_window": None,
         "use_sliding_window": False,
-        "rope_theta": 1_000_000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "rope_theta": 500_000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
         "max_position_embeddings": 40_960,
         "tie_word_embeddings": False,
         "pad_token_id": 151_643,
@@ -169,7 +169,7 @@ def test_configuration_loads_without_this_library(exported):
         "print(config.model_type, config.mask_token_id, config.block_size, config.rope_parameters['rope_theta'])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder)
-    assert done.stdout.split() == ["sdar", str(MASK), str(BLOCK), "1000000.0"], done.stderr[-2000:]
+    assert done.stdout.split() == ["sdar", str(MASK), str(BLOCK), "500000.0"], done.stderr[-2000:]
 
 
 def test_untied_head_and_dtype_are_kept(tmp_path):
