@@ -17,6 +17,7 @@ _LAZY = {
     "TIDEQwen3Config": "models",
     "TIDEQwen3ForBlockDiffusion": "models",
     "TIDEGenerationConfig": "models",
+    "export_for_serving": "hub.export",
 }
 __all__ = ["models", *_LAZY]
 

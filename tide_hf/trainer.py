@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from itertools import islice
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import is_peft_available, logging
+from transformers.utils import logging
 
+from .adapter import prepare_adapter
 from .alignment import resolve_alignment
 from .config import TIDEConfig
 from .data import (
@@ -46,7 +48,8 @@ class TIDETrainer(Trainer):
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; from `model` by default.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; from `teacher` if that is a
             name, otherwise the student's.
-        peft_config (`peft.PeftConfig`, *optional*): trains an adapter in place of the whole student.
+        peft_config (`peft.PeftConfig`, *optional*): trains an adapter in place of the whole student (see
+            [`~tide_hf.adapter.prepare_adapter`]).
         kwargs: further arguments of [`~transformers.Trainer`] (callbacks, optimizers, …).
 
     Attributes:
@@ -82,7 +85,9 @@ class TIDETrainer(Trainer):
         if teacher_processing_class is None:
             by_name = isinstance(teacher, str)
             teacher_processing_class = AutoTokenizer.from_pretrained(teacher) if by_name else processing_class
+        revision = None
         if isinstance(model, str):
+            revision = (args.model_init_kwargs or {}).get("revision")
             model = AutoModelForCausalLM.from_pretrained(model, **_init_kwargs(args.model_init_kwargs))
         self._configure_student(model, args, processing_class)
 
@@ -106,8 +111,8 @@ class TIDETrainer(Trainer):
             eval_dataset = {name: self._prepare(name, rows, args) for name, rows in eval_dataset.items()}
         else:
             eval_dataset = self._prepare("eval", eval_dataset, args)
-        if peft_config is not None:
-            model = _with_adapter(model, peft_config)
+        set_seed(args.seed)  # an adapter starts at random, and Trainer sets the seed only later
+        model = prepare_adapter(model, peft_config, revision)
         self._term_sums: dict[str, torch.Tensor] = {}
         self._term_steps = 0  # optimizer steps since the terms were last logged
         super().__init__(
@@ -279,6 +284,14 @@ class TIDETrainer(Trainer):
             self._term_sums, self._term_steps = {}, 0
         super().log(logs, start_time)
 
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Beside an adapter also the generation settings of the run, which its base may not have."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):
+            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
+
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluation_loop(
@@ -372,19 +385,3 @@ def _init_kwargs(given: dict | None) -> dict:
 def _pad_token_id(tokenizer) -> int:
     """The tokenizer's padding id, or its EOS id: padding is never attended, so any id serves."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _with_adapter(model, peft_config):
-    """The student wrapped by PEFT."""
-    if not is_peft_available():
-        raise ImportError("peft_config needs peft: pip install peft.")
-    from peft import get_peft_model
-
-    model = get_peft_model(model, peft_config)
-    head = model.get_base_model().lm_head
-    if hasattr(head, "get_delta_weight"):
-        raise ValueError(
-            "The adapter targets lm_head, whose weight the loss uses directly: leave lm_head out of target_modules, "
-            "or name it in modules_to_save."
-        )
-    return model

@@ -1,0 +1,99 @@
+"""Adapters on a student: what PEFT is told, and what it would do wrong without a word."""
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TASK_TYPE = "CAUSAL_LM"
+# the linear layers of every student family, by short names, which also fit a student loaded in another way
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# what an adapter's user generates with; it stands in the base's config.json and in no adapter
+DECODING_FIELDS = ("objective", "block_size", "mask_token_id")
+
+
+def prepare_adapter(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None = None, revision: str | None = None
+) -> PreTrainedModel | PeftModel:
+    """A student as it is trained: whole without `peft_config`, otherwise with a new adapter, its base frozen.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the student, which may carry an adapter already.
+        peft_config (`PeftConfig`, *optional*): LoRA, DoRA, …; a missing `task_type` becomes CAUSAL_LM, missing
+            `target_modules` of LoRA every linear layer but the head.
+        revision (`str`, *optional*): of the base on the Hub; goes into the adapter's configuration.
+
+    Raises:
+        ValueError: for an adapter that would not be trained, merged or loaded as what it is.
+    """
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError("The student carries an adapter already: leave peft_config out, or give its base.")
+        _complete(peft_config)
+        _check_base(model, revision)
+        model = get_peft_model(model, peft_config, revision=revision)
+    _check_layers(model)
+    return model
+
+
+def _complete(peft_config: PeftConfig) -> None:
+    """Fills in what an adapter of a student needs, and refuses kinds that cannot work."""
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(peft_config).__name__} puts virtual tokens before the input, which has no place in the "
+            "block-diffusion layout: use LoRA or another method that changes layers."
+        )
+    if peft_config.task_type is None:
+        logger.info(f"peft_config.task_type is None: set to {TASK_TYPE}, so that AutoPeftModelForCausalLM loads it.")
+        peft_config.task_type = TASK_TYPE
+    if peft_config.task_type != TASK_TYPE:
+        raise ValueError(
+            f"peft_config.task_type={str(peft_config.task_type)!r}: a student is loaded by the causal-LM classes, "
+            f"diffusion or not; use task_type={TASK_TYPE!r}."
+        )
+    if isinstance(peft_config, LoraConfig) and not (peft_config.target_modules or peft_config.target_parameters):
+        logger.info(f"peft_config names no target_modules: adapting {', '.join(LINEAR_LAYERS)}.")
+        peft_config.target_modules = set(LINEAR_LAYERS)
+
+
+def _check_base(model: PreTrainedModel, revision: str | None) -> None:
+    """An adapter is loaded onto its base as that is saved: the run may not decide anything that the base denies."""
+    name = model.name_or_path
+    saved = None
+    if name:
+        try:
+            saved = AutoConfig.from_pretrained(name, revision=revision)
+        except OSError:
+            logger.warning(f"The base {name!r} of the adapter cannot be read again.")
+    if saved is None:
+        logger.warning(
+            "The adapter will name no base that can be loaded: load it with PeftModel.from_pretrained(model, folder), "
+            "or save the student first and train from its folder."
+        )
+        return
+    for field in DECODING_FIELDS:
+        theirs, ours = getattr(saved, field, None), getattr(model.config, field)
+        # without a mask token generate says what to do; with another one it would be silently wrong
+        if theirs != ours and not (field == "mask_token_id" and theirs is None):
+            raise ValueError(
+                f"The run trains with {field}={ours}, and the config.json of the adapter's base {name!r} says "
+                f"{theirs}: whoever loads the adapter would generate with that. Train with {field}={theirs}, or save "
+                f"the base with {field}={ours} (model.config.{field} = {ours}; model.save_pretrained(folder)) and "
+                "start from there."
+            )
+
+
+def _check_layers(model: PreTrainedModel | PeftModel) -> None:
+    """Refuses adapter layers that the loss does not see or that cannot be merged."""
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise ValueError(
+            "The adapter targets lm_head, whose weight the loss uses directly: leave lm_head out of target_modules, "
+            "or name it in modules_to_save."
+        )
+    if isinstance(model.get_input_embeddings(), BaseTunerLayer) and model.config.tie_word_embeddings:
+        raise ValueError(
+            "The adapter targets embed_tokens, whose weight is lm_head's too: merging it would change the head, which "
+            "was trained without it. Use modules_to_save=['embed_tokens'] with ensure_weight_tying=True."
+        )
