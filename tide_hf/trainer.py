@@ -18,6 +18,7 @@ from .alignment import resolve_alignment
 from .config import TIDEConfig
 from .data import DistillationCollator, Noising, RowPreparation, Side, is_prepared, prepare_dataset
 from .diffusion import row_uniforms
+from .hub import HubTrainerMixin
 from .losses import denoising_loss, lambda_schedule
 from .models.masked_diffusion import block_visibility
 from .objective import CHUNK_DIVERGENCES, resolve_objective
@@ -26,7 +27,7 @@ from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 logger = logging.get_logger(__name__)
 
 
-class TIDETrainer(Trainer):
+class TIDETrainer(HubTrainerMixin, Trainer):
     """Trains a block-diffusion (or full-sequence) student, with a frozen diffusion LM as teacher or without one.
 
     Args:

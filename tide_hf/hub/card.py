@@ -8,21 +8,33 @@ the card already says.
 import functools
 import re
 from importlib.resources import files
-from pathlib import Path
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from .curves import CURVES_FILE
-from .record import Measurement, RunRecord
+from .record import AFTER, Measurement, RunRecord
 from .sources import IN_MEMORY, resolve_license
 
 BEGIN = "<!-- tide_hf writes from here; edits between the marks are overwritten -->"
 END = "<!-- tide_hf writes up to here; text below and above is kept -->"
+# keys that a run writes: a value of an earlier state does not outlive it
+DERIVED = (
+    "library_name",
+    "pipeline_tag",
+    "base_model",
+    "base_model_relation",
+    "datasets",
+    "distillation",
+    "model-index",
+)
 HELD = ("language", "license", "license_name", "license_link")
 # whole cards that libraries write on their own, with nothing a person said
-STOCK_CARDS = ("Provide a quick summary of what the model is/does", "generated automatically according to the information")
+STOCK_CARDS = (
+    "Provide a quick summary of what the model is/does",
+    "generated automatically according to the information",
+)
 TAGS = ("diffusion-lm", "distillation", "tide")
 PAPERS = {
     "tide": ("TIDE", "2604.26951"),
@@ -44,15 +56,46 @@ def write_card(record: RunRecord, existing: str = "", remote_code: bool = False,
         remote_code (`bool`): the checkpoint carries its modeling files, and loads with `trust_remote_code`.
         has_curves (`bool`): `training_curves.png` lies beside the card.
     """
-    above, below, kept = split_card(existing)
     metadata = {name: value for name, value in card_metadata(record).items() if value}
-    metadata["tags"] = list(dict.fromkeys([*metadata["tags"], *(kept.pop("tags", None) or [])]))
-    if kept.get("license"):
+    text = render_text(record, {**metadata, **_held(existing, _given(record))}, remote_code, has_curves)
+    return adopt_edits(_join(metadata, "", f"{BEGIN}\n\n{text}\n\n{END}", ""), existing, _given(record))
+
+
+def adopt_edits(card: str, other: str, given: tuple[str, ...] = ()) -> str:
+    """A card with what people wrote into another version of it, where it has no text of its own.
+
+    Args:
+        card, other (`str`): the card, and the version that people may have edited.
+        given (`tuple[str, ...]`): metadata keys that keep the card's value whatever the other says.
+    """
+    above, below, metadata = split_card(card)
+    other_above, other_below, kept = split_card(other)
+    if not other.strip():
+        return card
+    tags = list(dict.fromkeys([*(metadata.get("tags") or []), *(kept.pop("tags", None) or [])]))
+    held = _held(other, given)
+    if "license" in held:
         metadata = {name: value for name, value in metadata.items() if not name.startswith("license")}
-    metadata = {**kept, **metadata, **{name: kept[name] for name in HELD if kept.get(name)}}
+    run = card[card.index(BEGIN) : card.index(END) + len(END)]
+    derived = [name for name in kept if name in DERIVED]
+    kept = {name: value for name, value in kept.items() if name not in derived and not name.startswith("license")}
+    return _join({**kept, **metadata, **held, "tags": tags}, above or other_above, run, below or other_below)
+
+
+def _given(record: RunRecord) -> tuple[str, ...]:
+    """Held metadata keys that the user set for this run."""
+    return (*(("license",) if record.license else ()), *(("language",) if record.languages else ()))
+
+
+def _held(other: str, given: tuple[str, ...]) -> dict:
+    """Language and licence as another version of the card says them."""
+    metadata = split_card(other)[2]
+    return {name: metadata[name] for name in HELD if metadata.get(name) and name.split("_")[0] not in given}
+
+
+def _join(metadata: dict, above: str, run: str, below: str) -> str:
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
-    parts = [f"---\n{head}\n---", above, BEGIN, render_text(record, metadata, remote_code, has_curves), END, below]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in (f"---\n{head}\n---", above, run, below) if part) + "\n"
 
 
 def split_card(text: str) -> tuple[str, str, dict]:
@@ -92,7 +135,7 @@ def card_metadata(record: RunRecord) -> dict:
             "schedule": record.objective.get("schedule"),
             "objective": record.objective,
         },
-        eval_results=[_eval_result(result) for result in record.results] or None,
+        eval_results=[_eval_result(result) for result in record.results if result.network == AFTER] or None,
         model_name=record.model_name,
     ).to_dict()
     return data
@@ -141,7 +184,9 @@ def render_text(record: RunRecord, metadata: dict, remote_code: bool, has_curves
             "results": _results_table(record),
             "decoding": _decoding_table(record),
             "objective": _table([["field", "value"], *([f"`{k}`", _shown(v)] for k, v in record.objective.items())]),
-            "arguments": _table([["argument", "value"], *([f"`{k}`", _shown(v)] for k, v in record.arguments.items())]),
+            "arguments": _table(
+                [["argument", "value"], *([f"`{k}`", _shown(v)] for k, v in record.arguments.items())]
+            ),
             "licenses": _license_table(record),
         },
         result_notes=_result_notes(record),
@@ -315,8 +360,3 @@ def _citations(record: RunRecord) -> list[tuple[str, str]]:
     for source in [*record.teachers, record.start]:
         found += [(source.name, identifier) for identifier in source.arxiv_ids[:1]]
     return list({identifier: (name, identifier) for name, identifier in reversed(found)}.values())[::-1]
-
-
-def load_card(path: str | Path) -> ModelCard:
-    """A card parsed back."""
-    return ModelCard(Path(path).read_text(encoding="utf-8"))

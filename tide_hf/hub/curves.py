@@ -20,7 +20,8 @@ def plot_curves(log_history: list[dict], path: str | Path) -> bool:
         path (`str`): the image.
     """
     curves = {
-        title: [(entry["step"], entry[name]) for entry in log_history if name in entry] for name, title in TITLES.items()
+        title: [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        for name, title in TITLES.items()
     }
     curves = {title: points for title, points in curves.items() if len(points) > 1}
     if not curves:

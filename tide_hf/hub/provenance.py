@@ -6,6 +6,8 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import MISSING, fields
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -94,12 +96,18 @@ def changed_arguments(args) -> dict:
     """Training arguments that differ from their defaults: what was run, not where it lies.
 
     Args:
-        args (`TrainingArguments`): of the run; an instance with defaults is made to compare.
+        args (`TrainingArguments`): of the run. No second instance is made: that would reset accelerate's state.
     """
-    given = args.to_dict()
-    default = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
-    changed = {name: value for name, value in given.items() if value != default.get(name) and not PLACES.search(name)}
-    return {name: value for name, value in changed.items() if value not in (None, "", [], {}) and not _leaks(value)}
+    changed = {}
+    for field in fields(args):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = getattr(args, field.name)
+        value = value.value if isinstance(value, Enum) else value
+        plain = isinstance(value, (bool, int, float, str, list, dict)) and value not in ("", [], {})
+        plain = plain and not (value is False and default is None)
+        if plain and field.init and value != default and not PLACES.search(field.name) and not _leaks(value):
+            changed[field.name] = value
+    return changed
 
 
 def _leaks(value) -> bool:

@@ -13,7 +13,19 @@ logger = logging.get_logger(__name__)
 IN_MEMORY = "weights made in the program"
 # licences that ask for nothing but attribution
 PERMISSIVE = frozenset(
-    "apache-2.0 mit bsd bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 odc-by isc unlicense cdla-permissive-2.0".split()
+    [
+        "apache-2.0",
+        "mit",
+        "bsd",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc0-1.0",
+        "cc-by-4.0",
+        "odc-by",
+        "isc",
+        "unlicense",
+        "cdla-permissive-2.0",
+    ]
 )
 # start of a model's name -> what its licence says beside its id. Source: LICENSE of the WeDLM repository.
 LICENSE_NOTES = {"wedlm": "the licence of WeDLM, code and weights, says that it is not for use in the European Union"}
