@@ -251,7 +251,7 @@ def fetch_training_state(repo: str, revision: str | None = None, token: str | No
     patterns = [f"{LAST_CHECKPOINT}/*", "checkpoint-*/*"]
     folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
     last = folder / LAST_CHECKPOINT
-    found = str(last) if last.is_dir() else get_last_checkpoint(str(folder))
+    found = str(last) if last.is_dir() else get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if found is None:
         raise ValueError(
             f"{repo} holds no training state to resume from, only a model: runs that are to be resumed from the Hub "
