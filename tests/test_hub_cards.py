@@ -1,5 +1,6 @@
 """The card: what it says, what people wrote into it, what the check finds, programs that run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,8 +13,18 @@ from huggingface_hub import ModelCard
 from tiny import tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
 
+from tide_hf.data import PreparationReport
 from tide_hf.demo.sorting import sorting_rows
-from tide_hf.hub import Decoding, Measurement, check_card, find_source, python_blocks, write_card
+from tide_hf.hub import (
+    Decoding,
+    Measurement,
+    check_card,
+    dataset_card,
+    find_source,
+    python_blocks,
+    report_card,
+    write_card,
+)
 from tide_hf.hub.card import BEGIN, END
 from tide_hf.hub.provenance import command_line
 from tide_hf.hub.record import AFTER
@@ -92,8 +103,8 @@ def test_what_people_write_survives(run):
 
 def test_stock_cards_are_replaced(run):
     """Catches PEFT's empty sections kept as somebody's words."""
-    stock = "---\nlicense: gpl-3.0\n---\n<!-- Provide a quick summary of what the model is/does. -->\n[More Information "
-    stock += "Needed]"
+    stock = "---\nlicense: gpl-3.0\n---\n<!-- Provide a quick summary of what the model is/does. -->\n"
+    stock += "[More Information Needed]"
     assert check_card(write_card(run.run_record, existing=stock)) == []
 
 
@@ -104,10 +115,8 @@ def test_measured_results_and_decoding_are_shown(run):
     decoding = [Decoding("threshold 0.9", 4, "exact match", 0.25, 2.5, 1234.0, "CPU")]
     text = write_card(replace(run.run_record, results=results, decoding=decoding))
     assert check_card(text) == []
-    assert (
-        "| org/sums | exact match | 0.5 | 0.25 |" in text
+    assert "| org/sums | exact match | 0.5 | 0.25 |" in text
     assert "lm-eval 0.4.9; 0-shot; 400 samples; 2026-11-23" in text
-    )
     assert "| threshold 0.9 | 4 | 0.25 | 2.5 | 1,234 | CPU |" in text
     assert "## Decoding" not in write_card(run.run_record)
 
@@ -196,3 +205,32 @@ def test_source_of_a_folder_is_its_card(tmp_path):
     source = find_source(str(tmp_path))
     assert (source.name, source.on_hub, source.license) == (tmp_path.name, False, "apache-2.0")
     assert source.arxiv_ids == ["2505.09388"]
+
+
+@pytest.mark.parametrize(("task", "row"), [("sorting", "tide"), ("sorting", "ce"), ("python_stdlib", "kl")])
+def test_card_of_an_embedded_run(task, row):
+    """Catches a card of an embedded run that hides what it is, or says another number than the report."""
+    report = json.loads((Path(__file__).parents[1] / "recipes" / "reports" / f"{task}.json").read_text())
+    text = report_card(
+        report, row, "accelerate launch recipes/dense_teacher.py", "outputs/dense_teacher", 400, "2026-11-23"
+    )
+    assert check_card(text) == []
+    data = ModelCard(text).data.to_dict()
+    assert data["license"] == "apache-2.0" and "embedded comparison" in text and "embedded-run" in data["tags"]
+    measured = next(entry for entry in report["rows"] if entry["name"] == row)
+    values = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
+    expected = measured["exact_match"]["mean"] if task == "sorting" else measured["nll"]["mean"]["0.1"]
+    assert expected in values and f"{report['rows'][0]['parameters']:,}" not in text.split("## Load it")[0]
+
+
+def test_dataset_card(tmp_path):
+    """Catches a prepared dataset without the tokenizers it is for, or without what became of its rows."""
+    report = PreparationReport(10, 8, 1, {"no answer": 2}, 100, 90, 400, 380)
+    text = dataset_card(
+        "alice/rows", {"train": report}, ["org/raw"], "org/student", "org/teacher", {"max_length": 16}, "mit", ["en"]
+    )
+    data = ModelCard(text).data.to_dict()
+    assert (data["license"], data["source_datasets"]) == ("mit", ["org/raw"])
+    for said in ("org/student", "org/teacher", "90.0%", "95.0%", "2 dropped: no answer", "`max_length` | 16"):
+        assert said in text
+    compile(python_blocks(text)[0], "card", "exec")

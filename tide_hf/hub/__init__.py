@@ -3,6 +3,7 @@
 from .availability import NotAvailableError, require_available
 from .card import write_card
 from .check import check_card, python_blocks
+from .other_cards import dataset_card, report_card
 from .pushing import PushError
 from .record import Decoding, Measurement, RunRecord
 from .sources import Source, find_source
@@ -17,8 +18,10 @@ __all__ = [
     "RunRecord",
     "Source",
     "check_card",
+    "dataset_card",
     "find_source",
     "python_blocks",
+    "report_card",
     "require_available",
     "write_card",
 ]

@@ -183,10 +183,8 @@ def render_text(record: RunRecord, metadata: dict, remote_code: bool, has_curves
         tables={
             "results": _results_table(record),
             "decoding": _decoding_table(record),
-            "objective": _table([["field", "value"], *([f"`{k}`", _shown(v)] for k, v in record.objective.items())]),
-            "arguments": _table(
-                [["argument", "value"], *([f"`{k}`", _shown(v)] for k, v in record.arguments.items())]
-            ),
+            "objective": values_table(record.objective),
+            "arguments": values_table(record.arguments),
             "licenses": _license_table(record),
         },
         result_notes=_result_notes(record),
@@ -279,6 +277,11 @@ def _table(rows: list[list[str]]) -> str:
     """Markdown, the first row as head."""
     head, *body = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+
+
+def values_table(values: dict) -> str:
+    """Names and values as a Markdown table."""
+    return _table([["field", "value"], *([f"`{name}`", _shown(value)] for name, value in values.items())])
 
 
 def _shown(value) -> str:
