@@ -173,6 +173,22 @@ def test_adapter_is_pushed_as_one(hub, client, tmp_path):
         assert "base_model_relation: adapter" in card and "AutoPeftModelForCausalLM" in card
 
 
+def push_edit_push(folder, name):
+    trainer = make_trainer(folder, name, max_steps=2)
+    trainer.train()
+    api = HfApi()
+    card = Path(api.hf_hub_download(name, "README.md")).read_text() + "\nWritten on the Hub.\n"
+    api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=name)
+    trainer.push_to_hub(tags="second")
+
+
+def test_an_edit_on_the_hub_survives_the_next_push(hub, client, tmp_path):
+    """Catches a person's words in the published card overwritten by the run."""
+    client.run(push_edit_push, tmp_path, "alice/edited")
+    card = hub.repo("alice/edited").files()["README.md"].decode()
+    assert card.rstrip().endswith("Written on the Hub.") and "- second" in card and check_card(card) == []
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 COMMIT = "/commit/main"
