@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import torch
+from hub_client import client, hub  # noqa: F401
 from transformers.utils import logging
 
 torch.set_num_threads(1)

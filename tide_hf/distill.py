@@ -9,7 +9,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from .config import TIDEConfig
 from .data.loading import MixtureConfig, load_mixture, load_rows
-from .hub import NotAvailableError, require_available
+from .hub import NotAvailableError, PushError, require_available
 from .trainer import TIDETrainer
 
 
@@ -87,11 +87,16 @@ def run_distillation(arguments: Arguments) -> TIDETrainer:
     )
     for name, report in trainer.preparation_reports.items():
         trainer.accelerator.print(f"{name}: {report}" if report else f"{name}: prepared while streaming")
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
+    trainer.set_data_sources([part.path for part in mixture.datasets] or [script.dataset_name])
+    try:
+        trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+        if training.push_to_hub:
+            trainer.push_to_hub()
+        else:
+            trainer.save_model()
+    except PushError as error:
+        sys.exit(str(error))
     trainer.accelerator.print(f"Saved to {training.output_dir}")
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset=script.dataset_name or [part.path for part in mixture.datasets])
     return trainer
 
 

@@ -27,6 +27,7 @@ from .data import (
     require_same_preparation,
 )
 from .diffusion import LayoutSpec, row_uniforms
+from .hub import HubTrainerMixin
 from .losses import denoising_loss, lambda_schedule
 from .models.masked_diffusion import block_visibility
 from .objective import CHUNK_DIVERGENCES, resolve_objective
@@ -35,7 +36,7 @@ from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 logger = logging.get_logger(__name__)
 
 
-class TIDETrainer(Trainer):
+class TIDETrainer(HubTrainerMixin, Trainer):
     """Trains a block-diffusion (or full-sequence) student, with a frozen diffusion LM as teacher or without one.
 
     Args:

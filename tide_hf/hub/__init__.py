@@ -1,5 +1,27 @@
-"""The Hub: what is there before a run starts."""
+"""The Hub: what is there before a run starts, the card that it writes, and pushing that loses nothing."""
 
 from .availability import NotAvailableError, require_available
+from .card import write_card
+from .check import check_card, python_blocks
+from .other_cards import dataset_card, report_card
+from .pushing import PushError
+from .record import Decoding, Measurement, RunRecord
+from .sources import Source, find_source
+from .trainer_mixin import HubTrainerMixin
 
-__all__ = ["NotAvailableError", "require_available"]
+__all__ = [
+    "Decoding",
+    "HubTrainerMixin",
+    "Measurement",
+    "NotAvailableError",
+    "PushError",
+    "RunRecord",
+    "Source",
+    "check_card",
+    "dataset_card",
+    "find_source",
+    "python_blocks",
+    "report_card",
+    "require_available",
+    "write_card",
+]

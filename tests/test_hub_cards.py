@@ -1,0 +1,236 @@
+"""The card: what it says, what people wrote into it, what the check finds, programs that run."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from tiny import tiny_model, tiny_trainer
+from transformers import AutoModelForCausalLM
+
+from tide_hf.data import PreparationReport
+from tide_hf.demo.sorting import sorting_rows
+from tide_hf.hub import (
+    Decoding,
+    Measurement,
+    check_card,
+    dataset_card,
+    find_source,
+    python_blocks,
+    report_card,
+    write_card,
+)
+from tide_hf.hub.card import BEGIN, END
+from tide_hf.hub.provenance import command_line
+from tide_hf.hub.record import AFTER
+from tide_hf.hub.sources import Source, resolve_license
+
+START_CARD = (
+    "---\nlicense: apache-2.0\nlanguage: en\nbase_model: Qwen/Qwen3-0.6B\n---\n[1](https://arxiv.org/abs/2505.09388)\n"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A distillation of four steps from a start with a card, evaluated before and after; its trainer."""
+    folder = tmp_path_factory.mktemp("card")
+    tiny_model(dtype=torch.float32).save_pretrained(folder / "student")
+    (folder / "student" / "README.md").write_text(START_CARD)
+    trainer = tiny_trainer(
+        folder / "out",
+        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
+        teacher=tiny_model(seed=1, dtype=torch.float32),
+        eval_on_start=True,
+        eval_strategy="steps",
+        eval_steps=4,
+        trainer_kwargs={"eval_dataset": sorting_rows(4, seed=9)},
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def card_of(run) -> Path:
+    return Path(run.args.output_dir, "README.md")
+
+
+def test_card_of_a_run_is_complete_and_true(run):
+    """Catches a card that lacks what a stranger needs, or says another number than was logged."""
+    assert check_card(card_of(run)) == []
+    text = card_of(run).read_text()
+    data = ModelCard(text).data.to_dict()
+    assert data["license"] == "apache-2.0" and data["base_model"] == "Qwen/Qwen3-0.6B"
+    assert data["base_model_relation"] == "finetune" and data["distillation"]["objective"] == run.objective.to_dict()
+    metrics = [metric for result in data["model-index"][0]["results"] for metric in result["metrics"]]
+    logged = [entry for entry in run.state.log_history if "eval_ce" in entry]
+    values = {metric["type"]: metric["value"] for metric in metrics}
+    assert values["denoising loss, nats per token"] == logged[-1]["eval_ce"] and len(metrics) == 3
+    assert f"| {logged[0]['eval_ce']:.4g} | {logged[-1]['eval_ce']:.4g} |" in text
+    assert str(Path(run.args.output_dir).parent) not in text and "2505.09388" in text
+
+
+def test_programs_of_the_card_run(run):
+    """Catches an example that does not load or generate, where a reader would run it: beside the card."""
+    programs = python_blocks(card_of(run).read_text())
+    assert len(programs) == 2
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    for program in programs:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=run.args.output_dir, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr and done.stdout
+
+
+def test_what_people_write_survives(run):
+    """Catches an update that overwrites a person's text or metadata, and one that no longer updates its own part."""
+    text = write_card(run.run_record)
+    edited = text.replace(BEGIN, f"My words above.\n\n{BEGIN}").replace(END, f"{END}\n\nMy words below.")
+    edited = edited.replace("license: apache-2.0", "license: mit\nthumbnail: https://x.org/a.png")
+    edited = edited.replace("- tide\n", "- tide\n- mine\n").replace("## Limits", "## Limits that go")
+    again = write_card(replace(run.run_record, model_name="renamed"), existing=edited)
+    assert "My words above." in again.split(BEGIN)[0] and "My words below." in again.split(END)[1]
+    data = ModelCard(again).data.to_dict()
+    assert (data["license"], data["thumbnail"]) == ("mit", "https://x.org/a.png") and "mine" in data["tags"]
+    assert "# renamed" in again and "Limits that go" not in again and again.count(BEGIN) == 1
+    assert write_card(replace(run.run_record, model_name="renamed"), existing=again) == again, "updates settle"
+
+
+def test_stock_cards_are_replaced(run):
+    """Catches PEFT's empty sections kept as somebody's words."""
+    stock = "---\nlicense: gpl-3.0\n---\n<!-- Provide a quick summary of what the model is/does. -->\n"
+    stock += "[More Information Needed]"
+    assert check_card(write_card(run.run_record, existing=stock)) == []
+
+
+def test_measured_results_and_decoding_are_shown(run):
+    """Catches a measurement that a user adds and the card leaves out, or shows without how it was made."""
+    how = dict(dataset="org/sums", harness="lm-eval 0.4.9", settings="0-shot", num_samples=400, date="2026-11-23")
+    results = [Measurement("teacher", "exact match", 0.5, **how), Measurement(AFTER, "exact match", 0.25, **how)]
+    decoding = [Decoding("threshold 0.9", 4, "exact match", 0.25, 2.5, 1234.0, "CPU")]
+    text = write_card(replace(run.run_record, results=results, decoding=decoding))
+    assert check_card(text) == []
+    assert "| org/sums | exact match | 0.5 | 0.25 |" in text
+    assert "lm-eval 0.4.9; 0-shot; 400 samples; 2026-11-23" in text
+    assert "| threshold 0.9 | 4 | 0.25 | 2.5 | 1,234 | CPU |" in text
+    assert "## Decoding" not in write_card(run.run_record)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("license: apache-2.0", "licence: apache-2.0", "has no license"),
+        ("license: apache-2.0", "license: apache2", "is none of the Hub's"),
+        ("base_model: Qwen/Qwen3-0.6B", "base_model: /data/qwen", "is no name on the Hub"),
+        ("base_model_relation: finetune", "base_model_relation: distilled", "base_model_relation must be"),
+        ("- en", "- no", "is no language code"),
+        ("## Limits", "## Bounds", "'Limits' is missing"),
+        ("# out", "# {{ model_name }}", "a leftover"),
+        ("# out", "# out\n\nsee /home/me/runs/out", "local path"),
+        ("# out", "# out hf_abcdefghijklmnopqrstuvwxyz", "A token"),
+        ("import tide_hf", "import tide_hf)", "does not compile"),
+        ("num_samples: 4", "num_samples: 0", "does not say its num_samples"),
+        ("training_curves.png", "curves.png", "curves.png is missing"),
+        ("---\nbase", "base", "no metadata"),
+    ],
+)
+def test_the_check_finds(run, tmp_path, old, new, found):
+    """Catches a check that passes everything."""
+    text = card_of(run).read_text()
+    assert old in text
+    (tmp_path / "README.md").write_text(text.replace(old, new))
+    (tmp_path / "training_curves.png").touch()
+    assert any(found in sentence for sentence in check_card(tmp_path / "README.md"))
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ([Source("a", license="mit"), Source("b", license="apache-2.0")], {"license": "mit"}),
+        ([Source("a", license="mit"), Source("b", license="cc-by-nc-4.0")], {"license": "cc-by-nc-4.0"}),
+        ([Source("a"), Source("b", license="mit")], {}),
+        (
+            [Source("o/a", True, license="apache-2.0"), Source("tencent/WeDLM-8B-Instruct", True)],
+            {
+                "license": "other",
+                "license_name": "wedlm-8b-instruct",
+                "license_link": "https://huggingface.co/tencent/WeDLM-8B-Instruct",
+            },
+        ),
+    ],
+)
+def test_licence_of_the_chain(sources, expected):
+    """Catches a teacher's conditions lost on the way to the student."""
+    assert resolve_license(sources) == expected
+
+
+def test_the_teachers_conditions_are_shown(run):
+    """Catches WeDLM's territorial restriction missing from a card."""
+    record = replace(run.run_record, teachers=[Source("tencent/WeDLM-8B-Instruct", True)])
+    text = write_card(record)
+    assert "not for use in the European Union" in text and check_card(text) == []
+
+
+def test_missing_licence_is_said(run):
+    """Catches an invented licence."""
+    text = write_card(replace(run.run_record, start=Source("student")))
+    assert {"The metadata has no license.", "The metadata has no language."} <= set(check_card(text))
+
+
+def test_command_line_without_paths_and_secrets(monkeypatch, tmp_path):
+    """Catches a token, a home folder or pytest in the command to reproduce a run."""
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        f"{tmp_path}/recipes/x.py",
+        "--hub_token",
+        "hf_abcdefghijklmnopqrstuvwx",
+        "--output_dir=/home/me/out",
+        "--lr",
+        "1",
+    ]
+    assert command_line(argv, {}) == "python recipes/x.py --output_dir=out --lr 1"
+    launched = {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"}
+    assert command_line(["r.py"], launched) == "accelerate launch --num_processes 2 r.py"
+    assert command_line(["/x/site-packages/pytest/__main__.py"], {}) is None
+
+
+def test_source_of_a_folder_is_its_card(tmp_path):
+    """Catches a local path as a name, and a licence that is not read."""
+    (tmp_path / "README.md").write_text(START_CARD)
+    source = find_source(str(tmp_path))
+    assert (source.name, source.on_hub, source.license) == (tmp_path.name, False, "apache-2.0")
+    assert source.arxiv_ids == ["2505.09388"]
+
+
+@pytest.mark.parametrize(("task", "row"), [("sorting", "tide"), ("sorting", "ce"), ("python_stdlib", "kl")])
+def test_card_of_an_embedded_run(task, row):
+    """Catches a card of an embedded run that hides what it is, or says another number than the report."""
+    report = json.loads((Path(__file__).parents[1] / "recipes" / "reports" / f"{task}.json").read_text())
+    text = report_card(
+        report, row, "accelerate launch recipes/dense_teacher.py", "outputs/dense_teacher", 400, "2026-11-23"
+    )
+    assert check_card(text) == []
+    data = ModelCard(text).data.to_dict()
+    assert data["license"] == "apache-2.0" and "embedded comparison" in text and "embedded-run" in data["tags"]
+    measured = next(entry for entry in report["rows"] if entry["name"] == row)
+    values = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
+    expected = measured["exact_match"]["mean"] if task == "sorting" else measured["nll"]["mean"]["0.1"]
+    assert expected in values and f"{report['rows'][0]['parameters']:,}" not in text.split("## Load it")[0]
+
+
+def test_dataset_card(tmp_path):
+    """Catches a prepared dataset without the tokenizers it is for, or without what became of its rows."""
+    report = PreparationReport(10, 8, 1, {"no answer": 2}, 100, 90, 400, 380)
+    text = dataset_card(
+        "alice/rows", {"train": report}, ["org/raw"], "org/student", "org/teacher", {"max_length": 16}, "mit", ["en"]
+    )
+    data = ModelCard(text).data.to_dict()
+    assert (data["license"], data["source_datasets"]) == ("mit", ["org/raw"])
+    for said in ("org/student", "org/teacher", "90.0%", "95.0%", "2 dropped: no answer", "`max_length` | 16"):
+        assert said in text
+    compile(python_blocks(text)[0], "card", "exec")
