@@ -14,9 +14,14 @@ _LAZY = {
     "TIDEConfig": "config",
     "TIDETrainer": "trainer",
     "Objective": "objective",
+    "TIDELlamaConfig": "models",
+    "TIDELlamaForBlockDiffusion": "models",
+    "TIDEQwen2Config": "models",
+    "TIDEQwen2ForBlockDiffusion": "models",
     "TIDEQwen3Config": "models",
     "TIDEQwen3ForBlockDiffusion": "models",
     "TIDEGenerationConfig": "models",
+    "convert_to_diffusion": "models",
 }
 __all__ = ["models", *_LAZY]
 
