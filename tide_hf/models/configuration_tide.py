@@ -57,11 +57,8 @@ class DiffusionConfig:
         `register_for_auto_class` would name one Auto class, and take the file of an instance's class, which FSDP2
         replaces by its own; here `auto_map` names all four.
         """
-        own_file = type(self).__module__.rpartition(".")[2]
-        self.auto_map = {
-            "AutoConfig": f"{own_file}.{type(self).__name__}",
-            **dict.fromkeys(AUTO_MODELS, self.modeling),
-        }
+        own_class = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.auto_map = {"AutoConfig": own_class, **dict.fromkeys(AUTO_MODELS, self.modeling)}
         super().save_pretrained(save_directory, *args, **kwargs)
         model_file = Path(__file__).with_name(f"{self.modeling.partition('.')[0]}.py")
         if model_file.is_file():  # a configuration fetched on its own comes without the model's file

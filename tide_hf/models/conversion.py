@@ -22,6 +22,7 @@ STUDENTS = {
     "a2d-qwen2": TIDEQwen2ForBlockDiffusion,
     "a2d-llama": TIDELlamaForBlockDiffusion,
 }
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 # what a student's configuration says for itself
 NOT_CARRIED = ("architectures", "auto_map", "is_causal", "model_type", "transformers_version")
 
@@ -61,17 +62,13 @@ def convert_to_diffusion(
             that contradicts the model's config.
     """
     if isinstance(model, str):
-        hub = {
-            name: init_kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in init_kwargs
-        }
+        hub = {name: value for name, value in init_kwargs.items() if name in HUB_ARGUMENTS}
         # before the weights are fetched
         _student_class(AutoConfig.from_pretrained(model, **hub))
         tokenizer = AutoTokenizer.from_pretrained(model, **hub) if tokenizer is None else tokenizer
         model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
     elif init_kwargs:
-        raise ValueError(
-            f"{', '.join(init_kwargs)}: only a model given by name is loaded here, and this is an instance."
-        )
+        raise ValueError(f"{', '.join(init_kwargs)}: these are for loading a model by name, and this is an instance.")
     student_class = _student_class(model.config)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path) if tokenizer is None else copy.deepcopy(tokenizer)
     num_known = len(tokenizer)
@@ -99,8 +96,8 @@ def _student_class(config) -> type[PreTrainedModel]:
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
             f"Some layers of this {config.model_type} attend to a window of {config.sliding_window} tokens, which the "
-            "block-diffusion mask would replace by everything before. Convert a model without sliding windows, or load "
-            "it with use_sliding_window=False to accept that."
+            "block-diffusion mask would replace by everything before. Convert a model without sliding windows, or "
+            "accept that by setting every entry of its config's layer_types to 'full_attention'."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("The weights are quantised; convert the unquantised model and quantise the student.")

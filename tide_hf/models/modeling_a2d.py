@@ -1,9 +1,9 @@
-"""The community's diffusion LMs adapted from Qwen3, Qwen2.5 and Llama (`a2d-…`; dllm-hub, TIDE-dllm), loaded unchanged.
+"""The community's diffusion LMs adapted from Qwen3, Qwen2.5 and Llama (`a2d-…`), loaded unchanged.
 
 The published keys are the base classes'; their configurations say neither objective nor block size nor mask id. Both
 kinds are published, bd3lm (blocks of 32, the default here) and mdlm (load those with `objective="full"`); the mask id
 is the tokenizer's. Saved again, they keep model_type and keys, and carry this library's code in place of their own,
-which transformers 5 cannot run. Source: dllm-hub Tiny-A2D.
+which transformers 5 cannot run. Source: dllm-hub Tiny-A2D, TIDE-dllm.
 """
 
 from huggingface_hub.dataclasses import strict
