@@ -27,8 +27,8 @@ BATCH_SIZE, LEARNING_RATE = 32, 3e-3
 
 def run_from_autoregressive(
     output_dir: str | Path,
-    ar_steps: int = 600,
-    sft_steps: int = 300,
+    ar_steps: int = 400,
+    sft_steps: int = 100,
     num_held_out: int = 400,
     objective: str = "block",
     seed: int = 0,

@@ -78,9 +78,9 @@ def convert_to_diffusion(
     given = {name: value for name, value in given.items() if value is not None}
     carried = {name: value for name, value in model.config.to_dict().items() if name not in NOT_CARRIED}
     config = student_class.config_class(**carried | given | {"mask_token_id": tokenizer.mask_token_id})
-    config.name_or_path = model.config.name_or_path
     config._attn_implementation = model.config._attn_implementation
     student = _with_weights(student_class, config, model)
+    student.name_or_path = student.config.name_or_path = model.name_or_path
     _make_mask_row(student, num_known, never_read=not hasattr(model.config, "objective"))
     student.generation_config = _generation_config(config, model.generation_config, tokenizer)
     return student.train(model.training), tokenizer
