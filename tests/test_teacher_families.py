@@ -66,16 +66,16 @@ def test_contracts_of_all_families():
         DreamConfig: (LayoutSpec(5, None, False, shifted=True),) * 2,
         SDARConfig: (LayoutSpec(5, 4, True),) * 2,
         SDARMoeConfig: (LayoutSpec(5, 4, True),) * 2,
-        A2DQwen2Config: (whole, whole),
-        A2DLlamaConfig: (whole, whole),
+        A2DQwen2Config: (LayoutSpec(5, 32, True),) * 2,
+        A2DLlamaConfig: (LayoutSpec(5, 32, True),) * 2,
     }
     for config_class, contracts in expected.items():
         for context, contract in zip(("paper", "native"), contracts, strict=True):
             assert contract_for(config_class(), 5, context, 8) == contract, (config_class, context)
     assert contract_for(LLaDA2MoeConfig(block_size=16), 5, "native", 8).block_size == 16
     assert contract_for(SDARConfig(block_size=16), 5, "paper", 8).block_size == 16
-    blocks = A2DQwen2Config(objective="block", block_size=16)
-    assert contract_for(blocks, 5, "paper", 8) == LayoutSpec(5, 16, True)
+    assert contract_for(A2DQwen2Config(block_size=16), 5, "paper", 8) == LayoutSpec(5, 16, True)
+    assert contract_for(A2DQwen2Config(objective="full"), 5, "paper", 8) == whole
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,18 @@ _LAZY = {
     "TIDEConfig": "config",
     "TIDETrainer": "trainer",
     "Objective": "objective",
+    "TIDELlamaConfig": "models",
+    "TIDELlamaForBlockDiffusion": "models",
+    "TIDEQwen2Config": "models",
+    "TIDEQwen2ForBlockDiffusion": "models",
     "TIDEQwen3Config": "models",
     "TIDEQwen3ForBlockDiffusion": "models",
     "TIDEGenerationConfig": "models",
+<<<<<<< HEAD
     "export_for_serving": "hub.export",
+=======
+    "convert_to_diffusion": "models",
+>>>>>>> h-models
 }
 __all__ = ["models", *_LAZY]
 

@@ -12,7 +12,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .configuration_tide import A2DQwen3Config, TIDEQwen3Config
+from .configuration_tide import TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
+from .conversion import convert_to_diffusion
 from .generation_tide import BlockDiffusionOutput, TIDEGenerationConfig
 from .masked_diffusion import (
     CLEAN_STREAM,
@@ -25,16 +26,31 @@ from .masked_diffusion import (
     loss_weight,
     masked_probability,
 )
-from .modeling_a2d import A2DLlamaConfig, A2DLlamaLMHeadModel, A2DQwen2Config, A2DQwen2LMHeadModel
+from .modeling_a2d import (
+    A2DLlamaConfig,
+    A2DLlamaLMHeadModel,
+    A2DQwen2Config,
+    A2DQwen2LMHeadModel,
+    A2DQwen3Config,
+    A2DQwen3LMHeadModel,
+)
 from .modeling_dream import DreamConfig, DreamModel, DreamTokenizer
 from .modeling_llada import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM
 from .modeling_llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from .modeling_sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
-from .modeling_tide import A2DQwen3LMHeadModel, MaskedDiffusionMixin, MaskedDiffusionOutput, TIDEQwen3ForBlockDiffusion
+from .modeling_tide import (
+    MaskedDiffusionMixin,
+    MaskedDiffusionOutput,
+    TIDELlamaForBlockDiffusion,
+    TIDEQwen2ForBlockDiffusion,
+    TIDEQwen3ForBlockDiffusion,
+)
 from .modeling_wedlm import WeDLMConfig, WeDLMForCausalLM
 
 MODELS = {
     TIDEQwen3Config: TIDEQwen3ForBlockDiffusion,
+    TIDEQwen2Config: TIDEQwen2ForBlockDiffusion,
+    TIDELlamaConfig: TIDELlamaForBlockDiffusion,
     A2DQwen3Config: A2DQwen3LMHeadModel,
     A2DQwen2Config: A2DQwen2LMHeadModel,
     A2DLlamaConfig: A2DLlamaLMHeadModel,
@@ -91,12 +107,17 @@ __all__ = [
     "SDARMoeConfig",
     "SDARMoeForCausalLM",
     "TIDEGenerationConfig",
+    "TIDELlamaConfig",
+    "TIDELlamaForBlockDiffusion",
+    "TIDEQwen2Config",
+    "TIDEQwen2ForBlockDiffusion",
     "TIDEQwen3Config",
     "TIDEQwen3ForBlockDiffusion",
     "WeDLMConfig",
     "WeDLMForCausalLM",
     "attention_mask_for",
     "block_visibility",
+    "convert_to_diffusion",
     "loss_weight",
     "masked_probability",
 ]

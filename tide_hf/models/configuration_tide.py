@@ -3,36 +3,38 @@
 This file travels with checkpoints: it imports its siblings and transformers alone.
 """
 
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
-from transformers import Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .masked_diffusion import SCHEDULES
 
 OBJECTIVES = ("block", "full")
+AUTO_MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 
-def check_diffusion_fields(config) -> None:
-    """Refuses a block size, objective or schedule that is none."""
-    if config.block_size < 1:
-        raise ValueError(f"block_size must be at least 1 token, got {config.block_size}.")
-    if config.objective not in OBJECTIVES:
-        raise ValueError(f"objective must be 'block' or 'full', got {config.objective!r}.")
-    if config.noise_schedule not in SCHEDULES:
-        raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {config.noise_schedule!r}.")
-
-
-@strict
-class TIDEQwen3Config(Qwen3Config):
-    """[`~transformers.Qwen3Config`] of a Qwen3 diffusion LM.
+@dataclass(init=False, repr=False, eq=False)
+class DiffusionConfig:
+    """What every student's configuration has; stands before a transformers configuration in the bases.
 
     Args:
+        is_causal (`bool`): False: without a 4-D mask every position sees every other.
         mask_token_id (`int`, *optional*): id of [MASK]; None where a published checkpoint leaves it to the tokenizer.
         block_size (`int`): tokens per diffusion block, counted from absolute position 0.
         objective (`str`): `"block"` (blocks in order, clean prefix) or `"full"` (one bidirectional sequence).
         noise_schedule (`str`): α(t) the model was trained with, `"linear"` or `"cosine"`.
+
+    Raises:
+        ValueError: for a block size, objective or schedule that is none.
     """
 
-    model_type = "tide_qwen3"
+    # file and class of the language model, as auto_map names it
+    modeling: ClassVar[str]
 
     is_causal: bool = False
     mask_token_id: int | None = None
@@ -41,12 +43,48 @@ class TIDEQwen3Config(Qwen3Config):
     noise_schedule: str = "linear"
 
     def __post_init__(self, **kwargs):
-        check_diffusion_fields(self)
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1 token, got {self.block_size}.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be 'block' or 'full', got {self.objective!r}.")
+        if self.noise_schedule not in SCHEDULES:
+            raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {self.noise_schedule!r}.")
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Writes config.json and, beside it, the code that loads the checkpoint where tide_hf is not installed.
+
+        `register_for_auto_class` would name one Auto class, and take the file of an instance's class, which FSDP2
+        replaces by its own; here `auto_map` names all four.
+        """
+        own_class = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.auto_map = {"AutoConfig": own_class, **dict.fromkeys(AUTO_MODELS, self.modeling)}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        model_file = Path(__file__).with_name(f"{self.modeling.partition('.')[0]}.py")
+        if model_file.is_file():  # a configuration fetched on its own comes without the model's file
+            for file in (model_file, *get_relative_import_files(model_file)):
+                shutil.copy(file, save_directory)
 
 
 @strict
-class A2DQwen3Config(TIDEQwen3Config):
-    """The community's `a2d-qwen3` checkpoints (dllm-hub, TIDE-dllm): the same network under their own name."""
+class TIDEQwen3Config(DiffusionConfig, Qwen3Config):
+    """[`~transformers.Qwen3Config`] of a Qwen3 diffusion LM; its further fields are [`DiffusionConfig`]'s."""
 
-    model_type = "a2d-qwen3"
+    model_type = "tide_qwen3"
+    modeling = "modeling_tide.TIDEQwen3ForBlockDiffusion"
+
+
+@strict
+class TIDEQwen2Config(DiffusionConfig, Qwen2Config):
+    """[`~transformers.Qwen2Config`] of a Qwen2 or Qwen2.5 diffusion LM; further fields: [`DiffusionConfig`]'s."""
+
+    model_type = "tide_qwen2"
+    modeling = "modeling_tide.TIDEQwen2ForBlockDiffusion"
+
+
+@strict
+class TIDELlamaConfig(DiffusionConfig, LlamaConfig):
+    """[`~transformers.LlamaConfig`] of a Llama diffusion LM; its further fields are [`DiffusionConfig`]'s."""
+
+    model_type = "tide_llama"
+    modeling = "modeling_tide.TIDELlamaForBlockDiffusion"

@@ -1,61 +1,57 @@
-"""The community's diffusion LMs adapted from Qwen2.5 and Llama (`a2d-qwen2`, `a2d-llama`), loaded unchanged.
+"""The community's diffusion LMs adapted from Qwen3, Qwen2.5 and Llama (`a2d-…`), loaded unchanged.
 
-The published keys are the base classes'. Source: dllm-hub Tiny-A2D.
+The published keys are the base classes'; their configurations say neither objective nor block size nor mask id. Both
+kinds are published, bd3lm (blocks of 32, the default here) and mdlm (load those with `objective="full"`); the mask id
+is the tokenizer's. Saved again, they keep model_type and keys, and carry this library's code in place of their own,
+which transformers 5 cannot run. Source: dllm-hub Tiny-A2D, TIDE-dllm.
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from .configuration_tide import check_diffusion_fields
-from .modeling_tide import MaskedDiffusionMixin
+from .configuration_tide import TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
+from .modeling_tide import TIDELlamaForBlockDiffusion, TIDEQwen2ForBlockDiffusion, TIDEQwen3ForBlockDiffusion
 from .published import PublishedConfig
 
 
 @strict
-class A2DQwen2Config(PublishedConfig, Qwen2Config):
-    """[`~transformers.Qwen2Config`] of an `a2d-qwen2` diffusion LM; the fields are those of [`TIDEQwen3Config`].
+class A2DQwen3Config(PublishedConfig, TIDEQwen3Config):
+    """[`TIDEQwen3Config`] of an `a2d-qwen3` checkpoint."""
 
-    The published ones are full-sequence (mdlm) models, and their configurations do not say so.
-    """
-
-    model_type = "a2d-qwen2"
-
-    is_causal: bool = False
-    mask_token_id: int | None = None
-    block_size: int = 32
-    objective: str = "full"
-    noise_schedule: str = "linear"
-
-    def __post_init__(self, **kwargs):
-        check_diffusion_fields(self)
-        super().__post_init__(**kwargs)
+    model_type = "a2d-qwen3"
+    modeling = "modeling_a2d.A2DQwen3LMHeadModel"
 
 
 @strict
-class A2DLlamaConfig(PublishedConfig, LlamaConfig):
-    """[`~transformers.LlamaConfig`] of an `a2d-llama` diffusion LM; the fields are those of [`TIDEQwen3Config`]."""
+class A2DQwen2Config(PublishedConfig, TIDEQwen2Config):
+    """[`TIDEQwen2Config`] of an `a2d-qwen2` checkpoint."""
+
+    model_type = "a2d-qwen2"
+    modeling = "modeling_a2d.A2DQwen2LMHeadModel"
+
+
+@strict
+class A2DLlamaConfig(PublishedConfig, TIDELlamaConfig):
+    """[`TIDELlamaConfig`] of an `a2d-llama` checkpoint."""
 
     model_type = "a2d-llama"
-
-    is_causal: bool = False
-    mask_token_id: int | None = None
-    block_size: int = 32
-    objective: str = "full"
-    noise_schedule: str = "linear"
-
-    def __post_init__(self, **kwargs):
-        check_diffusion_fields(self)
-        super().__post_init__(**kwargs)
+    modeling = "modeling_a2d.A2DLlamaLMHeadModel"
 
 
-class A2DQwen2LMHeadModel(MaskedDiffusionMixin, Qwen2ForCausalLM):
+class A2DQwen3LMHeadModel(TIDEQwen3ForBlockDiffusion):
+    """`a2d-qwen3`; the class name is the one its checkpoints carry."""
+
+    config_class = A2DQwen3Config
+    config: A2DQwen3Config
+
+
+class A2DQwen2LMHeadModel(TIDEQwen2ForBlockDiffusion):
     """`a2d-qwen2`; the class name is the one its checkpoints carry."""
 
     config_class = A2DQwen2Config
     config: A2DQwen2Config
 
 
-class A2DLlamaLMHeadModel(MaskedDiffusionMixin, LlamaForCausalLM):
+class A2DLlamaLMHeadModel(TIDELlamaForBlockDiffusion):
     """`a2d-llama`; the class name is the one its checkpoints carry."""
 
     config_class = A2DLlamaConfig

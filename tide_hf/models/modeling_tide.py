@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, Qwen3ForCausalLM
+from transformers import Cache, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.modeling_outputs import ModelOutput
 
-from .configuration_tide import A2DQwen3Config, TIDEQwen3Config
+from .configuration_tide import TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
 from .generation_tide import BlockDiffusionGenerationMixin
 from .masked_diffusion import (
     CLEAN_STREAM,
@@ -51,6 +51,11 @@ class MaskedDiffusionOutput(ModelOutput):
 
 class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
     """`forward` and `generate` of a student; stands before a transformers `…ForCausalLM` in the bases."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self._runs_decoder = False
+        self.model.register_forward_pre_hook(self._refuse_a_loss_that_bypasses_forward)
 
     def forward(
         self,
@@ -89,6 +94,11 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
                     "forward(labels=…) noises input_ids and counts positions itself; it takes neither position_ids "
                     "(rows packed with several documents would attend across them) nor inputs_embeds."
                 )
+            if attention_mask is not None and attention_mask.ndim != 2:
+                raise ValueError(
+                    "forward(labels=…) makes its own 4-D mask from the objective; it takes a (B, L) padding mask, got "
+                    f"shape {tuple(attention_mask.shape)}."
+                )
             return self._denoise(input_ids, attention_mask, labels, num_items_in_batch, **kwargs)
         outputs = self.run_decoder(
             input_ids=input_ids,
@@ -113,14 +123,37 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
 
     def run_decoder(self, attention_mask=None, **kwargs):
         """The body without the head, a 4-D boolean mask put into the form its attention implementation honours."""
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-            if attention_mask.dtype != torch.bool:
-                raise ValueError(
-                    "A 4-D attention_mask must be boolean, True where the query may attend; got "
-                    f"{attention_mask.dtype}, which attention implementations read in different ways."
-                )
-            attention_mask = attention_mask_for(attention_mask, self.config._attn_implementation, self.dtype)
-        return self.model(attention_mask=attention_mask, **kwargs)
+        if isinstance(attention_mask, dict):
+            attention_mask = {kind: self._honoured(mask) for kind, mask in attention_mask.items()}
+        else:
+            attention_mask = self._honoured(attention_mask)
+        self._runs_decoder = True
+        try:
+            return self.model(attention_mask=attention_mask, **kwargs)
+        finally:
+            self._runs_decoder = False
+
+    def _honoured(self, mask):
+        """A tensor mask in its implementation's form; anything else as it is."""
+        if not isinstance(mask, torch.Tensor) or mask.ndim == 2:
+            return mask
+        if mask.ndim != 4 or mask.dtype != torch.bool:
+            raise ValueError(
+                "attention_mask must be a (B, L) padding mask or a 4-D boolean one, True where the query may attend; "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}, which attention implementations read in different "
+                "ways, or not at all."
+            )
+        return attention_mask_for(mask, self.config._attn_implementation, self.dtype)
+
+    def _refuse_a_loss_that_bypasses_forward(self, *_):
+        """Stops a trainer that replaced `forward` and runs the body under a causal loss of its own."""
+        if self.training and not self._runs_decoder and "forward" in vars(self):
+            raise ValueError(
+                "The forward of this diffusion LM was replaced by one that scores the next token, as TRL's SFTTrainer "
+                "does; a bidirectional model would learn to copy its input. Train it with TIDETrainer, with "
+                "transformers.Trainer, or with `class DiffusionSFTTrainer(SFTTrainer): compute_loss = "
+                "Trainer.compute_loss`, which takes the model's own loss."
+            )
 
     def _denoise(self, input_ids, attention_mask, labels, num_items_in_batch, **kwargs) -> MaskedDiffusionOutput:
         """Masks the trained-on positions, runs [xt ; x0] (block) or xt (full), and returns loss and xt's logits."""
@@ -167,8 +200,15 @@ class TIDEQwen3ForBlockDiffusion(MaskedDiffusionMixin, Qwen3ForCausalLM):
     config: TIDEQwen3Config
 
 
-class A2DQwen3LMHeadModel(TIDEQwen3ForBlockDiffusion):
-    """The community's `a2d-qwen3` checkpoints, loaded unchanged; the class name is the one they carry."""
+class TIDEQwen2ForBlockDiffusion(MaskedDiffusionMixin, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 as masked diffusion LMs, as [`TIDEQwen3ForBlockDiffusion`]."""
 
-    config_class = A2DQwen3Config
-    config: A2DQwen3Config
+    config_class = TIDEQwen2Config
+    config: TIDEQwen2Config
+
+
+class TIDELlamaForBlockDiffusion(MaskedDiffusionMixin, LlamaForCausalLM):
+    """Llama as a masked diffusion LM, as [`TIDEQwen3ForBlockDiffusion`]."""
+
+    config_class = TIDELlamaConfig
+    config: TIDELlamaConfig

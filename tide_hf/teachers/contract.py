@@ -48,6 +48,8 @@ class Family:
 # GSAI-ML's and JetAstra's published code (LLaDA-8B, SDAR), HKUNLP's config (Dream), added-token counts (a2d)
 FAMILIES = {
     "tide_qwen3": Family.of(View("objective")),
+    "tide_qwen2": Family.of(View("objective")),
+    "tide_llama": Family.of(View("objective")),
     "a2d-qwen3": Family.of(View("objective"), 151669),
     "a2d-qwen2": Family.of(View("objective"), 151665),
     "a2d-llama": Family.of(View("objective")),
