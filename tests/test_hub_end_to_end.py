@@ -11,7 +11,6 @@ from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.hub import python_blocks
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n"
-NEEDS_CODE = "save_pretrained does not copy the modeling files and the four auto_map entries yet (branch h-models)"
 
 
 def publish(folder) -> None:
@@ -71,7 +70,6 @@ def test_recipe_pushes_what_a_second_process_loads(hub, client, pushed, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason=NEEDS_CODE)
 def test_it_loads_without_the_library(client, pushed, tmp_path):
     """Catches a checkpoint that needs tide_hf although its card says that it brings its code."""
     programs = [program for program in python_blocks(pushed) if "trust_remote_code" in program]

@@ -21,11 +21,8 @@ _LAZY = {
     "TIDEQwen3Config": "models",
     "TIDEQwen3ForBlockDiffusion": "models",
     "TIDEGenerationConfig": "models",
-<<<<<<< HEAD
     "export_for_serving": "hub.export",
-=======
     "convert_to_diffusion": "models",
->>>>>>> h-models
 }
 __all__ = ["models", *_LAZY]
 
