@@ -11,19 +11,16 @@ from huggingface_hub.dataclasses import strict
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
-from .configuration_tide import check_diffusion_fields
+from .configuration_tide import DiffusionConfig
 from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig, packed_experts, register_key_layout
 
 
 @strict
-class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
-    """[`~transformers.Glm4MoeConfig`] of LLaDA2.
+class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
+    """[`~transformers.Glm4MoeConfig`] of LLaDA2; its further fields are [`DiffusionConfig`]'s.
 
     Args:
-        mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
-        block_size (`int`): tokens per diffusion block, counted from absolute position 0.
-        objective, noise_schedule (`str`): how it is trained and generates, as in [`TIDEQwen3Config`].
         head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
         use_qk_norm (`bool`): published configurations leave it out, and every model has the norms.
 
@@ -32,6 +29,7 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
     """
 
     model_type = "llada2_moe"
+    modeling = "modeling_llada2.LLaDA2MoeModelLM"
     default_theta = 600_000.0
     published_names: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
@@ -45,11 +43,6 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
         "norm_head": False,
     }
 
-    is_causal: bool = False
-    mask_token_id: int | None = None
-    block_size: int = 32
-    objective: str = "block"
-    noise_schedule: str = "linear"
     head_dim: int | None = None
     use_qk_norm: bool = True
     rms_norm_eps: float = 1e-6
@@ -59,7 +52,6 @@ class LLaDA2MoeConfig(PublishedConfig, Glm4MoeConfig):
     num_mtp_layers: int = 0
 
     def __post_init__(self, **kwargs):
-        check_diffusion_fields(self)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         rotary_dim, factor = kwargs.get("rotary_dim"), kwargs.get("partial_rotary_factor")
