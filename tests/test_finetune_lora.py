@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from tide_hf.demo import Network, adapter
 from tide_hf.demo.adapter import format_adapter_table, run_adapter_demo
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+from tide_hf.distill import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,10 +118,18 @@ def test_own_student_and_data(tmp_path):
     assert all(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
 
 
-@pytest.mark.slow
-def test_flags_without_meaning_are_refused():
-    """Catches a setting that the embedded example would silently not use, and one example per process."""
-    done = recipe("--lora_r", "4")
-    assert done.returncode == 1 and "--lora_r has no meaning for the embedded example" in done.stderr
-    done = recipe(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29999", ACCELERATE_USE_CPU="1")
-    assert done.returncode == 1 and "runs in one process" in done.stderr
+@pytest.mark.parametrize(
+    ("flags", "world_size", "message"),
+    [
+        (["--lora_r", "4", "--learning_rate", "1e-3"], "1", "--learning_rate, --lora_r has no meaning"),
+        ([], "2", "runs in one process"),
+    ],
+)
+def test_embedded_example_refuses_what_it_would_ignore(flags, world_size, message, monkeypatch):
+    """Catches a setting that is silently not used, and one example per process, all writing into one folder."""
+    monkeypatch.setattr(adapter, "run_adapter_demo", lambda *args: pytest.fail("the example was started"))
+    arguments = parse_arguments("outputs", flags)
+    monkeypatch.setattr("tide_hf.distill.parse_arguments", lambda output_dir: arguments)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(ROOT / "recipes" / "finetune_lora.py"), run_name="__main__")
