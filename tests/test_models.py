@@ -304,7 +304,8 @@ def test_denoising_loss_matches_a_naive_recomputation(objective, schedule, side)
     model = tiny(objective=objective, noise_schedule=schedule).double()
     ids, valid = tokens(3, 11), torch.ones(3, 11, dtype=torch.bool)
     if side != "none":
-        valid[1, slice(None, 3) if side == "left" else slice(-3, None)] = False
+        for row in range(3):
+            valid[row, slice(None, row + 1) if side == "left" else slice(-row - 1, None)] = False
     labels = torch.where(valid, ids, -100)
     labels[:, 3:5] = -100
     out = model(ids, attention_mask=None if side == "none" else valid.long(), labels=labels)
