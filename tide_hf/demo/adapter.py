@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from ..config import TIDEConfig
 from ..trainer import TIDETrainer
-from .comparison import Network, build_network
 from .decoding import exact_match
+from .networks import Network, build_network
 from .sorting import build_tokenizer, held_out_rows, sorting_rows
 
 BLOCK_SIZE, MAX_LENGTH, BATCH_SIZE = 4, 16, 32
