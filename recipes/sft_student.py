@@ -3,8 +3,8 @@
 Method: masked diffusion (MDLM, arXiv 2406.07524) in blocks (BD3LM, arXiv 2503.09573), preset ce. Whether blocks or
 whole sequences are denoised is the student's own config (recipes/convert_ar.py --objective).
 
-Embedded default, on a CPU, nothing downloaded (sort six digits; about half a minute on 2 cores): an autoregressive model is
-trained, converted, and trained to denoise, beside a student that starts from random weights.
+Embedded default, on a CPU, nothing downloaded (sort six digits; about half a minute on 2 cores): an autoregressive
+model is trained, converted, and trained to denoise, beside a student that starts from random weights.
 
     accelerate launch --num_processes 1 recipes/sft_student.py
 

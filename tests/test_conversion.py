@@ -179,7 +179,9 @@ def test_tokenizer_template_and_decoding_settings():
     assert (student.config.objective, student.config.block_size) == ("full", 8)
     settings = student.generation_config
     assert (settings.eos_token_id, settings.pad_token_id, settings.mask_token_id) == ([5, 12], 10, 13)
-    assert settings.block_size == 8
+    assert settings.block_size is None, "it would decode block by block"
+    with_blocks, _ = convert_to_diffusion(source("qwen3"), build_tokenizer(), block_size=8)
+    assert with_blocks.generation_config.block_size == 8
     assert torch.equal(student.generate(IDS, max_new_tokens=4), student.generate(IDS, max_new_tokens=4)), "it samples"
 
 

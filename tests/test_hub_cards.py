@@ -77,7 +77,7 @@ def test_card_of_a_run_is_complete_and_true(run):
 def test_programs_of_the_card_run(run):
     """Catches an example that does not load or generate, where a reader would run it: beside the card."""
     programs = python_blocks(card_of(run).read_text())
-    assert len(programs) == 2
+    assert len(programs) == 3
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for program in programs:
         done = subprocess.run(
@@ -225,7 +225,7 @@ def test_card_of_an_embedded_run(task, row):
 
 def test_dataset_card(tmp_path):
     """Catches a prepared dataset without the tokenizers it is for, or without what became of its rows."""
-    report = PreparationReport(10, 8, 1, {"no answer": 2}, 100, 90, 400, 380)
+    report = PreparationReport(10, 8, 1, {"no answer": 2}, 100, 90, 40, 400, 380)
     text = dataset_card(
         "alice/rows", {"train": report}, ["org/raw"], "org/student", "org/teacher", {"max_length": 16}, "mit", ["en"]
     )

@@ -163,7 +163,8 @@ def test_the_folder_says_what_is_needed_to_use_it(tmp_path, base):
     settings = TIDEGenerationConfig.from_pretrained(folder)
     assert (settings.block_size, settings.mask_token_id) == (4, build_tokenizer().mask_token_id)
     card = ModelCard.load(folder / "README.md").data
-    assert (card.base_model, card.library_name) == (str(base), "peft")
+    # a folder of this machine is the adapter's own business and none of a card's readers
+    assert (card.base_model, card.library_name) == (None, "peft")
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
     # a config.json would make transformers look for a whole model here

@@ -138,7 +138,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
         if not hasattr(config, "objective"):
             raise ValueError(
                 f"The student is a {type(model).__name__} (model_type={config.model_type!r}), which is no diffusion "
-                "LM of this library. Load a tide_qwen3 or a2d-qwen3 checkpoint."
+                "LM of this library. Load a tide_… or a2d-… checkpoint, or make one with convert_to_diffusion."
             )
         config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
         if args.block_size is not None:
@@ -150,7 +150,9 @@ class TIDETrainer(HubTrainerMixin, Trainer):
             )
         config.noise_schedule = args.schedule
         settings = model.generation_config
-        settings.mask_token_id, settings.block_size = config.mask_token_id, config.block_size
+        settings.mask_token_id = config.mask_token_id
+        # a whole-sequence student decodes the whole answer at once, unless a block size is asked for
+        settings.block_size = config.block_size if config.objective == "block" else None
         if settings.eos_token_id is None:
             settings.eos_token_id = tokenizer.eos_token_id
         if settings.pad_token_id is None:
