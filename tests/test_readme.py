@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import SHAPE, tiny_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tide_hf.demo.report import format_table
 from tide_hf.demo.sorting import build_tokenizer
@@ -22,17 +23,26 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run(tmp_path):
-    """Catches an example that no longer runs: all Python blocks, in order, in one process, after a stand-in for the
-    main job's checkpoints."""
+    """Catches an example that no longer runs: all Python blocks, in order, in one process, after stand-ins for the
+    main job's checkpoints and for the autoregressive model it names."""
     for name, seed in (("teacher-seed0", 1), ("ce-seed0", 0)):
         folder = tmp_path / "outputs" / "dense_teacher" / "runs" / name
         tiny_model(seed, dtype=torch.float32).save_pretrained(folder)
         build_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(tmp_path / "Qwen" / "Qwen3-0.6B")
+    build_tokenizer().save_pretrained(tmp_path / "Qwen" / "Qwen3-0.6B")
     code = "\n".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "<assistant>" in done.stdout.splitlines()[-1]
-    assert (tmp_path / "outputs" / "mine" / "model.safetensors").exists()
+    loaded, *_, infilled, lacks = [
+        line for line in done.stdout.splitlines() if "<assistant>" in line or line[:1] == "["
+    ]
+    assert loaded.startswith("<user>739152<assistant>")
+    assert re.fullmatch(r"<user>739152<assistant>12..79", infilled)
+    assert "license" in lacks, "nobody gave one"
+    for name in ("mine", "merged", "start"):
+        assert (tmp_path / "outputs" / name / "model.safetensors").exists()
 
 
 def test_library_example_has_ten_lines():

@@ -12,7 +12,7 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tide_hf.demo.sorting import build_tokenizer
-from tide_hf.models import MODELS, A2DQwen2Config, TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
+from tide_hf.models import MODELS, A2DQwen2Config, LLaDA2MoeConfig, TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
 
 IDS = [[3, 1, 4, 1, 5, 9, 2]]
 SCRIPT = """
@@ -65,11 +65,15 @@ def without_tide_hf(folder: Path, again: Path, cache: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    "config_class", [TIDEQwen3Config, TIDEQwen2Config, TIDELlamaConfig, A2DQwen2Config], ids=lambda c: c.model_type
+    "config_class",
+    [TIDEQwen3Config, TIDEQwen2Config, TIDELlamaConfig, A2DQwen2Config, LLaDA2MoeConfig],
+    ids=lambda config_class: config_class.model_type,
 )
 def test_checkpoint_works_without_the_library(config_class, tmp_path):
     """Catches a checkpoint only its authors can load: a missing Auto class, file or import, or another network."""
-    model, tokenizer = tiny_model(config_class=config_class, dtype=torch.float32).eval(), build_tokenizer()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
+    shape = experts if config_class is LLaDA2MoeConfig else {}
+    model, tokenizer = tiny_model(config_class=config_class, dtype=torch.float32, **shape).eval(), build_tokenizer()
     model.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     ids = torch.tensor(IDS)

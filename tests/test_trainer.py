@@ -333,6 +333,13 @@ def test_checkpoint_decodes_on_the_grid_it_was_trained_on(tmp_path):
     assert loaded.config.mask_token_id == loaded.generation_config.mask_token_id == build_tokenizer().mask_token_id
 
 
+def test_whole_sequence_students_decode_whole_answers(tmp_path):
+    """Catches training that leaves a block size in the generation settings: decoding would become semi-autoregressive."""
+    for objective, expected in (("full", None), ("block", 4)):
+        trainer = tiny_trainer(tmp_path, model=tiny_model(objective=objective))
+        assert trainer.model.generation_config.block_size == expected
+
+
 def test_adapter_trains_alone(tmp_path):
     """Catches an adapter run that moves the base weights, or whose save cannot be loaded."""
     base = tiny_model(0, dtype=torch.float32)
