@@ -23,16 +23,11 @@ adapter is distilled instead. The adapter's block size is its base's. To merge:
     AutoPeftModelForCausalLM.from_pretrained("outputs/adapter").merge_and_unload().save_pretrained("outputs/merged")
 """
 
-import os
-import sys
-
-# the only flags that mean something to the embedded example
-FLAGS = {"output_dir", "seeds"}
-
 
 def main() -> None:
     from tide_hf import TIDEConfig
     from tide_hf.demo.adapter import format_adapter_table, run_adapter_demo
+    from tide_hf.demo.command import refuse_other_flags
     from tide_hf.distill import parse_arguments, run_distillation
 
     arguments = parse_arguments("outputs/finetune_lora")
@@ -43,14 +38,7 @@ def main() -> None:
             arguments.training.preset = "ce"
         run_distillation(arguments)
         return
-    unused = sorted(arguments.given - FLAGS)
-    if unused:
-        sys.exit(
-            f"--{', --'.join(unused)} has no meaning for the embedded example, which brings its own student and data. "
-            "Give --model_name_or_path and --dataset_name to fine-tune your own."
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.exit("The embedded example runs in one process: start it with python.")
+    refuse_other_flags(arguments, {"output_dir", "seeds"})
     output_dir = arguments.training.output_dir
     seeds = range(arguments.script.seeds or 1)
     results = [run_adapter_demo(f"{output_dir}/seed{seed}", seed) for seed in seeds]

@@ -21,6 +21,7 @@ import sys
 
 
 def main() -> None:
+    from tide_hf.demo.command import refuse_other_flags
     from tide_hf.demo.from_autoregressive import show_from_autoregressive
     from tide_hf.distill import parse_arguments, run_distillation
 
@@ -32,9 +33,8 @@ def main() -> None:
         sys.exit("This recipe trains without a teacher (preset ce); to distil, use recipes/dense_teacher.py.")
     if arguments.model.model_name_or_path is not None:
         run_distillation(arguments)
-    elif unused := sorted(arguments.given - {"output_dir", "preset"}):
-        sys.exit(f"--{', --'.join(unused)} has no meaning for the embedded run: give --model_name_or_path too.")
     else:
+        refuse_other_flags(arguments, {"output_dir", "preset"})
         show_from_autoregressive(arguments.training.output_dir)
 
 

@@ -35,9 +35,8 @@ def test_python_blocks_run(tmp_path):
     code = "\n".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    loaded, *_, infilled, lacks = [
-        line for line in done.stdout.splitlines() if "<assistant>" in line or line[:1] == "["
-    ]
+    told = [line for line in done.stdout.splitlines() if "<assistant>" in line or line.startswith("[")]
+    loaded, *_, infilled, lacks = told
     assert loaded.startswith("<user>739152<assistant>")
     assert re.fullmatch(r"<user>739152<assistant>12..79", infilled)
     assert "license" in lacks, "nobody gave one"

@@ -93,7 +93,7 @@ def test_embedded_run_learns_from_its_start(tmp_path):
     [
         (["--preset", "kl"], "trains without a teacher"),
         (["--teacher_model_name_or_path", "x"], "trains without a teacher"),
-        (["--max_steps", "3"], "--max_steps has no meaning for the embedded run"),
+        (["--max_steps", "3"], "--max_steps has no meaning for an embedded comparison"),
     ],
 )
 def test_sft_refuses_what_it_would_ignore(flags, message, tmp_path):

@@ -334,7 +334,7 @@ def test_checkpoint_decodes_on_the_grid_it_was_trained_on(tmp_path):
 
 
 def test_whole_sequence_students_decode_whole_answers(tmp_path):
-    """Catches training that leaves a block size in the generation settings: decoding would become semi-autoregressive."""
+    """Catches a block size left in the generation settings, which makes decoding semi-autoregressive."""
     for objective, expected in (("full", None), ("block", 4)):
         trainer = tiny_trainer(tmp_path, model=tiny_model(objective=objective))
         assert trainer.model.generation_config.block_size == expected

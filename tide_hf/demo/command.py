@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
+from ..data import PreparationReport
 from .comparison import RowResult, Task, TaskData, run_comparison
 from .decoding import complete, show_denoising
 from .report import build_report, format_table, write_report
@@ -25,20 +26,30 @@ def run_embedded(arguments, choose_task: Callable[[str | None], Task]) -> None:
         arguments ([`~tide_hf.distill.Arguments`]): of the recipe.
         choose_task (`Callable`): name, or None for the default -> task, see [`dense_task`] and [`moe_task`].
     """
-    unused = sorted(arguments.given - FLAGS)
-    if unused:
-        sys.exit(
-            f"--{', --'.join(unused)} has no meaning for an embedded comparison, which brings its own models and "
-            "settings. Give --model_name_or_path and --teacher_model_name_or_path to distil your own models."
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.exit("An embedded comparison runs in one process: start it with accelerate launch --num_processes 1.")
+    refuse_other_flags(arguments, FLAGS)
     try:
         task = choose_task(arguments.script.dataset_name)
     except ValueError as error:
         sys.exit(str(error))
     num_seeds = 3 if task.decodes else 1
     run_and_show(task, list(range(arguments.script.seeds or num_seeds)), arguments.training.output_dir)
+
+
+def refuse_other_flags(arguments, flags: set[str]) -> None:
+    """Stops a run without models of the user's if it was given flags it would ignore, or several processes.
+
+    Args:
+        arguments ([`~tide_hf.distill.Arguments`]): of the recipe.
+        flags (`set[str]`): the ones that mean something to its embedded run.
+    """
+    unused = sorted(arguments.given - flags)
+    if unused:
+        sys.exit(
+            f"--{', --'.join(unused)} has no meaning for an embedded comparison, which brings its own models and "
+            "settings. Give --model_name_or_path, and what the recipe says goes with it, to train your own models."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit("An embedded comparison runs in one process: start it with accelerate launch --num_processes 1.")
 
 
 def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
@@ -51,7 +62,7 @@ def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
     results = run_comparison(task, seeds, output_dir)
     report = build_report(task, results, seeds)
     write_report(report, results, output_dir)
-    print(f"\n{format_table(report)}\n")
+    print(f"\n{format_table(report)}\n\nThe student's rows: {PreparationReport(**report['preparation'])}\n")
     student = next(result for result in results if result.name == task.distilled and result.seed == seeds[0])
     for file in Path(student.path).iterdir():
         if file.is_file() and file.name != "training_args.bin":

@@ -81,21 +81,12 @@ def load_sorting_across_tokenizers(seed: int, **sizes) -> TaskData:
 def sorting_across_tokenizers_task(steps: int = 600, num_student_rows: int = 1500, num_held_out: int = 400) -> Task:
     """Sort six digits across tokenizers: a mixture-of-experts teacher of LLaDA2's class, which learned from clean
     rows, and a dense student with a tokenizer of its own and 20 % wrong digits."""
-    teacher = Network(hidden=72, layers=3, heads=4, steps=steps, experts=8)
-    return Task(
+    task = sorting_task(steps, num_student_rows, num_held_out)
+    return replace(
+        task,
         name="sorting_across_tokenizers",
-        load=partial(
-            load_sorting_across_tokenizers,
-            num_teacher_rows=steps * teacher.batch_size,
-            num_student_rows=num_student_rows,
-            num_held_out=num_held_out,
-        ),
-        decodes=True,
-        max_length=16,
-        block_size=4,
-        teacher=teacher,
-        student=Network(hidden=48, layers=2, heads=4, steps=steps),
-        num_student_rows=num_student_rows,
+        load=partial(load_sorting_across_tokenizers, **task.load.keywords),
+        teacher=replace(task.teacher, hidden=72, layers=3, experts=8),
         objectives=ACROSS_TOKENIZERS,
         training={"teacher_context": "native"},
         noise_levels=(0.5,),
