@@ -4,7 +4,7 @@ Method: TIDE (arXiv 2604.26951), cross-tokenizer pipeline: teacher and student a
 give to chunks, the shortest spans of equal bytes; Reverse CALM, with CALM and chunk TIDAL + CompDemo as baselines.
 
 Embedded comparison, on a CPU, nothing downloaded (sort six digits, a LLaDA2-class teacher that reads digits, a dense
-student that reads some pairs of them as one token; about eight minutes on 2 cores):
+student that reads some pairs of them as one token; about five minutes on 2 cores):
 
     accelerate launch recipes/moe_teacher.py
     accelerate launch recipes/moe_teacher.py --seeds 1

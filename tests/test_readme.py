@@ -49,7 +49,7 @@ def test_library_example_has_ten_lines():
     assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 10
 
 
-@pytest.mark.parametrize("name", ["sorting", "python_stdlib"])
+@pytest.mark.parametrize("name", ["sorting", "sorting_across_tokenizers", "python_stdlib"])
 def test_tables_are_those_of_the_reports(name):
     """Catches a number in the README that no run measured."""
     report = json.loads((ROOT / "recipes" / "reports" / f"{name}.json").read_text())

@@ -8,23 +8,15 @@ import yaml
 from huggingface_hub import ModelCard
 
 from .provenance import SECRET
-from .sources import HUB_NAME, IN_MEMORY
+from .sources import HUB_NAME, IN_MEMORY, PERMISSIVE
 
 # licence ids of the Hub that a language model carries; anything else is `other` with a name
-LICENSES = frozenset(
+LICENSES = PERMISSIVE.union(
     [
-        "apache-2.0",
-        "mit",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "cc0-1.0",
-        "cc-by-4.0",
         "cc-by-sa-4.0",
         "cc-by-nc-4.0",
         "cc-by-nc-sa-4.0",
         "cc-by-nc-nd-4.0",
-        "odc-by",
         "openrail",
         "bigscience-openrail-m",
         "creativeml-openrail-m",
@@ -33,9 +25,6 @@ LICENSES = frozenset(
         "agpl-3.0",
         "lgpl-3.0",
         "mpl-2.0",
-        "isc",
-        "unlicense",
-        "cdla-permissive-2.0",
         "cdla-sharing-1.0",
         "llama2",
         "llama3",
