@@ -46,7 +46,7 @@ def report_card(
     fields = settings["objectives"].get(row, {"preset": "ce"})
     config = TIDEConfig(output_dir="outputs", use_cpu=True, report_to=[], **fields)
     objective = resolve_objective(config, alignment)
-    sorting = report["task"] == "sorting"
+    sorting = report["task"].startswith("sorting")
     size = settings["teacher" if row == "teacher" else "student"]
     teacher = Source("the teacher that the same command trains", license=license)
     record = RunRecord(
@@ -60,12 +60,13 @@ def report_card(
         teachers=[teacher] if objective.distills else [],
         datasets=[DataSource(f"{report['task']}, made by the command", license=license)],
         network={
-            "architecture": "TIDEQwen3ForBlockDiffusion",
+            "architecture": "LLaDA2MoeModelLM" if size.get("experts") else "TIDEQwen3ForBlockDiffusion",
             "parameters": rows[row]["parameters"],
             "block_size": settings["block_size"],
             "objective": "block",
         },
         objective=objective.to_dict(),
+        preparation={"train": report["preparation"]} if row != "teacher" and report.get("preparation") else {},
         arguments={**size, **settings["training"], "max_length": settings["max_length"]},
         step=round(rows[row]["steps"]),
         max_steps=round(rows[row]["steps"]),
@@ -96,11 +97,12 @@ def _report_results(report: dict, row: str, num_held_out: int, date: str) -> lis
             "num_samples": num_held_out,
             "date": date,
         }
+        measured = {}
         if "exact_match" in entry:
-            measured = {"exact match (fraction)": (entry["exact_match"]["mean"], entry["exact_match"]["sd"])}
-        else:
+            measured["exact match (fraction)"] = (entry["exact_match"]["mean"], entry["exact_match"]["sd"])
+        if "nll" in entry:
             mean, sd = entry["nll"]["mean"], entry["nll"]["sd"] or {}
-            measured = {f"nats per masked token at t = {t}": (value, sd.get(t)) for t, value in mean.items()}
+            measured |= {f"nats per masked token at t = {t}": (value, sd.get(t)) for t, value in mean.items()}
         measured["tokens decoded per CPU second"] = (entry["tokens_per_second"], None)
         found += [Measurement(network, name, value, spread=sd, **how) for name, (value, sd) in measured.items()]
     return found
