@@ -107,13 +107,15 @@ class LocalHub:
         self._start(0)
 
     def _start(self, port: int) -> None:
+        self.gone = False
         self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def go_away(self) -> None:
-        """Stops listening: clients meet a refused connection."""
+        """Stops listening, and cuts connections that are kept open: clients meet a refused connection."""
+        self.gone = True
         self.server.shutdown()
         self.server.server_close()
 
@@ -202,6 +204,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         self.cut, status = False, None
+        if self.hub.gone:
+            self.close_connection = True
+            return
         try:
             self._inject_fault()
             self.payload = self._read()

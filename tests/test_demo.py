@@ -123,7 +123,7 @@ def test_comparison_across_tokenizers(tmp_path):
     counts = report["preparation"]
     assert counts["num_aligned_bytes"] == counts["num_answer_bytes"] > 200 * 6
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "teacher-seed0")
-    assert teacher.config.model_type == "llada2_moe" and teacher.config.num_experts == 8
+    assert teacher.config.model_type == "llada2_moe" and teacher.config.n_routed_experts == 8
     assert len(AutoTokenizer.from_pretrained(tmp_path)("123456")["input_ids"]) == 3
 
 

@@ -4,6 +4,8 @@ The last save and the final push hold the same files: the client skips the secon
 """
 
 import logging
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -258,21 +260,43 @@ def test_a_token_that_may_not_write_is_said_before_training(client, tmp_path, to
 @pytest.mark.slow
 def test_server_that_goes_away_and_comes_back(hub, client, tmp_path):
     """Catches a state that was trained while the Hub was gone and is never pushed after it is back."""
-    assert client.run(train_while_gone, tmp_path, "alice/gone", hub.endpoint)["error"] is None
+    stop = threading.Event()
+    orders = threading.Thread(target=obey, args=(hub, tmp_path, stop))
+    orders.start()
+    try:
+        assert client.run(train_while_gone, tmp_path, "alice/gone")["error"] is None
+    finally:
+        stop.set()
+        orders.join()
+    assert [path.name for path in sorted(tmp_path.glob("*.done"))] == ["come_back.done", "go_away.done"]
     assert hub.repo("alice/gone").titles()[-1] == "Training in progress, step 4"
 
 
-def train_while_gone(folder, name, endpoint):
+def obey(hub, folder, stop) -> None:
+    """Does to the Hub what the training process asks for by a file."""
+    while not stop.wait(0.05):
+        for order in ("go_away", "come_back"):
+            if (folder / order).exists():
+                getattr(hub, order)()
+                (folder / order).rename(folder / f"{order}.done")
+
+
+def train_while_gone(folder, name):
+    def ask(order):
+        (folder / order).touch()
+        while not (folder / f"{order}.done").exists():
+            time.sleep(0.05)
+
     class Gone(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             trainer._finish_current_push()
             if state.global_step == 4:
-                trainer._pusher.api.endpoint = "http://127.0.0.1:9"  # nothing listens there
+                ask("go_away")
 
         def on_train_end(self, args, state, control, **kwargs):
             trainer._finish_current_push()
             assert trainer._pusher.failed is not None
-            trainer._pusher.api.endpoint = endpoint
+            ask("come_back")
 
     trainer = make_trainer(folder, name, trainer_kwargs={"callbacks": [Gone()]})
     pushing.RETRY_WAITS = ()  # the client itself asks for half a minute
