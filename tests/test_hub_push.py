@@ -343,9 +343,14 @@ def interrupt_and_resume(folder, name):
     return steps, same_weights(whole, after)
 
 
-def test_resume_from_the_hub_goes_on_exactly(client, tmp_path):
-    """Catches a resumed run that starts anew, or with another optimizer state."""
-    assert client.run(interrupt_and_resume, tmp_path, "alice/resume") == ([1, 2, 3, 4], True)
+@pytest.mark.parametrize("pattern", [None, "trainer_state.json", "/cdn/"])
+def test_resume_from_the_hub_goes_on_exactly(hub, client, tmp_path, pattern):
+    """Catches a resumed run that starts anew, or with another optimizer state, or one that a cut download ends."""
+    if pattern is not None:
+        hub.fault("GET", pattern, times=2, cut=True)
+    assert client.run(interrupt_and_resume, tmp_path, f"alice/resume-{len(pattern or '')}") == ([1, 2, 3, 4], True)
+    if pattern is not None:
+        assert hub.statuses("GET", pattern).count("cut") >= 1 and hub.faults.pop()["times"] < 2
 
 
 def resume_from_a_model(folder, name):
