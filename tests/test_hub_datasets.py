@@ -1,11 +1,13 @@
 """A prepared dataset pushed with its card: what it says, what is kept of it, and that others load it from the Hub."""
 
 import json
+from pathlib import PurePosixPath
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
+from localhub import Handler, Refused
 from tiny import tiny_model
 
 from tide_hf.data import PreparationRecord
@@ -59,8 +61,32 @@ def load(name):
     return rows.to_list(), PreparationRecord.read(rows)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def directories(hub):
+    """Listings of the Hub name directories too, as the real one's do: `datasets` looks for `data` in them."""
+
+    def tree(self, kind, name, revision, folder=None):
+        repo = self._repo(kind, name)
+        entries = repo.commits[repo.resolve(revision)].entries
+        parents = {str(parent) for path in entries for parent in PurePosixPath(path).parents} - {"."}
+        listed = [self._entry(path, entry) for path, entry in entries.items()]
+        listed += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in parents]
+        prefix = f"{folder}/" if folder else ""
+        below = sorted(
+            (entry for entry in listed if entry["path"].startswith(prefix)), key=lambda entry: entry["path"]
+        )
+        if folder and not below:
+            raise Refused(404, f"{folder} does not exist", "EntryNotFound")
+        deep = self.query.get("recursive", "").lower() == "true"
+        return self.answer([entry for entry in below if deep or "/" not in entry["path"][len(prefix) :]])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "tree", tree)
+        yield
+
+
 @pytest.fixture(scope="module")
-def folder(client, tmp_path_factory):
+def folder(client, directories, tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     client.run(publish, folder)
     return folder
@@ -141,7 +167,7 @@ def test_recipe_pushes_what_another_recipe_trains_on(hub, client, folder, tmp_pa
     assert repo.private
     program = python_blocks(repo.files()["README.md"].decode())[0]
     training = ["--preset", "tide-cross", "--max_steps", "1", "--report_to", "none", "--use_cpu"]
-    train = flags(tmp_path, "", rows="alice/rows-recipe")[:-4] + ["--output_dir", str(tmp_path / "out"), *training]
+    train = [*flags(tmp_path, "", rows="alice/rows-recipe")[:-4], "--output_dir", str(tmp_path / "out"), *training]
     processes = [
         client.start("-c", f"{program}\nassert len(rows) == 11", cache=tmp_path / "one"),
         client.start("recipes/moe_teacher.py", *train, cache=tmp_path / "two"),
