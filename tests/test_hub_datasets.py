@@ -13,6 +13,8 @@ from tiny import tiny_model
 from tide_hf.data import PreparationRecord
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.hub import check_card, python_blocks
+from tide_hf.hub.sources import DataSource
+from tide_hf.prepare import _license, parse_prepare_arguments, run_preparation
 
 STUDENT, TEACHER, RAW = "alice/prep-student", "alice/prep-teacher", "alice/prep-raw"
 PAIRS = ("12", "34", "56")
@@ -48,15 +50,17 @@ def flags(folder, name, student=STUDENT, teacher=TEACHER, rows=RAW) -> list[str]
 
 
 def prepare(command_line) -> None:
-    from tide_hf.prepare import parse_prepare_arguments, run_preparation
+    from datasets import config
 
+    config.USE_PARQUET_EXPORT = False  # no look-up in the Hub's dataset viewer, which is another host
     run_preparation(parse_prepare_arguments(command_line))
 
 
 def load(name):
     """What a client gets from the Hub: rows and their record."""
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
+    config.USE_PARQUET_EXPORT = False
     rows = load_dataset(name, split="train")
     return rows.to_list(), PreparationRecord.read(rows)
 
@@ -160,8 +164,10 @@ def test_an_edit_on_the_hub_survives_the_next_push(hub, client, folder, tmp_path
 @pytest.mark.slow
 def test_recipe_pushes_what_another_recipe_trains_on(hub, client, folder, tmp_path):
     """Catches the sentence 'train with --dataset_name' that does not hold, and a program of the card that fails."""
+    log = tmp_path / "refused"
+    apart = {"LOOPBACK_ONLY_LOG": str(log)}
     command = ["recipes/prepare_data.py", *flags(tmp_path, "alice/rows-recipe"), "--hub_private", "true"]
-    status, output = client.python(*command)
+    status, output = client.python(*command, **apart)
     assert status == 0 and "train with --dataset_name alice/rows-recipe" in output, output[-3000:]
     repo = hub.repo("alice/rows-recipe", "datasets")
     assert repo.private
@@ -169,9 +175,30 @@ def test_recipe_pushes_what_another_recipe_trains_on(hub, client, folder, tmp_pa
     training = ["--preset", "tide-cross", "--max_steps", "1", "--report_to", "none", "--use_cpu"]
     train = [*flags(tmp_path, "", rows="alice/rows-recipe")[:-4], "--output_dir", str(tmp_path / "out"), *training]
     processes = [
-        client.start("-c", f"{program}\nassert len(rows) == 11", cache=tmp_path / "one"),
-        client.start("recipes/moe_teacher.py", *train, cache=tmp_path / "two"),
+        client.start("-c", f"{program}\nassert len(rows) == 11", cache=tmp_path / "one", **apart),
+        client.start("recipes/moe_teacher.py", *train, cache=tmp_path / "two", **apart),
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], [output[-3000:] for output in outputs]
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "- alice/rows-recipe" in (tmp_path / "out" / "README.md").read_text()
+    # `datasets` asks the Hub's dataset viewer, which is another host, and goes on without it
+    assert set(log.read_text().splitlines()) == {"getaddrinfo datasets-server.127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [
+        (["mit", "mit"], {"license": "mit"}),
+        (["mit", "apache-2.0"], {}),
+        (["mit", None], {}),
+        ([None], {}),
+        (["mit", "cc-by-nc-4.0", None], {"license": "cc-by-nc-4.0"}),
+    ],
+    ids=str,
+)
+def test_license_of_a_mixture(licenses, expected):
+    """Catches one part's permissive licence claimed for another part, and a restriction that gets lost."""
+    assert (
+        _license([DataSource(f"org/{index}", True, license=name) for index, name in enumerate(licenses)]) == expected
+    )

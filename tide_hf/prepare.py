@@ -158,7 +158,7 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
 
 def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
     """The card, then the rows: so no state on the Hub has rows without it, and `push_to_hub` adds its own metadata."""
-    write, script, api = arguments.write, arguments.script, HfApi()
+    write, script, mixture, api = arguments.write, arguments.script, arguments.mixture, HfApi()
     created = api.create_repo(
         write.hub_dataset_id, repo_type="dataset", private=write.hub_private or None, exist_ok=True
     )
@@ -167,9 +167,7 @@ def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
         existing = Path(api.hf_hub_download(filename=constants.REPOCARD_NAME, **repo)).read_text(encoding="utf-8")
     except EntryNotFoundError:
         existing = ""
-    names = (
-        [part.path for part in arguments.mixture.datasets] if script.dataset_name is None else [script.dataset_name]
-    )
+    names = [part.path for part in mixture.datasets] if script.dataset_name is None else [script.dataset_name]
     sources = [find_source(name, is_dataset=True) for name in dict.fromkeys(names)]
     record = PreparationRecord.read(next(iter(dataset.values())))
     settings = {name: value for name, value in record.settings.items() if value is not None}
@@ -192,9 +190,9 @@ def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
 
 
 def _license(sources: list[Source]) -> dict[str, str]:
-    """The licence of rows from these sources; none if one of them states none, or permissive ones differ."""
+    """The licence of rows from these sources: a restricting one is carried over, another one only where all agree."""
     stated = {source.license for source in sources}
-    return resolve_license(sources) if None not in stated and (len(stated) == 1 or stated - PERMISSIVE) else {}
+    return resolve_license(sources) if len(stated) == 1 or stated - {None, *PERMISSIVE} else {}
 
 
 def _source(arguments: PrepareArguments, splits: dict) -> dict:
