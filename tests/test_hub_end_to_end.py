@@ -92,6 +92,22 @@ def finish(processes) -> list[str]:
     return outputs
 
 
+def require_whole_commits(repo, client, folder) -> list[str]:
+    """Cards of the commits after the initial one, each of which has to load by its own code, with its own weights."""
+    commits = repo.history()[1:]
+    assert repo.titles()[1:] == ["Training in progress, step 1", "Training in progress, step 2"]
+    loads = [client.start("-c", LOAD, repo.name, sha, cache=folder / sha, token=None) for sha in commits]
+    weights = {text.split("weights ")[-1].strip() for text in finish(loads)}
+    assert len(weights) == len(commits), "a commit has the weights of another one"
+    cards = []
+    for sha in commits:
+        files = repo.files(sha)
+        cards.append(files["README.md"].decode())
+        assert check_card(cards[-1]) == [] and str(folder) not in cards[-1]
+        assert json.loads(files["config.json"])["model_type"] == "tide_qwen3"
+    return cards
+
+
 @pytest.fixture(scope="module")
 def pushed(hub, client, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("e2e")
@@ -145,18 +161,23 @@ def test_every_commit_across_tokenizers_loads_without_the_library(hub, client, t
     command = recipe(tmp_path, "alice/cross", "moe_teacher", **models, hub_strategy="every_save", preset="tide-cross")
     status, output = client.python(*LAUNCH, *command, cache=tmp_path / "cache")
     assert status == 0, output[-3000:]
-    repo = hub.repo("alice/cross")
-    commits = repo.history()[1:]
-    assert repo.titles()[1:] == ["Training in progress, step 1", "Training in progress, step 2"]
-    for sha in commits:
-        card = repo.files(sha)["README.md"].decode()
-        assert check_card(card) == [] and str(tmp_path) not in card
+    for card in require_whole_commits(hub.repo("alice/cross"), client, tmp_path):
         assert "base_model: alice/cross-start" in card and "- alice/cross-teacher" in card
         assert "accelerate launch recipes/moe_teacher.py --model_name_or_path alice/cross-start" in card
-        assert json.loads(repo.files(sha)["config.json"])["model_type"] == "tide_qwen3"
-    loads = [client.start("-c", LOAD, "alice/cross", sha, cache=tmp_path / sha, token=None) for sha in commits]
-    weights = [text.split("weights ")[-1].strip() for text in finish(loads)]
-    assert len(set(weights)) == len(commits), "every commit has the weights of its own step"
+
+
+@pytest.mark.slow
+def test_every_commit_of_a_student_without_teacher(hub, client, pushed, tmp_path):
+    """Catches a card that names a teacher nobody had, and an intermediate commit that lacks a part."""
+    write_rows(tmp_path)
+    more = {"teacher_model_name_or_path": None, "hub_strategy": "every_save"}
+    status, output = client.python(
+        *LAUNCH, *recipe(tmp_path, "alice/e2e-sft", "sft_student", **more), cache=tmp_path / "cache"
+    )
+    assert status == 0, output[-3000:]
+    for card in require_whole_commits(hub.repo("alice/e2e-sft"), client, tmp_path):
+        assert "base_model: alice/e2e-start" in card and "alice/e2e-teacher" not in card
+        assert "accelerate launch recipes/sft_student.py" in card
 
 
 @pytest.mark.slow
