@@ -2,8 +2,11 @@
 
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 
 from datasets import Dataset, DatasetDict
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
@@ -12,6 +15,8 @@ from .config import TIDEConfig
 from .data import PreparationRecord, RowPreparation, write_prepared
 from .data.loading import MixtureConfig, load_mixture
 from .distill import DistillArguments, check_available, load_named
+from .hub import dataset_card, find_source
+from .hub.sources import PERMISSIVE, Source, resolve_license
 from .teachers import resolve_mask_token_id
 
 # what of a run's settings the preparation depends on
@@ -115,7 +120,7 @@ def run_preparation(arguments: PrepareArguments) -> DatasetDict:
         print(f"{name}: {PreparationRecord.read(prepared).reports[name]}")
     print(f"Saved to {write.output_dir}: train with --dataset_name {write.output_dir}")
     if write.hub_dataset_id is not None:
-        dataset.push_to_hub(write.hub_dataset_id, private=write.hub_private or None)
+        _push(dataset, arguments)
         print(f"Pushed to {write.hub_dataset_id}: train with --dataset_name {write.hub_dataset_id}")
     return dataset
 
@@ -149,6 +154,45 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
     mask = resolve_mask_token_id(run.teacher_mask_token_id, teacher_config, teacher_tokenizer, "teacher")
     alignment, _ = resolve_alignment(run.alignment, tokenizer, teacher_tokenizer)
     return RowPreparation.for_run(run, block_size, alignment, student, (teacher_tokenizer, mask))
+
+
+def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
+    """The card, then the rows: so no state on the Hub has rows without it, and `push_to_hub` adds its own metadata."""
+    write, script, mixture, api = arguments.write, arguments.script, arguments.mixture, HfApi()
+    created = api.create_repo(
+        write.hub_dataset_id, repo_type="dataset", private=write.hub_private or None, exist_ok=True
+    )
+    repo = {"repo_id": created.repo_id, "repo_type": "dataset"}
+    try:
+        existing = Path(api.hf_hub_download(filename=constants.REPOCARD_NAME, **repo)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        existing = ""
+    names = [part.path for part in mixture.datasets] if script.dataset_name is None else [script.dataset_name]
+    sources = [find_source(name, is_dataset=True) for name in dict.fromkeys(names)]
+    record = PreparationRecord.read(next(iter(dataset.values())))
+    settings = {name: value for name, value in record.settings.items() if value is not None}
+    tokenizers = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    card = dataset_card(
+        repo_id=created.repo_id,
+        reports=record.reports,
+        sources=[source.name for source in sources if source.on_hub],
+        student_tokenizer=tokenizers["tokenizer"]["name"],
+        teacher_tokenizer=tokenizers["teacher_tokenizer"]["name"] if "teacher_tokenizer" in tokenizers else None,
+        settings=settings | {name: f"fingerprint {value['fingerprint']}" for name, value in tokenizers.items()},
+        languages=list(dict.fromkeys(code for source in sources for code in source.languages)),
+        existing=existing,
+        **_license(sources),
+    )
+    api.upload_file(
+        path_or_fileobj=card.encode(), path_in_repo=constants.REPOCARD_NAME, commit_message="Dataset card", **repo
+    )
+    dataset.push_to_hub(created.repo_id)
+
+
+def _license(sources: list[Source]) -> dict[str, str]:
+    """The licence of rows from these sources: a restricting one is carried over, another one only where all agree."""
+    stated = {source.license for source in sources}
+    return resolve_license(sources) if len(stated) == 1 or stated - {None, *PERMISSIVE} else {}
 
 
 def _source(arguments: PrepareArguments, splits: dict) -> dict:

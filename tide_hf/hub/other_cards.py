@@ -5,7 +5,7 @@ import yaml
 from ..config import TIDEConfig
 from ..data import PreparationReport
 from ..objective import resolve_objective
-from .card import values_table, write_card
+from .card import BEGIN, END, adopt_edits, values_table, write_card
 from .record import AFTER, Measurement, RunRecord
 from .sources import IN_MEMORY, DataSource, Source, is_hub_name
 
@@ -117,6 +117,9 @@ def dataset_card(
     settings: dict,
     license: str | None = None,
     languages: list[str] | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    existing: str = "",
 ) -> str:
     """The card of a dataset prepared by [`~tide_hf.data.prepare_dataset`].
 
@@ -127,21 +130,28 @@ def dataset_card(
         student_tokenizer, teacher_tokenizer (`str`): whose ids its columns hold; None without a teacher.
         settings (`dict`): plain values it was prepared with.
         license (`str`, *optional*), languages (`list[str]`, *optional*): of the conversations.
+        license_name, license_link (`str`, *optional*): with the license `other`.
+        existing (`str`): the card it replaces: metadata and text that are not written here are kept.
     """
     published = [name for name in sources if is_hub_name(name)]
     metadata = {
         "license": license,
-        "language": languages,
-        "source_datasets": published,
+        "license_name": license_name,
+        "license_link": license_link,
+        "language": languages or None,
+        "source_datasets": published,  # an empty one too: that of an earlier push must not outlive it
         "tags": ["tide", "diffusion-lm", "tokenized"],
     }
-    head = yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False).strip()
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
     lines = [f"- {name}: {report}" for name, report in reports.items()]
     names = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in published)
     teacher = f" and of the teacher's, `{teacher_tokenizer}`" if teacher_tokenizer else ""
-    return f"""---
+    card = f"""---
 {head}
 ---
+
+{BEGIN}
 
 # {repo_id.split("/")[-1]}
 
@@ -165,4 +175,7 @@ equal bytes that a token belongs to, −1 for none.
 ## Settings
 
 {values_table(settings)}
+
+{END}
 """
+    return adopt_edits(card, existing)
