@@ -246,7 +246,7 @@ def _generation_code(record: RunRecord, remote_code: bool) -> str:
         f"tokenizer = AutoTokenizer.from_pretrained({where})",
         *prompt,
         f"output = model.generate(**inputs, max_new_tokens={NUM_EXAMPLE_TOKENS})",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "\n".join(lines)
 

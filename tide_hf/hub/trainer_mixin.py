@@ -83,8 +83,12 @@ class HubTrainerMixin:
         return bool(saved) and has_remote_code(max(saved, key=lambda path: path.stat().st_mtime).parent)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        card = Path(self.args.output_dir) / "README.md"
+        before = card.read_text(encoding="utf-8") if card.is_file() else None
         super()._save(output_dir, state_dict)
         if self.args.should_save:
+            if before is not None:  # PEFT writes a stock card over ours, or into it
+                card.write_text(before, encoding="utf-8")
             self.create_model_card()
 
     # -- pushing ------------------------------------------------------------------------------------------------------
