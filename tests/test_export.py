@@ -25,6 +25,8 @@ from tide_hf.models import (
     DreamConfig,
     SDARConfig,
     SDARForCausalLM,
+    TIDELlamaConfig,
+    TIDEQwen2Config,
     block_visibility,
 )
 
@@ -229,6 +231,8 @@ SMALL = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0, "mask_token_id"
         ({"rope_parameters": YARN}, r"its rotary embedding is scaled \(yarn\)"),
         ({"hidden_act": "gelu"}, "its activation is gelu"),
         ({"config_class": A2DQwen2Config}, "model_type is 'a2d-qwen2', and Qwen2's attention has biases"),
+        ({"config_class": TIDEQwen2Config}, "model_type is 'tide_qwen2', and Qwen2's attention has biases"),
+        ({"config_class": TIDELlamaConfig}, "model_type is 'tide_llama', and Llama's attention has no query"),
         ({"config_class": A2DLlamaConfig}, "model_type is 'a2d-llama', and Llama's attention has no query"),
         ({"config_class": DreamConfig}, "model_type is 'Dream', and its logits are shifted"),
         ({"config_class": SDARConfig}, "it is SDAR already"),

@@ -32,8 +32,10 @@ NETWORK_FIELDS = (
     "rope_parameters",
 )
 OTHER_FAMILIES = {
-    "a2d-qwen2": "Qwen2's attention has biases and no query and key norms, SDAR's the reverse",
-    "a2d-llama": "Llama's attention has no query and key norms, SDAR's has them",
+    **dict.fromkeys(
+        ("tide_qwen2", "a2d-qwen2"), "Qwen2's attention has biases and no query and key norms, SDAR's the reverse"
+    ),
+    **dict.fromkeys(("tide_llama", "a2d-llama"), "Llama's attention has no query and key norms, SDAR's has them"),
     "Dream": "its logits are shifted by one position and its attention has biases; SDAR has neither",
     "sdar": "it is SDAR already: serve its folder as it is",
 }
