@@ -12,6 +12,7 @@ from tide_hf.demo.sorting import build_tokenizer
 from tide_hf.diffusion import LayoutSpec, block_layout
 from tide_hf.models import TIDEGenerationConfig, block_visibility
 from tide_hf.models import decoding_tide as decoding
+from tide_hf.models.modeling_tide import CACHE_NAME
 
 SETTINGS = [
     {},
@@ -543,5 +544,5 @@ def test_cache_keeps_committed_columns(monkeypatch):
     # what was kept are the keys of the final tokens
     number = torch.arange(20) // BLOCK
     visible = (number[:, None] >= number[None, :])[None, None]
-    expected = model(out, attention_mask=visible, use_cache=True).past_key_values.layers[-1].keys
+    expected = model(out, attention_mask=visible, use_cache=True)[CACHE_NAME].layers[-1].keys
     torch.testing.assert_close(layer.keys[:, :, :16], expected[:, :, :16], rtol=0, atol=1e-10)

@@ -167,7 +167,7 @@ class Decoder:
             input_ids=canvas.ids[:, first:stop],
             attention_mask=self._visible,
             position_ids=canvas.position[:, first:stop],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=self.cache is not None,
         ).last_hidden_state
         if self.cache is not None:

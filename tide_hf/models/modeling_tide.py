@@ -9,12 +9,12 @@ Shapes: B rows, L positions, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from transformers import Cache, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_tide import TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
 from .generation_tide import BlockDiffusionGenerationMixin
@@ -30,23 +30,22 @@ from .masked_diffusion import (
 )
 
 
+# transformers 5.24 renamed past_key_values, in outputs and in arguments
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
 @dataclass
-class MaskedDiffusionOutput(ModelOutput):
+class MaskedDiffusionOutput(CausalLMOutputWithPast):
     """What a student's forward returns.
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): denoising loss (with `labels`), or `head_fn`'s first result.
         logits (`torch.Tensor` of shape `(B, L, V)`, *optional*): same-position logits; absent with `head_fn`.
         terms (`dict[str, torch.Tensor]`, *optional*): what `head_fn` returned second.
-        past_key_values, hidden_states, attentions: as in transformers.
+        cache (before transformers 5.24 `past_key_values`), hidden_states, attentions: as in transformers.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     terms: dict[str, torch.Tensor] | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
@@ -62,13 +61,14 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         head_fn: Callable | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MaskedDiffusionOutput:
         """Runs the network; with `labels` also the forward process and the denoising loss.
@@ -84,6 +84,8 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
                 in place of the head, inside the forward that DDP, FSDP and PEFT wrap.
             num_items_in_batch (`int`, *optional*): trained-on tokens of the whole batch, the loss's divisor; those of
                 this call by default.
+            cache (`Cache`, *optional*), past_key_values: keys and values of earlier columns, under its new and its old
+                name.
 
         Returns:
             [`MaskedDiffusionOutput`]
@@ -104,7 +106,7 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -114,15 +116,13 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
             loss, terms = head_fn(hidden_BLH, self.lm_head.weight)
             return MaskedDiffusionOutput(loss=loss, terms=terms)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        return MaskedDiffusionOutput(
-            logits=self.lm_head(hidden_BLH if isinstance(keep, int) else hidden_BLH[:, keep]),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = self.lm_head(hidden_BLH if isinstance(keep, int) else hidden_BLH[:, keep])
+        further = {name: outputs.get(name) for name in (CACHE_NAME, "hidden_states", "attentions")}
+        return MaskedDiffusionOutput(logits=logits, **further)
 
-    def run_decoder(self, attention_mask=None, **kwargs):
+    def run_decoder(self, attention_mask=None, cache: Cache | None = None, **kwargs):
         """The body without the head, a 4-D boolean mask put into the form its attention implementation honours."""
+        kwargs[CACHE_NAME] = cache
         if isinstance(attention_mask, dict):
             attention_mask = {kind: self._honoured(mask) for kind, mask in attention_mask.items()}
         else:
