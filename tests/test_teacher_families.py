@@ -49,7 +49,8 @@ def teacher_logits(teacher, ids, valid, views, pack=True):
         pack,
     )
     names = ("input_ids", "position_ids", "stream", "block", "asked")
-    return teacher.logits({f"teacher_{name}": getattr(layout, name) for name in names}), layout.asked_position
+    hidden = teacher.hidden({f"teacher_{name}": getattr(layout, name) for name in names})
+    return teacher.logits(hidden), layout.asked_position
 
 
 # ---- what a teacher is shown ----

@@ -91,10 +91,10 @@ def test_two_views_in_one_forward_equal_two_forwards(kind, side, pack):
     masked[2, :8] = False
     part_a = masked & (draw(3, 14, seed=3) < 0.5)
     part_b = masked & ~part_a
-    together = teacher.logits(noised_batch(teacher.contract, ids, valid, [part_b, part_a], pack))
+    together = teacher.logits(teacher.hidden(noised_batch(teacher.contract, ids, valid, [part_b, part_a], pack)))
     in_b = part_b.flatten()[masked.flatten()]
     for part, selected in ((part_b, in_b), (part_a, ~in_b)):
-        alone = teacher.logits(noised_batch(teacher.contract, ids, valid, [part], pack))
+        alone = teacher.logits(teacher.hidden(noised_batch(teacher.contract, ids, valid, [part], pack)))
         torch.testing.assert_close(together[selected], alone, rtol=0, atol=1e-10)
     expected = naive_logits(teacher, ids, valid, [part_b, part_a])
     assert together.shape == (int(masked.sum()), VOCAB)
@@ -111,7 +111,7 @@ def test_eager_teacher_sees_what_sdpa_sees():
     for implementation in ("sdpa", "eager"):
         model = tiny("wedlm", attn_implementation=implementation).double()
         teacher = Teacher(model, contract_for(model.config, MASK, "paper", BLOCK))
-        logits.append(teacher.logits(noised_batch(teacher.contract, ids, valid, [masked])))
+        logits.append(teacher.logits(teacher.hidden(noised_batch(teacher.contract, ids, valid, [masked]))))
     # eager takes its softmax in float32
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
 
@@ -124,8 +124,8 @@ def test_teacher_is_frozen():
     assert not any(module.training for module in model.modules())
     ids = (draw(1, 8) * 20).long()
     batch = noised_batch(teacher.contract, ids, torch.ones_like(ids, dtype=torch.bool), [draw(1, 8) < 0.5])
-    logits = teacher.logits(batch)
-    assert len(logits) and not logits.requires_grad and torch.equal(logits, teacher.logits(batch))
+    logits = teacher.logits(teacher.hidden(batch))
+    assert len(logits) and not logits.requires_grad and torch.equal(logits, teacher.logits(teacher.hidden(batch)))
 
 
 # ---- contracts ----

@@ -3,10 +3,11 @@
 A preset means different divergences in the two pipelines, and only the two tokenizers tell which one it is: fields of
 TIDEConfig that are None are filled here, once both tokenizers are known.
 
-Shapes: N masked student positions, M pairs with teacher positions, C chunks, V and U vocabularies.
+Shapes: B rows, N masked student positions, the first M of them paired with M_T of the teacher's, C chunks, H and K
+hidden sizes, V and U vocabularies.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -14,12 +15,16 @@ import torch
 
 from .diffusion import chunk_loss_weight
 from .losses import (
+    ChunkTerm,
+    TokenTerm,
     bernoulli_reverse_kl_loss,
     calm_loss,
     chunk_log_likelihood,
     denoising_loss,
     expected_tidal_strength,
     forward_kl_loss,
+    fused_loss,
+    fused_true_token_log_probs,
     jsd_loss,
     reverse_calm_loss,
     reverse_kl_loss,
@@ -97,6 +102,11 @@ class Objective:
     tidal_scale: float = 1.0
 
     @property
+    def by_token(self) -> bool:
+        """Whether token distributions are compared, not chunk likelihoods."""
+        return self.divergence in TOKEN_DIVERGENCES
+
+    @property
     def distills(self) -> bool:
         """Whether a teacher is needed."""
         return self.divergence != "none" and self.distill_weight != 0
@@ -114,7 +124,7 @@ class Objective:
         teacher_logits: torch.Tensor | None = None,
         shared_vocab_size: int | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of one micro-batch, each term its local sum over the global count.
+        """The loss of one micro-batch from logits, each term its local sum over the global count: the definition.
 
         Args:
             student_logits_NV (`torch.Tensor` of shape `(N, V)`): at the masked positions.
@@ -129,19 +139,95 @@ class Objective:
         Returns:
             the scalar loss, and the detached, unweighted terms `ce` and `distill`.
         """
-        ce = self._denoising(student_logits_NV, batch, counts)
+        weights_N, num_items = self._denoising_weights(batch, counts)
+        ce = denoising_loss(student_logits_NV, batch["targets"], weights_N, num_items=num_items)
         loss, terms = self.ce_weight * ce, {"ce": ce.detach()}
-        if self.distills:
-            distill = self._distillation(
-                student_logits_NV, batch, counts, lambda_progress, teacher_logits, shared_vocab_size
+        if not self.distills:
+            return loss, terms
+        rows, weights, strength, num_items = self._distillation_weights(batch, counts, lambda_progress)
+        student = student_logits_NV[: len(batch["pair_chunk"])]
+        if self.by_token:
+            distill = self._token_loss(strength)(
+                student,
+                teacher_logits,
+                num_items=num_items,
+                temperature=self.temperature,
+                weights_N=weights,
+                shared_vocab_size=shared_vocab_size,
             )
-            loss, terms["distill"] = loss + self.distill_weight * distill, distill.detach()
-        return loss, terms
+        else:
+            likelihoods = [
+                chunk_log_likelihood(
+                    true_token_log_probs(logits, batch[f"{side}targets"][: len(logits)]),
+                    batch[f"{side}pair_chunk"],
+                    len(rows),
+                )
+                for side, logits in (("", student), ("teacher_", teacher_logits))
+            ]
+            distill = self._chunk_loss(strength)(*likelihoods, num_items=num_items, weights_C=weights)
+        return loss + self.distill_weight * distill, {**terms, "distill": distill.detach()}
 
-    def _denoising(self, student_logits_NV, batch, counts) -> torch.Tensor:
-        """CE on all masked positions under the run's weighting and normalisation."""
+    def from_hidden(
+        self,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        counts: torch.Tensor,
+        lambda_progress: float,
+        teacher_hidden: torch.Tensor | None = None,
+        teacher_head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        shared_vocab_size: int | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The same loss at a fraction of the memory (see `losses.fused`), and the same terms by row.
+
+        Args:
+            hidden_NH (`torch.Tensor` of shape `(N, H)`): the student's hidden states at the masked positions.
+            weight_VH (`torch.Tensor` of shape `(V, H)`): its head's weight.
+            teacher_hidden (`torch.Tensor` of shape `(M_T, K)`, *optional*): the teacher's at its asked positions.
+            teacher_head (`Callable`, *optional*): hidden states to logits, without gradient.
+
+        Returns:
+            the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`.
+        """
+        weights_N, num_items = self._denoising_weights(batch, counts)
+        weights_N = weights_N / num_items.clamp(min=1)
+        if not self.distills:
+            loss, nll_N, _ = fused_loss(hidden_NH, weight_VH, batch["targets"], self.ce_weight * weights_N)
+            return loss, {"ce": _by_row(nll_N * weights_N, batch["row"], batch["t"])}
+        rows, weights, strength, num_items = self._distillation_weights(batch, counts, lambda_progress)
+        weights = weights / num_items.clamp(min=1)
+        if self.by_token:
+            term = TokenTerm(
+                kind="tidal" if self.tidal else self.divergence,
+                teacher_hidden_MK=teacher_hidden,
+                teacher_head=teacher_head,
+                weights=self.distill_weight * weights,
+                temperature=self.temperature,
+                lambda_M=strength,
+                beta=self.jsd_beta,
+                shared_vocab_size=shared_vocab_size,
+            )
+        else:
+            log_probs = fused_true_token_log_probs(
+                teacher_hidden, teacher_head, batch["teacher_targets"], len(weight_VH)
+            )
+            teacher_C = chunk_log_likelihood(log_probs, batch["teacher_pair_chunk"], len(rows))
+
+            def chunk_values(student_C, chunks):
+                loss = self._chunk_loss(None if strength is None else strength[chunks])
+                return loss(student_C, teacher_C[chunks], num_items=None)
+
+            term = ChunkTerm(chunk_values, batch["pair_chunk"], batch["chunk_ends"], self.distill_weight * weights)
+        loss, nll_N, values = fused_loss(hidden_NH, weight_VH, batch["targets"], self.ce_weight * weights_N, term)
+        return loss, {
+            "ce": _by_row(nll_N * weights_N, batch["row"], batch["t"]),
+            "distill": _by_row(values * weights, rows, batch["t"]),
+        }
+
+    def _denoising_weights(self, batch, counts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of the masked positions (N,) under the run's weighting, and what divides their sum."""
         t_N = batch["t"][batch["row"]]
-        weights_N = 1.0
+        weights_N = torch.ones_like(t_N)
         if self.ce_weighting == "schedule" and self.chunk_weighting == "exact":
             weights_N = chunk_loss_weight(t_N, batch["chunk_tokens"], self.schedule)
         elif self.ce_weighting == "schedule":
@@ -151,39 +237,34 @@ class Objective:
             num_items = counts[3].float().expand(len(t_N))
         if self.loss_normalization == "sequence":
             num_items = num_items * batch["row_tokens"][batch["row"]]
-        return denoising_loss(student_logits_NV, batch["targets"], weights_N, num_items=num_items)
+        return weights_N, num_items
 
-    def _distillation(self, student_logits_NV, batch, counts, lambda_progress, teacher_logits, shared_vocab_size):
-        """The divergence, or TIDAL, over pairs (tokens) or active chunks."""
-        pair, teacher_pair = batch["pair"], batch["teacher_pair"]
-        by_token = self.divergence in TOKEN_DIVERGENCES
-        t = batch["t"][batch["row"][pair] if by_token else batch["chunk_row"]]
-        num_items = counts[1 if by_token else 2].float()
-        student, teacher = student_logits_NV[pair], teacher_logits[teacher_pair]
-        shared = {"shared_vocab_size": shared_vocab_size} if by_token else {}
-        if not by_token:
-            student = self._chunk_likelihoods(student, batch["targets"][pair], batch["pair_chunk"], len(t))
-            teacher = self._chunk_likelihoods(
-                teacher, batch["teacher_targets"][teacher_pair], batch["teacher_pair_chunk"], len(t)
-            )
+    def _distillation_weights(self, batch, counts, lambda_progress):
+        """Of the pairs (tokens) or active chunks: row, weight, TIDAL's λ (or None); and what divides their sum."""
+        rows = batch["row"][: len(batch["pair_chunk"])] if self.by_token else batch["chunk_row"]
+        t, num_items = batch["t"][rows], counts[1 if self.by_token else 2].float()
+        if not self.tidal:
+            return rows, torch.ones_like(t), None, num_items
+        strength = tidal_lambda(lambda_progress, self.lambda_max, t, self.lambda_axes)
+        return rows, timestep_weight(t, self.timestep_weight) * self.tidal_scale, strength, num_items
+
+    def _token_loss(self, lambda_M):
         if self.tidal:
-            tidal = tidal_loss if by_token else self._tidal_chunk_loss()
-            weights = timestep_weight(t, self.timestep_weight) * self.tidal_scale
-            strength = tidal_lambda(lambda_progress, self.lambda_max, t, self.lambda_axes)
-            weighted = {"weights_N" if by_token else "weights_C": weights}
-            return tidal(
-                student, teacher, strength, num_items=num_items, temperature=self.temperature, **weighted, **shared
-            )
-        divergence = {**TOKEN_DIVERGENCES, **CHUNK_DIVERGENCES}[self.divergence]
-        if self.divergence == "jsd":
-            divergence = partial(divergence, beta=self.jsd_beta)
-        return divergence(student, teacher, num_items=num_items, temperature=self.temperature, **shared)
+            return partial(tidal_loss, lambda_N=lambda_M)
+        loss = TOKEN_DIVERGENCES[self.divergence]
+        return partial(loss, beta=self.jsd_beta) if self.divergence == "jsd" else loss
 
-    def _chunk_likelihoods(self, logits, targets, chunk_numbers, num_chunks):
-        return chunk_log_likelihood(true_token_log_probs(logits, targets), chunk_numbers, num_chunks)
+    def _chunk_loss(self, lambda_C):
+        if self.tidal:
+            loss = partial(tidal_chunk_loss, lambda_C=lambda_C, reverse=self.divergence in REVERSE_DIVERGENCES)
+        else:
+            loss = CHUNK_DIVERGENCES[self.divergence]
+        return partial(loss, temperature=self.temperature)
 
-    def _tidal_chunk_loss(self):
-        return partial(tidal_chunk_loss, reverse=self.divergence in REVERSE_DIVERGENCES)
+
+def _by_row(values: torch.Tensor, rows: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+    """Sums by row, (B,)."""
+    return values.new_zeros(len(t_B)).index_add_(0, rows, values)
 
 
 def resolve_objective(config, alignment: str) -> Objective:

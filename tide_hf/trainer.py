@@ -7,6 +7,7 @@ forward.
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -28,9 +29,9 @@ from .data import (
 )
 from .diffusion import LayoutSpec, row_uniforms
 from .hub import HubTrainerMixin
-from .losses import denoising_loss, lambda_schedule
+from .losses import lambda_schedule
 from .models.masked_diffusion import block_visibility
-from .objective import CHUNK_DIVERGENCES, resolve_objective
+from .objective import resolve_objective
 from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 
 logger = logging.get_logger(__name__)
@@ -238,24 +239,23 @@ class TIDETrainer(HubTrainerMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted sum of the objective's terms, each over its global count."""
-        progress = self._lambda_progress()
-        teacher_logits = None if self.teacher is None else self.teacher.logits(inputs)
-
-        def head_fn(hidden_BPH, weight_VH):
-            logits_NV = hidden_BPH.flatten(0, 1)[inputs["asked"]] @ weight_VH.T
-            return self.objective(
-                logits_NV, inputs, inputs["counts"], progress, teacher_logits, self.shared_vocab_size
-            )
-
-        outputs = self._run_student(model, inputs, head_fn)
-        for name, term in outputs.terms.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + term
+        outputs = self._run_student(model, inputs, inputs["counts"], self.objective)
+        for name, term_B in outputs.terms.items():
+            self._term_sums[name] = self._term_sums.get(name, 0) + term_B.sum()
         # DDP averages gradients over processes; the terms are already divided by global counts
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _run_student(self, model, inputs, head_fn):
-        """The student's wrapped forward on a packed layout, `head_fn` in place of its head."""
+    def _run_student(self, model, inputs, counts, objective):
+        """The student's wrapped forward on a packed layout, the objective in place of its head."""
+        teacher = ()
+        if objective.distills:
+            teacher = (self.teacher.hidden(inputs), self.teacher.logits, self.shared_vocab_size)
+
+        def head_fn(hidden_BPH, weight_VH):
+            hidden_NH = hidden_BPH.flatten(0, 1)[inputs["asked"]]
+            return objective.from_hidden(hidden_NH, weight_VH, inputs, counts, self._lambda_progress(), *teacher)
+
         stream, block = inputs["stream"], inputs["block"]
         return model(
             input_ids=inputs["input_ids"],
@@ -310,74 +310,53 @@ class TIDETrainer(HubTrainerMixin, Trainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         was_training = model.training
         model.eval()
-        levels = self.args.eval_noise_levels or []
+        levels, objective = self.args.eval_noise_levels or [], self.objective
+        likelihood = replace(
+            objective, divergence="none", ce_weighting="uniform", loss_normalization="token", chunk_weighting="paper"
+        )
         totals = 0.0
         for batch in dataloader:
-            sums = [self._evaluate_rows(model, self._noise(batch, None))]
-            sums += [self._evaluate_rows(model, self._noise(batch, None, t), nll_only=True) for t in levels]
+            sums = [self._evaluate_rows(model, self._noise(batch, None), self.objective)]
+            sums += [self._evaluate_rows(model, self._noise(batch, None, t), likelihood) for t in levels]
             # rows that a data loader repeats to fill the last batch are cut off by gather_for_metrics
             rows = self.accelerator.gather_for_metrics(torch.cat(sums, dim=1))
             totals = totals + rows.double().sum(0)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
-        trained, pairs, chunks, rows, ce, distill = totals[:6].tolist()
-        objective = self.objective
+        (trained, pairs, chunks, _, rows, ce, distill), *at_levels = totals.reshape(-1, 7).tolist()
         units = rows if objective.loss_normalization != "token" else trained
-        distilled = chunks if objective.divergence in CHUNK_DIVERGENCES else pairs
+        distilled = pairs if objective.by_token else chunks
         metrics = {"ce": ce / max(units, 1)}
         if self.teacher is not None:
             metrics["distill"] = distill / max(distilled, 1)
         metrics["loss"] = objective.ce_weight * metrics["ce"] + objective.distill_weight * metrics.get("distill", 0.0)
-        for t, (nll, masked) in zip(levels, totals[6:].reshape(-1, 2).tolist(), strict=True):
+        for t, (_, _, _, masked, _, nll, _) in zip(levels, at_levels, strict=True):
             metrics[f"nll_{t:g}"] = nll / max(masked, 1)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
 
     @torch.no_grad()
-    def _evaluate_rows(self, model, batch, nll_only: bool = False) -> torch.Tensor:
-        """Sums and counts of each row: (B, 6) trained, pairs, chunks, 1, ce, distill; or (B, 2) nll, masked tokens."""
+    def _evaluate_rows(self, model, batch, objective) -> torch.Tensor:
+        """Sums and counts of each row, (B, 7): trained, pairs, chunks, masked tokens, 1, ce, distill."""
         batch = self._prepare_inputs(batch)
-        teacher_logits = None if self.teacher is None or nll_only else self.teacher.logits(batch)
-        ones = torch.ones(4, device=batch["asked"].device)
-
-        def head_fn(hidden_BPH, weight_VH):
-            hidden_PH, rows = hidden_BPH.flatten(0, 1), []
-            for index in range(len(batch["t"])):
-                part = _row_of(batch, index)
-                logits_NV = hidden_PH[part["asked"]] @ weight_VH.T
-                if nll_only:
-                    rows.append([denoising_loss(logits_NV, part["targets"], num_items=1.0), len(part["asked"])])
-                    continue
-                _, terms = self.objective(
-                    logits_NV, part, ones, self._lambda_progress(), teacher_logits, self.shared_vocab_size
-                )
-                counts = [part["row_tokens"][index], len(part.get("pair", ())), len(part.get("chunk_row", ())), 1]
-                rows.append([*counts, terms["ce"], terms.get("distill", 0.0)])
-            return None, {"rows": torch.tensor(rows, device=hidden_PH.device)}
-
-        return self._run_student(model, batch, head_fn).terms["rows"]
+        ones_B = torch.ones_like(batch["t"])
+        terms = self._run_student(model, batch, torch.ones(4, device=ones_B.device), objective).terms
+        num_pairs = len(batch.get("pair_chunk", ()))
+        columns = [
+            batch["row_tokens"],
+            _count_rows(batch["row"][:num_pairs], ones_B),
+            _count_rows(batch.get("chunk_row", batch["row"][:0]), ones_B),
+            _count_rows(batch["row"], ones_B),
+            ones_B,
+            terms["ce"],
+            terms.get("distill", torch.zeros_like(ones_B)),
+        ]
+        return torch.stack([column.to(ones_B) for column in columns], 1)
 
 
-def _row_of(batch: dict, index: int) -> dict:
-    """The part of a noised batch that concerns one row; row numbers and teacher indices stay those of the batch."""
-    inside = (batch["row"] == index).nonzero().squeeze(-1)
-    by_position = ("asked", "targets", "row", "chunk_tokens")
-    part = {**batch, **{name: batch[name][inside] for name in by_position}}
-    if "pair" not in batch:
-        return part
-    chunks = (batch["chunk_row"] == index).nonzero().squeeze(-1)
-    first_chunk = chunks[0] if len(chunks) else 0
-    first_position = inside[0] if len(inside) else 0
-    own = torch.isin(batch["pair_chunk"], chunks)
-    own_teacher = torch.isin(batch["teacher_pair_chunk"], chunks)
-    return {
-        **part,
-        "chunk_row": batch["chunk_row"][chunks],
-        "pair": batch["pair"][own] - first_position,
-        "pair_chunk": batch["pair_chunk"][own] - first_chunk,
-        "teacher_pair": batch["teacher_pair"][own_teacher],
-        "teacher_pair_chunk": batch["teacher_pair_chunk"][own_teacher] - first_chunk,
-    }
+def _count_rows(rows: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
+    """How often each row number occurs, (B,)."""
+    return torch.zeros_like(like_B).index_add_(0, rows, torch.ones_like(rows, dtype=like_B.dtype))
 
 
 def _init_kwargs(given: dict | None) -> dict:

@@ -3,7 +3,8 @@
 Everything that depends on the noise is known here, before any network runs: which positions each network is run on,
 which rows of hidden states meet the head, how they pair up, and the counts that divide each term.
 
-Shapes: B rows, L positions, N masked positions of the student, M of them paired with the teacher, C active chunks.
+Shapes: B rows, L positions, N masked positions of the student, the first M of them paired with M_T of the teacher's,
+C active chunks.
 """
 
 from collections.abc import Mapping
@@ -61,11 +62,12 @@ class Noising:
         Returns:
             `dict` of host tensors. Student: `input_ids, position_ids, stream, block (B, P)`, `asked (N,)` (flat
             columns to put through the head), `targets (N,)`, `row (N,)`, `chunk_tokens (N,)` (trained-on tokens of
-            each position's chunk), `t (B,)`. Pairs: `pair (M,)` (indices into the N), `teacher_pair (M_T,)` (indices
-            into the teacher's asked positions), `pair_chunk`, `teacher_pair_chunk` (number in 0 … C−1 of each),
-            `chunk_row (C,)`. Teacher: `teacher_input_ids, teacher_position_ids, teacher_stream, teacher_block`,
-            `teacher_asked`, `teacher_targets`. `counts (4,)`: trained-on tokens, pairs, active chunks, rows;
-            `row_tokens (B,)`: trained-on tokens of each row.
+            each position's chunk), `t (B,)`. The first M of the N positions are those of active chunks, by row and
+            chunk: `pair_chunk (M,)`, each one's number in 0 … C−1; `chunk_row (C,)`; and `chunk_ends`, C integers,
+            the position behind each chunk. Teacher: `teacher_input_ids, teacher_position_ids, teacher_stream,
+            teacher_block (B, P_T)`; of its positions in active chunks, in the same order, `teacher_asked`,
+            `teacher_targets`, `teacher_pair_chunk (M_T,)`. `counts (4,)`: trained-on tokens, pairs, active chunks,
+            rows; `row_tokens (B,)`: trained-on tokens of each row.
         """
         time_B, mask_BL, demo_BL = uniforms
         labels, chunk_ids = batch["labels"], batch["chunk_ids"]
@@ -80,19 +82,15 @@ class Noising:
         valid = batch["attention_mask"].bool()
         layout = block_layout(batch["input_ids"], valid, [masked], self.student, self.pack)
         length = labels.shape[1]
-        row = layout.asked_position // length
         out = {
             "input_ids": layout.input_ids,
             "position_ids": layout.position_ids,
             "stream": layout.stream,
             "block": layout.block,
-            "asked": layout.asked,
-            "targets": batch["input_ids"].flatten()[layout.asked_position],
-            "row": row,
-            "chunk_tokens": _trained_chunk_tokens(labels, chunk_ids, num_chunks).flatten()[layout.asked_position],
             "t": t_B,
             "row_tokens": (labels != -100).sum(1),
         }
+        asked, position = layout.asked, layout.asked_position
         num_pairs = num_active = 0
         if self.teacher is not None:
             if "teacher_input_ids" not in batch:
@@ -100,15 +98,32 @@ class Noising:
                     "The rows have no teacher side: this dataset was prepared without a teacher tokenizer. Prepare it "
                     "again with the teacher's, or give the trainer the raw rows."
                 )
-            teacher_masks = self._teacher_masks(batch, masked, hit_BC, demo_BL)
-            out |= self._teacher_inputs(batch, teacher_masks)
-            out |= self._pairs(batch, layout.asked_position, out.pop("teacher_asked_position"), num_chunks)
-            num_pairs, num_active = len(out["pair"]), len(out["chunk_row"])
+            ids, masks = batch["teacher_input_ids"], self._teacher_masks(batch, hit_BC, demo_BL)
+            teacher = block_layout(ids, batch["teacher_attention_mask"].bool(), masks, self.teacher, self.pack)
+            pair, teacher_pair, chunks = self._pairs(batch, position, teacher.asked_position, num_chunks)
+            # positions without a partner last
+            order = torch.cat([pair, _complement(pair, len(asked))])
+            asked, position = asked[order], position[order]
+            out |= chunks | {
+                "teacher_input_ids": teacher.input_ids,
+                "teacher_position_ids": teacher.position_ids,
+                "teacher_stream": teacher.stream,
+                "teacher_block": teacher.block,
+                "teacher_asked": teacher.asked[teacher_pair],
+                "teacher_targets": ids.flatten()[teacher.asked_position[teacher_pair]],
+            }
+            num_pairs, num_active = len(pair), len(out["chunk_row"])
+        out |= {
+            "asked": asked,
+            "targets": batch["input_ids"].flatten()[position],
+            "row": position // length,
+            "chunk_tokens": _trained_chunk_tokens(labels, chunk_ids, num_chunks).flatten()[position],
+        }
         trained = int(out["row_tokens"].sum())
         out["counts"] = torch.tensor([trained, num_pairs, num_active, len(labels)], dtype=torch.float64)
         return out
 
-    def _teacher_masks(self, batch, masked, hit_BC, demo_BL) -> list[torch.Tensor]:
+    def _teacher_masks(self, batch, hit_BC, demo_BL) -> list[torch.Tensor]:
         """Masked teacher positions of each view: one view, or CompDemo's two (B masked first, then A)."""
         teacher_chunks = batch["teacher_chunk_ids"]
         if not self.comp_demo:
@@ -117,22 +132,8 @@ class Noising:
         part_a, part_b = complementary_split(hit_BC, demo_BL[:, : hit_BC.shape[1]], self.demo_ratio)
         return [chunk_member(part_b, teacher_chunks), chunk_member(part_a, teacher_chunks)]
 
-    def _teacher_inputs(self, batch, masks) -> dict[str, torch.Tensor]:
-        """The teacher's layout under `teacher_…` names."""
-        ids = batch["teacher_input_ids"]
-        layout = block_layout(ids, batch["teacher_attention_mask"].bool(), masks, self.teacher, self.pack)
-        return {
-            "teacher_input_ids": layout.input_ids,
-            "teacher_position_ids": layout.position_ids,
-            "teacher_stream": layout.stream,
-            "teacher_block": layout.block,
-            "teacher_asked": layout.asked,
-            "teacher_targets": ids.flatten()[layout.asked_position],
-            "teacher_asked_position": layout.asked_position,
-        }
-
-    def _pairs(self, batch, student_position, teacher_position, num_chunks) -> dict[str, torch.Tensor]:
-        """Pairs asked student and teacher positions by active chunk, ordered by row and chunk.
+    def _pairs(self, batch, student_position, teacher_position, num_chunks) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Asked student and teacher positions of the active chunks, both ordered by row and chunk; and the chunks.
 
         A masked chunk that holds an untrained-on token, or has no token on one side, is inactive (SPEC §5).
         """
@@ -151,18 +152,26 @@ class Noising:
         for key in keys:
             order = key.argsort(stable=True)
             order = order[key[order] >= 0]
-            sides.append((order, key[order]))
-        (pair, key), (teacher_pair, teacher_key) = sides
-        chunks, pair_chunk = key.unique_consecutive(return_inverse=True)
-        teacher_chunks, teacher_pair_chunk = teacher_key.unique_consecutive(return_inverse=True)
+            sides.append((order, *key[order].unique_consecutive(return_inverse=True, return_counts=True)))
+        (pair, chunks, pair_chunk, sizes), (teacher_pair, teacher_chunks, teacher_pair_chunk, _) = sides
         assert torch.equal(chunks, teacher_chunks), "both sides hold the same active chunks"
-        return {
-            "pair": pair,
-            "pair_chunk": pair_chunk,
-            "teacher_pair": teacher_pair,
-            "teacher_pair_chunk": teacher_pair_chunk,
-            "chunk_row": chunks // num_chunks,
-        }
+        return (
+            pair,
+            teacher_pair,
+            {
+                "pair_chunk": pair_chunk,
+                "teacher_pair_chunk": teacher_pair_chunk,
+                "chunk_row": chunks // num_chunks,
+                "chunk_ends": sizes.cumsum(0).tolist(),
+            },
+        )
+
+
+def _complement(index: torch.Tensor, size: int) -> torch.Tensor:
+    """0 … size−1 without those in `index`, in order."""
+    outside = torch.ones(size, dtype=torch.bool)
+    outside[index] = False
+    return outside.nonzero().squeeze(-1)
 
 
 def _trained_chunk_tokens(labels_BL: torch.Tensor, chunk_ids_BL: torch.Tensor, num_chunks: int) -> torch.Tensor:

@@ -14,11 +14,14 @@ from .calm import (
 )
 from .denoising import denoising_loss
 from .divergence import forward_kl_loss, jsd_loss, reverse_kl_loss
+from .fused import ChunkTerm, TokenTerm, fused_loss, fused_true_token_log_probs
 from .tidal import expected_tidal_strength, lambda_schedule, tidal_lambda, tidal_loss, timestep_weight
 
 __all__ = [
     "PROBABILITY_CEILING",
     "PROBABILITY_FLOOR",
+    "ChunkTerm",
+    "TokenTerm",
     "bernoulli_reverse_kl_loss",
     "calm_loss",
     "chunk_log_likelihood",
@@ -26,6 +29,8 @@ __all__ = [
     "denoising_loss",
     "expected_tidal_strength",
     "forward_kl_loss",
+    "fused_loss",
+    "fused_true_token_log_probs",
     "jsd_loss",
     "lambda_schedule",
     "log1mexp",

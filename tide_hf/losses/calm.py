@@ -63,7 +63,7 @@ def calm_loss(
     student_log_likelihood_C: torch.Tensor,
     teacher_log_likelihood_C: torch.Tensor,
     *,
-    num_items: torch.Tensor | float,
+    num_items: torch.Tensor | float | None,
     temperature: float = 1.0,
     weights_C: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
@@ -89,7 +89,7 @@ def reverse_calm_loss(
     student_log_likelihood_C: torch.Tensor,
     teacher_log_likelihood_C: torch.Tensor,
     *,
-    num_items: torch.Tensor | float,
+    num_items: torch.Tensor | float | None,
     temperature: float = 1.0,
     weights_C: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
@@ -107,7 +107,7 @@ def bernoulli_reverse_kl_loss(
     student_log_likelihood_C: torch.Tensor,
     teacher_log_likelihood_C: torch.Tensor,
     *,
-    num_items: torch.Tensor | float,
+    num_items: torch.Tensor | float | None,
     temperature: float = 1.0,
     weights_C: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
@@ -126,7 +126,7 @@ def tidal_chunk_loss(
     teacher_log_likelihood_C: torch.Tensor,
     lambda_C: torch.Tensor,
     *,
-    num_items: torch.Tensor | float,
+    num_items: torch.Tensor | float | None,
     temperature: float = 1.0,
     weights_C: torch.Tensor | float = 1.0,
     reverse: bool = False,

@@ -12,7 +12,7 @@ def denoising_loss(
     targets_N: torch.Tensor,
     weights_N: torch.Tensor | float = 1.0,
     *,
-    num_items: torch.Tensor | float,
+    num_items: torch.Tensor | float | None,
 ) -> torch.Tensor:
     """Weighted negative log-likelihood of the clean tokens at masked positions.
 
@@ -24,7 +24,8 @@ def denoising_loss(
         weights_N (`torch.Tensor` of shape `(N,)` or `float`): w(t) of each position's row, `−α′(t)/(1−α(t))` or 1.
         num_items (`torch.Tensor` or `float`): what the sum is divided by. A number (token normalisation: the
             trained-on tokens of the whole global batch), or one divisor per position (sequence and batch
-            normalisation). Values below 1 count as 1.
+            normalisation). Values below 1 count as 1. None, here and in every loss: no sum, one value per position or
+            chunk.
 
     Returns:
         `torch.Tensor`: scalar in nats, float32 (float64 for float64 logits). No position: zero, with a graph.
@@ -40,8 +41,10 @@ def as_full_precision(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def weighted_sum(values_N: torch.Tensor, num_items: torch.Tensor | float) -> torch.Tensor:
-    """Σ values / max(num_items, 1); `num_items` is a number or one divisor per value."""
+def weighted_sum(values_N: torch.Tensor, num_items: torch.Tensor | float | None) -> torch.Tensor:
+    """Σ values / max(num_items, 1); `num_items` is a number or one divisor per value, None leaves the values alone."""
+    if num_items is None:
+        return values_N
     if isinstance(num_items, torch.Tensor):
         num_items = num_items.clamp(min=1)
         return (values_N / num_items).sum() if num_items.ndim else values_N.sum() / num_items

@@ -79,7 +79,7 @@ def tidal_loss(
     teacher_logits_NU: torch.Tensor,
     lambda_N: torch.Tensor,
     *,
-    num_items: torch.Tensor | float,
+    num_items: torch.Tensor | float | None,
     temperature: float = 1.0,
     weights_N: torch.Tensor | float = 1.0,
     shared_vocab_size: int | None = None,

@@ -29,7 +29,6 @@ from .masked_diffusion import (
     masked_probability,
 )
 
-
 # transformers 5.24 renamed past_key_values, in outputs and in arguments
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 

@@ -1,4 +1,4 @@
-"""The teacher's one forward."""
+"""The teacher's one forward, up to its head."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from ..models.masked_diffusion import attention_mask_for, block_visibility
 
 
 class Teacher:
-    """A frozen diffusion LM that gives logits where they are asked for.
+    """A frozen diffusion LM that gives hidden states where they are asked for, and a head for them.
 
     It is no submodule of the student or of the trainer's model: it is never trained, never saved, and the optimizer
     does not know it.
@@ -25,18 +25,18 @@ class Teacher:
         self.contract = contract
 
     @torch.no_grad()
-    def logits(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Logits at the asked positions of one noised batch.
+    def hidden(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Hidden states in front of the head, at the asked positions of one noised batch.
 
         CompDemo's two views are two noised copies in the same forward: they cannot see each other and share the clean
-        copy, so the logits equal those of two passes.
+        copy, so the states equal those of two passes.
 
         Args:
             batch (`Mapping`): the `teacher_…` tensors of [`~tide_hf.data.Noising`].
 
         Returns:
-            `torch.Tensor` of shape `(M_T, U)`, in the teacher's dtype, on the batch's device, in the order of
-            `teacher_asked`.
+            `torch.Tensor` of shape `(M_T, K)`, in the teacher's dtype, on the batch's device, in the order of
+            `teacher_asked`; [`logits`] takes any of them on.
         """
         asked = batch["teacher_asked"]
         input_ids, position_ids, stream, block = (
@@ -52,8 +52,14 @@ class Teacher:
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
+        return hidden.flatten(0, 1)[asked.to(hidden.device)].to(asked.device)
+
+    @torch.no_grad()
+    def logits(self, hidden_RK: torch.Tensor) -> torch.Tensor:
+        """The head: logits `(R, U)` of hidden states `(R, K)`, where those are."""
         head = self.model.get_output_embeddings()
-        return head(hidden.flatten(0, 1)[asked.to(hidden.device)]).to(asked.device)
+        device = hidden_RK.device if head.weight.is_meta else head.weight.device
+        return head(hidden_RK.to(device)).to(hidden_RK.device)
 
     def _device(self, default: torch.device) -> torch.device:
         """Where its input goes: the device of its first weights that are not off-loaded."""

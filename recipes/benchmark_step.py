@@ -1,0 +1,417 @@
+"""What one training step costs: the library's step beside the straightforward one, same loss and same gradients.
+
+Method: a student of hidden size 256 and 6 layers, a teacher of hidden size 512 and 8 layers, random weights, random
+tokens; the first part of each row is its prompt, the rest is trained on; every round draws new noise, the same on both
+sides. A step is everything from the padded batch to the gradients: noise, layouts, teacher, student, loss, backward.
+The straightforward side is built here from the plain functions of `tide_hf.losses`: both halves of [xt ; x0] whole,
+logits of the full vocabulary at every position of them, one teacher pass per CompDemo view, cross-entropy row by row.
+First its loss and every gradient are compared with the library's. Then both run in turn in one process; times are
+medians over `--rounds` rounds, and the ratio is the median of the rounds' ratios. Peak memory is that of one step in a
+process of its own, above what was resident with both networks loaded; gradients count, optimizer states do not exist.
+
+Hardware: any CPU with 8 GB; the default, both pipelines once, takes about eight minutes on 2 cores, `--sweep` about an
+hour. Nothing is downloaded.
+
+    python recipes/benchmark_step.py
+    python recipes/benchmark_step.py --pipelines shared --batch 4 --vocab 32000 --rounds 15
+    python recipes/benchmark_step.py --sweep --output recipes/reports/benchmark_step.json
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PIPELINES = {"shared": "TIDAL + CompDemo", "cross": "Reverse CALM"}
+BLOCK_SIZE = 32
+# what is varied in a sweep, one at a time around the default case
+SWEEP = {
+    "vocab": (32_000,),
+    "prompt": (0.25, 0.75),
+    "batch": (1, 4),
+    "length": (256, 1024),
+    "teacher_dtype": ("bfloat16",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row of the table: `length` tokens a row, `prompt` the share of them that is not trained on."""
+
+    pipeline: str
+    vocab: int = 151_936
+    prompt: float = 0.5
+    batch: int = 2
+    length: int = 512
+    teacher_dtype: str = "float32"
+    hidden: int = 256
+    layers: int = 6
+    teacher_hidden: int = 512
+    teacher_layers: int = 8
+
+    def __str__(self):
+        return (
+            f"{self.pipeline}, {self.vocab:,} ids, {self.batch} x {self.length} tokens, {self.prompt:.0%} prompt, "
+            f"teacher {self.teacher_dtype}"
+        )
+
+
+class Bench:
+    """Both networks in a TIDETrainer, and one padded batch."""
+
+    def __init__(self, case: Case):
+        import torch
+
+        from tide_hf import TIDEConfig, TIDETrainer
+        from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+
+        self.case = case
+        self.output = tempfile.TemporaryDirectory()
+        shared = case.pipeline == "shared"
+        tokenizers = build_tokenizer(), build_tokenizer(() if shared else ("12",))
+        torch.manual_seed(0)
+        student = build_model(case, case.hidden, case.layers, "block")
+        # LLaDA2 as published TIDE feeds it sees the noised row alone, from both sides
+        teacher = build_model(case, case.teacher_hidden, case.teacher_layers, "block" if shared else "full")
+        self.trainer = TIDETrainer(
+            model=student,
+            teacher=teacher.to(getattr(torch, case.teacher_dtype)),
+            args=TIDEConfig(
+                output_dir=self.output.name,
+                preset="tide-shared" if shared else "tide-cross",
+                shared_vocab_size=case.vocab if shared else None,
+                max_length=case.length,
+                max_steps=10,
+                use_cpu=not torch.cuda.is_available(),
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=sorting_rows(2, seed=0),
+            processing_class=tokenizers[0],
+            teacher_processing_class=tokenizers[1],
+        )
+        self.student, self.teacher = self.trainer.model, self.trainer.teacher.model
+        self.trainer.state.max_steps, self.trainer.state.global_step = 10, 3
+        self.batch = token_rows(case)
+
+    def uniforms(self, index: int):
+        """The noise of one round."""
+        from tide_hf.diffusion import row_uniforms
+
+        return row_uniforms(0, index, range(self.case.batch), self.case.length)
+
+    def library_step(self, index: int):
+        """Loss of the trainer's own step, gradients in place."""
+        batch = self.trainer.noising(self.batch, self.uniforms(index))
+        loss = self.trainer.compute_loss(self.student, self.trainer._prepare_inputs(batch))
+        loss.backward()
+        return loss.detach()
+
+    def straightforward_step(self, index: int):
+        """The same from the definitions."""
+        loss = (shared_loss if self.case.pipeline == "shared" else cross_loss)(self, self.uniforms(index))
+        loss.backward()
+        return loss.detach()
+
+    def gradients(self, step, index: int):
+        """Loss and gradients of one step from scratch."""
+        self.student.zero_grad()
+        loss = step(index)
+        return loss, [parameter.grad.clone() for parameter in self.student.parameters()]
+
+
+def build_model(case: Case, hidden: int, layers: int, objective: str):
+    """A Qwen3 diffusion LM with random weights, tied embeddings."""
+    from tide_hf import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
+
+    config = TIDEQwen3Config(
+        vocab_size=case.vocab,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        head_dim=64,
+        max_position_embeddings=4 * case.length,
+        tie_word_embeddings=True,
+        block_size=BLOCK_SIZE,
+        objective=objective,
+        mask_token_id=case.vocab - 1,
+    )
+    return TIDEQwen3ForBlockDiffusion(config)
+
+
+def token_rows(case: Case) -> dict:
+    """A padded batch of random tokens; across tokenizers chunks of one or two tokens on each side."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, case.length)
+    ids = torch.randint(case.vocab - 1, shape, generator=generator)
+    trained = (torch.arange(case.length) >= round(case.prompt * case.length)).expand(shape)
+    chunk_ids = teacher_chunk_ids = torch.arange(case.length).expand(shape)
+    teacher_ids = ids
+    if case.pipeline == "cross":
+        teacher_ids = torch.randint(case.vocab - 1, shape, generator=generator)
+        chunk_ids, teacher_chunk_ids = (
+            torch.randint(2, shape, generator=generator).cumsum(1) - torch.randint(1, shape) for _ in range(2)
+        )
+    return {
+        "input_ids": ids,
+        "labels": torch.where(trained, ids, -100),
+        "chunk_ids": torch.where(trained, chunk_ids, -1),
+        "attention_mask": torch.ones_like(ids),
+        "teacher_input_ids": teacher_ids,
+        "teacher_chunk_ids": torch.where(trained, teacher_chunk_ids, -1),
+        "teacher_attention_mask": torch.ones_like(ids),
+    }
+
+
+# -- the straightforward step -----------------------------------------------------------------------------------------
+
+
+def noised_logits(model, noised, clean, blocks: bool):
+    """Full-vocabulary logits of the noised half; in blocks of [xt ; x0], or of xt alone."""
+    import torch
+
+    from tide_hf.models.masked_diffusion import CLEAN_STREAM, NOISED_STREAM, block_visibility
+
+    length = clean.shape[1]
+    position = torch.arange(length, device=clean.device).expand_as(clean)
+    if not blocks:
+        return model(noised, position_ids=position, use_cache=False).logits
+    streams = [torch.full_like(clean, stream) for stream in (NOISED_STREAM, CLEAN_STREAM)]
+    stream, block = torch.cat(streams, 1), (position // BLOCK_SIZE).repeat(1, 2)
+    return model(
+        torch.cat([noised, clean], 1),
+        attention_mask=block_visibility(stream, block, stream, block),
+        position_ids=position.repeat(1, 2),
+        use_cache=False,
+    ).logits[:, :length]
+
+
+def shared_loss(bench: Bench, uniforms):
+    """CE + TIDAL with CompDemo's two teacher passes."""
+    import torch
+
+    from tide_hf.diffusion import complementary_split, diffusion_time, mask_positions
+    from tide_hf.losses import denoising_loss, tidal_lambda, tidal_loss, timestep_weight
+
+    device, objective = bench.student.device, bench.trainer.objective
+    batch = {name: value.to(device) for name, value in bench.batch.items()}
+    u_time, u_mask, u_demo = (draw.to(device) for draw in uniforms)
+    ids, labels = batch["input_ids"], batch["labels"]
+    t = diffusion_time(u_time)
+    masked = mask_positions(u_mask, t, labels)
+    part_a, part_b = complementary_split(masked, u_demo)
+    mask_id = bench.student.config.mask_token_id
+    with torch.no_grad():
+        views = [
+            noised_logits(bench.teacher, torch.where(part, mask_id, ids), ids, True)[masked]
+            for part in (part_b, part_a)
+        ]
+        teacher = torch.where(part_a[masked][:, None], views[1], views[0])
+    student = noised_logits(bench.student, torch.where(masked, mask_id, ids), ids, True)[masked]
+    t_N = t[:, None].expand_as(masked)[masked]
+    ce = denoising_loss(student, ids[masked], 1 / t_N, num_items=(labels != -100).sum())
+    distill = tidal_loss(
+        student,
+        teacher,
+        tidal_lambda(bench.trainer._lambda_progress(), objective.lambda_max, t_N),
+        num_items=masked.sum(),
+        temperature=objective.temperature,
+        weights_N=timestep_weight(t_N),
+    )
+    return ce + distill
+
+
+def cross_loss(bench: Bench, uniforms):
+    """CE + Reverse CALM; the teacher sees its noised row alone."""
+    import torch
+
+    from tide_hf.diffusion import (
+        chunk_loss_weight,
+        chunk_member,
+        complete_chunks,
+        diffusion_time,
+        mask_positions,
+        masked_chunks,
+    )
+    from tide_hf.losses import chunk_log_likelihood, denoising_loss, reverse_calm_loss, true_token_log_probs
+
+    device = bench.student.device
+    batch = {name: value.to(device) for name, value in bench.batch.items()}
+    u_time, u_mask, _ = (draw.to(device) for draw in uniforms)
+    ids, labels, chunks = batch["input_ids"], batch["labels"], batch["chunk_ids"]
+    teacher_ids, teacher_chunks = batch["teacher_input_ids"], batch["teacher_chunk_ids"]
+    t, num_chunks = diffusion_time(u_time), bench.case.length
+    masked, hit = complete_chunks(mask_positions(u_mask, t, labels), chunks, labels, num_chunks)
+    teacher_masked = chunk_member(hit, teacher_chunks)
+    sides = {
+        "student": (bench.student, ids, masked, chunks, True),
+        "teacher": (bench.teacher, teacher_ids, teacher_masked, teacher_chunks, False),
+    }
+    active = hit & masked_chunks(teacher_masked, teacher_chunks, num_chunks)
+    likelihoods = {}
+    for name, (model, tokens, mask, chunk_ids, blocks) in sides.items():
+        with torch.set_grad_enabled(name == "student"):
+            noised = torch.where(mask, model.config.mask_token_id, tokens)
+            logits = noised_logits(model, noised, tokens, blocks)[mask]
+            flat = (chunk_ids + torch.arange(len(ids), device=device)[:, None] * num_chunks)[mask]
+            log_probs = true_token_log_probs(logits, tokens[mask])
+            totals = chunk_log_likelihood(log_probs, flat, active.numel())
+            likelihoods[name] = totals[active.flatten()]
+            if name == "student":
+                student = logits
+    sizes = torch.zeros_like(hit, dtype=torch.long).scatter_add_(1, chunks.clamp(min=0), (labels != -100).long())
+    weights = chunk_loss_weight(t[:, None], sizes.gather(1, chunks.clamp(min=0)))[masked]
+    ce = denoising_loss(student, ids[masked], weights, num_items=(labels != -100).sum())
+    distill = reverse_calm_loss(
+        likelihoods["student"],
+        likelihoods["teacher"],
+        num_items=active.sum(),
+        temperature=bench.trainer.objective.temperature,
+    )
+    return ce + distill
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def largest_difference(bench: Bench) -> tuple[float, float]:
+    """Relative difference of the losses, and the largest of a gradient entry in units of its tensor's largest one."""
+    loss, gradients = bench.gradients(bench.library_step, 0)
+    expected, references = bench.gradients(bench.straightforward_step, 0)
+    differences = [
+        float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+        for ours, theirs in zip(gradients, references, strict=True)
+    ]
+    return float((loss - expected).abs() / expected.abs()), max(differences)
+
+
+def seconds(bench: Bench, step, index: int) -> float:
+    """Wall time of one step with empty gradients."""
+    import torch
+
+    bench.student.zero_grad()
+    start = time.perf_counter()
+    step(index)
+    if bench.student.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(case: Case, side: str) -> int:
+    """Peak memory of one step above the weights, in this process, which has to be fresh."""
+    import torch
+
+    bench = Bench(case)
+    step = bench.library_step if side == "library" else bench.straightforward_step
+    if bench.student.device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(0)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is what is resident now
+    before = resident_bytes("VmRSS")
+    step(0)
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(name: str) -> int:
+    """A line of Linux's /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def measure(case: Case, rounds: int, with_memory: bool) -> dict:
+    """One row of the table."""
+    bench = Bench(case)
+    loss_difference, gradient_difference = largest_difference(bench)
+    # float32 sums in another order; a bfloat16 teacher rounds its logits, which depend on how many rows are run
+    tolerance = 1e-5 if case.teacher_dtype == "float32" else 5e-2
+    if max(loss_difference, gradient_difference) > tolerance:
+        sys.exit(f"{case}: loss differs by {loss_difference:.1e}, a gradient by {gradient_difference:.1e}.")
+    times = [
+        (seconds(bench, bench.straightforward_step, index), seconds(bench, bench.library_step, index))
+        for index in range(rounds)
+    ]
+    row = {
+        **dataclasses.asdict(case),
+        "gradient_difference": gradient_difference,
+        "straightforward_s": statistics.median(plain for plain, _ in times),
+        "library_s": statistics.median(ours for _, ours in times),
+        "times_faster": statistics.median(plain / ours for plain, ours in times),
+    }
+    if with_memory:
+        peaks = {side: subprocess_peak(case, side) for side in ("straightforward", "library")}
+        row |= {f"{side}_bytes": peak for side, peak in peaks.items()}
+        row["times_less_memory"] = peaks["straightforward"] / peaks["library"]
+    return row
+
+
+def subprocess_peak(case: Case, side: str) -> int:
+    """[`peak_bytes`] in a process of its own."""
+    command = [sys.executable, __file__, "--peak_of", side, "--case", json.dumps(dataclasses.asdict(case))]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def format_row(row: dict) -> str:
+    """One line of the table."""
+    cells = [
+        f"{row['pipeline']:>8} {row['vocab']:>8,} {row['batch']:>5} {row['length']:>6} {row['prompt']:>6.0%}",
+        f"{row['teacher_dtype']:>9} {row['straightforward_s']:>7.2f} s {row['library_s']:>7.2f} s",
+        f"{row['times_faster']:>6.1f}x",
+    ]
+    if "times_less_memory" in row:
+        sizes = (f"{row[f'{side}_bytes'] / 2**20:>8,.0f} MiB" for side in ("straightforward", "library"))
+        cells += [*sizes, f"{row['times_less_memory']:>6.1f}x"]
+    return " ".join(cells) + f"  {row['gradient_difference']:.0e}"
+
+
+HEADER = (
+    "pipeline   vocab  batch length prompt   teacher   plain      library    faster   plain peak library peak    less"
+    "  gradients"
+)
+
+
+def main(command_line: list[str] | None = None) -> None:
+    """Prints the table; see the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipelines", nargs="+", default=list(PIPELINES), choices=PIPELINES)
+    for field in dataclasses.fields(Case)[1:]:
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    parser.add_argument("--sweep", action="store_true", help="also every other value of " + ", ".join(SWEEP))
+    parser.add_argument("--rounds", type=int, default=7, help="at least 7 for a median to trust")
+    parser.add_argument("--no_memory", action="store_true", help="leave out the two processes that measure the peaks")
+    parser.add_argument("--output", help="JSON file for the numbers")
+    parser.add_argument("--peak_of", choices=("library", "straightforward"), help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(command_line)
+    if arguments.peak_of:
+        print(peak_bytes(Case(**arguments.case), arguments.peak_of))
+        return
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Case)[1:]}
+    rows = []
+    for pipeline in arguments.pipelines:
+        base = Case(pipeline, **given)
+        varied = [{name: value} for name, values in SWEEP.items() for value in values] if arguments.sweep else []
+        print(f"{pipeline}: {PIPELINES[pipeline]}\n{HEADER}", flush=True)
+        for change in ({}, *varied):
+            rows.append(measure(dataclasses.replace(base, **change), arguments.rounds, not arguments.no_memory))
+            print(format_row(rows[-1]), flush=True)
+    if arguments.output:
+        import torch
+        import transformers
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        Path(arguments.output).write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
