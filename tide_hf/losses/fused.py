@@ -21,7 +21,7 @@ from .denoising import as_full_precision
 from .divergence import shared_logits
 
 # logits of one slice, in bytes: large enough for fast matrix products, small beside a model
-SLICE_BYTES = {"cpu": 2**26, "cuda": 2**28}
+SLICE_BYTES = {"cpu": 2**25, "cuda": 2**28}
 # logits that a CPU keeps in its caches over the dozen elementwise passes
 CACHED_LOGITS = 2**18
 
