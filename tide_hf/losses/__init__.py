@@ -16,11 +16,11 @@ from .denoising import denoising_loss
 from .divergence import forward_kl_loss, jsd_loss, reverse_kl_loss
 from .inverse import (
     chunked_head_loss,
-    clean_log_probs,
     clean_token_probabilities,
     inverse_distillation_loss,
     sample_tokens,
     soft_denoising_loss,
+    without_mask_token,
 )
 from .tidal import expected_tidal_strength, lambda_schedule, tidal_lambda, tidal_loss, timestep_weight
 
@@ -32,7 +32,6 @@ __all__ = [
     "chunk_log_likelihood",
     "chunk_log_probability",
     "chunked_head_loss",
-    "clean_log_probs",
     "clean_token_probabilities",
     "denoising_loss",
     "expected_tidal_strength",
@@ -50,4 +49,5 @@ __all__ = [
     "tidal_loss",
     "timestep_weight",
     "true_token_log_probs",
+    "without_mask_token",
 ]

@@ -20,31 +20,25 @@ from .denoising import as_full_precision, weighted_sum
 CHUNK_SIZE = 1024  # positions whose logits exist at a time
 
 
-def clean_log_probs(logits_NV: torch.Tensor, mask_token_id: int | None = None) -> torch.Tensor:
-    """log softmax in full precision, without [MASK]; 0 in [MASK]'s own column, which no q weighs.
-
-    Args:
-        logits_NV (`torch.Tensor` of shape `(N, V)`): any float dtype.
-        mask_token_id (`int`, *optional*): id of [MASK].
-
-    Returns:
-        `torch.Tensor` of shape `(N, V)`, nats, float32 (float64 for float64 logits).
-    """
+def without_mask_token(logits_NV: torch.Tensor, mask_token_id: int | None) -> torch.Tensor:
+    """Logits in full precision, that of [MASK] −∞; without an id as they are."""
     logits_NV = as_full_precision(logits_NV)
     if mask_token_id is None:
-        return logits_NV.log_softmax(-1)
-    column = torch.tensor([mask_token_id], device=logits_NV.device)
-    log_probs_NV = logits_NV.index_fill(-1, column, -torch.inf).log_softmax(-1)
-    return log_probs_NV.index_fill(-1, column, 0.0)
+        return logits_NV
+    return logits_NV.index_fill(-1, torch.tensor([mask_token_id], device=logits_NV.device), -torch.inf)
 
 
 def clean_token_probabilities(logits_NV: torch.Tensor, mask_token_id: int | None = None) -> torch.Tensor:
     """q = softmax of the student's logits, [MASK] with probability 0; `(N, V)`, float32 at least."""
-    logits_NV = as_full_precision(logits_NV)
-    if mask_token_id is not None:
-        column = torch.tensor([mask_token_id], device=logits_NV.device)
-        logits_NV = logits_NV.index_fill(-1, column, -torch.inf)
-    return logits_NV.softmax(-1)
+    return without_mask_token(logits_NV, mask_token_id).softmax(-1)
+
+
+def _clean_log_probs(logits_NV: torch.Tensor, mask_token_id: int | None) -> torch.Tensor:
+    """log softmax without [MASK], whose own column is 0: no q weighs it, and 0 · (−∞) would be NaN."""
+    log_probs_NV = without_mask_token(logits_NV, mask_token_id).log_softmax(-1)
+    if mask_token_id is None:
+        return log_probs_NV
+    return log_probs_NV.index_fill(-1, torch.tensor([mask_token_id], device=logits_NV.device), 0.0)
 
 
 def soft_denoising_loss(
@@ -69,7 +63,7 @@ def soft_denoising_loss(
 
     Source: IDLM 2602.19066; SPEC, inverse distillation, step 3.
     """
-    log_probs_NV = clean_log_probs(logits_NV, mask_token_id)
+    log_probs_NV = _clean_log_probs(logits_NV, mask_token_id)
     return weighted_sum(-(probabilities_NV.detach() * log_probs_NV).sum(-1) * weights_N, num_items)
 
 
@@ -97,8 +91,8 @@ def inverse_distillation_loss(
 
     Source: IDLM 2602.19066; SPEC, inverse distillation, step 4.
     """
-    fake_NV = clean_log_probs(fake_logits_NV.detach(), mask_token_id)
-    log_ratio_NV = fake_NV - clean_log_probs(teacher_logits_NV.detach(), mask_token_id)
+    fake_NV = _clean_log_probs(fake_logits_NV.detach(), mask_token_id)
+    log_ratio_NV = fake_NV - _clean_log_probs(teacher_logits_NV.detach(), mask_token_id)
     probabilities_NV = clean_token_probabilities(student_logits_NV, mask_token_id)
     return weighted_sum((probabilities_NV * log_ratio_NV).sum(-1) * weights_N, num_items)
 
