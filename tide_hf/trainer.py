@@ -6,38 +6,28 @@ forward.
 """
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .adapter import prepare_adapter
 from .alignment import resolve_alignment
 from .config import TIDEConfig
-from .data import (
-    DistillationCollator,
-    Noising,
-    RowPreparation,
-    is_prepared,
-    prepare_dataset,
-    require_same_preparation,
-)
+from .data import DistillationCollator, Noising, RowPreparation
 from .diffusion import LayoutSpec, row_uniforms
-from .hub import HubTrainerMixin
+from .diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, refuse_data_parallel, run_packed
 from .losses import lambda_schedule
-from .models.masked_diffusion import block_visibility
 from .objective import resolve_objective
 from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 
 logger = logging.get_logger(__name__)
 
 
-class TIDETrainer(HubTrainerMixin, Trainer):
+class TIDETrainer(DiffusionTrainer):
     """Trains a block-diffusion (or full-sequence) student, with a frozen diffusion LM as teacher or without one.
 
     Args:
@@ -77,20 +67,11 @@ class TIDETrainer(HubTrainerMixin, Trainer):
         **kwargs,
     ):
         args = TIDEConfig() if args is None else args
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process would run DataParallel, which TIDETrainer does not support: start "
-                "the script with `accelerate launch`, or choose one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
+        refuse_data_parallel(args)
+        model, processing_class, revision = load_student(model, args, processing_class)
         if teacher_processing_class is None:
             by_name = isinstance(teacher, str)
             teacher_processing_class = AutoTokenizer.from_pretrained(teacher) if by_name else processing_class
-        revision = None
-        if isinstance(model, str):
-            revision = (args.model_init_kwargs or {}).get("revision")
-            model = AutoModelForCausalLM.from_pretrained(model, **_init_kwargs(args.model_init_kwargs))
         self._configure_student(model, args, processing_class)
 
         alignment, shared_vocab_size = resolve_alignment(args.alignment, processing_class, teacher_processing_class)
@@ -107,12 +88,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
         self._preparation = RowPreparation.for_run(
             args, model.config.block_size, alignment, (processing_class, model.config.mask_token_id), teacher_side
         )
-        self.preparation_reports = {}
-        train_dataset = self._prepare("train", train_dataset, args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare(name, rows, args) for name, rows in eval_dataset.items()}
-        else:
-            eval_dataset = self._prepare("eval", eval_dataset, args)
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
         set_seed(args.seed)  # an adapter starts at random, and Trainer sets the seed only later
         model = prepare_adapter(model, peft_config, revision)
         self._term_sums: dict[str, torch.Tensor] = {}
@@ -120,9 +96,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=DistillationCollator(
-                _pad_token_id(processing_class), _pad_token_id(teacher_processing_class)
-            ),
+            data_collator=DistillationCollator(pad_token_id(processing_class), pad_token_id(teacher_processing_class)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -132,32 +106,6 @@ class TIDETrainer(HubTrainerMixin, Trainer):
             self.teacher.model.to(args.device)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
-
-    def _configure_student(self, model, args, tokenizer) -> None:
-        """Writes what the run decides into the student's config, so that a checkpoint generates as it was trained."""
-        config = model.config
-        if not hasattr(config, "objective"):
-            raise ValueError(
-                f"The student is a {type(model).__name__} (model_type={config.model_type!r}), which is no diffusion "
-                "LM of this library. Load a tide_… or a2d-… checkpoint, or make one with convert_to_diffusion."
-            )
-        config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
-        if args.block_size is not None:
-            config.block_size = args.block_size
-        elif config.objective == "block" and args.max_length % config.block_size:
-            raise ValueError(
-                f"The student's block_size={config.block_size} does not fit max_length={args.max_length}: choose a "
-                "multiple of it as max_length, or set block_size."
-            )
-        config.noise_schedule = args.schedule
-        settings = model.generation_config
-        settings.mask_token_id = config.mask_token_id
-        # a whole-sequence student decodes the whole answer at once, unless a block size is asked for
-        settings.block_size = config.block_size if config.objective == "block" else None
-        if settings.eos_token_id is None:
-            settings.eos_token_id = tokenizer.eos_token_id
-        if settings.pad_token_id is None:
-            settings.pad_token_id = _pad_token_id(tokenizer)
 
     def _load_teacher(self, teacher, args, tokenizer, block_size) -> Teacher | None:
         """The frozen teacher and its contract; None where the objective needs none."""
@@ -172,7 +120,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
                 teacher,
                 dtype=args.teacher_dtype,
                 load_in_4bit=args.teacher_load_in_4bit,
-                **_init_kwargs(args.teacher_model_init_kwargs),
+                **(args.teacher_model_init_kwargs or {}),
             )
         mask_token_id = resolve_mask_token_id(args.teacher_mask_token_id, teacher.config, tokenizer, "teacher")
         return Teacher(teacher, contract_for(teacher.config, mask_token_id, args.teacher_context, block_size))
@@ -189,35 +137,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
             demo_ratio=self.objective.demo_ratio,
         )
 
-    def _prepare(self, name: str, dataset, args):
-        """Token columns for a raw dataset; one prepared for this run's tokenizers and settings passes."""
-        if dataset is None:
-            return None
-        if is_prepared(dataset):
-            report = require_same_preparation(dataset, self._preparation, name)
-            if report is not None:
-                self.preparation_reports[name] = report
-            return dataset
-        with args.main_process_first(desc=f"preparing the {name} dataset"):
-            dataset, self.preparation_reports[name] = prepare_dataset(
-                dataset, self._preparation, num_proc=args.dataset_num_proc
-            )
-        return dataset
-
     # -- one step -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _host_batches(self):
-        """Data loaders made inside leave batches on the host, where the noise is drawn."""
-        placement, self.accelerator.device_placement = self.accelerator.device_placement, False
-        try:
-            yield
-        finally:
-            self.accelerator.device_placement = placement
-
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        with self._host_batches():
-            return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _noise(self, batch, epoch: int | None, t: float | None = None) -> dict:
         """One micro-batch, noised by draws keyed by (seed, epoch, row)."""
@@ -256,14 +176,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
             hidden_NH = hidden_BPH.flatten(0, 1)[inputs["asked"]]
             return objective.from_hidden(hidden_NH, weight_VH, inputs, counts, self._lambda_progress(), *teacher)
 
-        stream, block = inputs["stream"], inputs["block"]
-        return model(
-            input_ids=inputs["input_ids"],
-            attention_mask=block_visibility(stream, block, stream, block),
-            position_ids=inputs["position_ids"],
-            use_cache=False,
-            head_fn=head_fn,
-        )
+        return run_packed(model, inputs, head_fn)
 
     def _lambda_progress(self) -> float:
         """λ(s) at the current step."""
@@ -286,14 +199,6 @@ class TIDETrainer(HubTrainerMixin, Trainer):
                 logs["lambda"] = self._lambda_progress()
             self._term_sums, self._term_steps = {}, 0
         super().log(logs, start_time)
-
-    # -- saving -------------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Beside an adapter also the generation settings of the run, which its base may not have."""
-        super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel):
-            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -357,13 +262,3 @@ class TIDETrainer(HubTrainerMixin, Trainer):
 def _count_rows(rows: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
     """How often each row number occurs, (B,)."""
     return torch.zeros_like(like_B).index_add_(0, rows, torch.ones_like(rows, dtype=like_B.dtype))
-
-
-def _init_kwargs(given: dict | None) -> dict:
-    """A copy of from_pretrained arguments."""
-    return dict(given or {})
-
-
-def _pad_token_id(tokenizer) -> int:
-    """The tokenizer's padding id, or its EOS id: padding is never attended, so any id serves."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
