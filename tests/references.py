@@ -196,6 +196,33 @@ def complementary_split(masked, uniform, ratio: float) -> tuple[np.ndarray, np.n
     return part_a, part_b
 
 
+# ---- inverse distillation ----
+
+
+def clean_distribution(logits, mask) -> torch.Tensor:
+    """softmax over the tokens that are not [MASK], one at a time; 0 at [MASK]."""
+    weights = [torch.exp(z) * (0.0 if v == mask else 1.0) for v, z in enumerate(logits)]
+    return torch.stack([weight / sum(weights) for weight in weights])
+
+
+def soft_denoising(logits_NV, q_NV, weights_N, num_items, mask=None) -> torch.Tensor:
+    """L(f, q) = Σ_i w_i Σ_v −q_iv log f_iv / num_items over v ≠ [MASK]."""
+    total = logits_NV.sum() * 0
+    for logits, q, weight in zip(logits_NV, q_NV, weights_N, strict=True):
+        f = clean_distribution(logits, mask)
+        for v in range(len(f)):
+            if v != mask:
+                total = total - weight * q[v] * torch.log(f[v])
+    return total / num_items
+
+
+def inverse_student(student_NV, teacher_NV, fake_NV, weights_N, num_items, mask=None) -> torch.Tensor:
+    """L(f*, q) − L(f, q), q = softmax of the student's logits without [MASK]."""
+    q_NV = [clean_distribution(logits, mask) for logits in student_NV]
+    real = soft_denoising(teacher_NV.detach(), q_NV, weights_N, num_items, mask)
+    return real - soft_denoising(fake_NV.detach(), q_NV, weights_N, num_items, mask) + student_NV.sum() * 0
+
+
 # ---- block visibility ----
 
 

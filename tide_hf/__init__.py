@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "TIDEConfig": "config",
     "TIDETrainer": "trainer",
+    "IDLMConfig": "few_step",
+    "IDLMTrainer": "few_step",
     "Objective": "objective",
     "TIDELlamaConfig": "models",
     "TIDELlamaForBlockDiffusion": "models",

@@ -1,4 +1,4 @@
-"""TIDEConfig: transformers' training arguments plus every knob of the distillation."""
+"""TIDEConfig: transformers' training arguments plus every knob of the distillation; and what other configs share."""
 
 from dataclasses import dataclass, field
 
@@ -42,11 +42,73 @@ def _knob(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+def check_fields(config, choices: dict[str, tuple], ranges: dict[str, tuple[float, float, bool]]) -> None:
+    """Checks those fields of a configuration that it has; None passes a range.
+
+    Raises:
+        ValueError: for an unknown choice or a number out of range, with what is allowed.
+    """
+    for name, allowed in choices.items():
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            known = ", ".join(str(choice) for choice in allowed if choice is not None)
+            raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
+    for name, (low, high, closed) in ranges.items():
+        value = getattr(config, name, None)
+        if value is not None and not (low <= value <= high if closed else low < value < high):
+            ends = "[]" if closed else "()"
+            raise ValueError(f"{name}={value} is out of range; it must lie in {ends[0]}{low:g}, {high:g}{ends[1]}.")
+
+
 @dataclass
-class TIDEConfig(TrainingArguments):
+class DiffusionConfig(TrainingArguments):
+    """What every trainer of a diffusion LM is told: forward process, blocks, rows.
+
+    Everything of [`~transformers.TrainingArguments`], and the fields below.
+
+    Raises:
+        ValueError: for an unknown choice or a number out of range, with what is allowed.
+    """
+
+    schedule: str = _knob("linear", "α(t), the probability that a position stays clean: linear 1−t or cosine.")
+    time_epsilon: float = _knob(TIME_EPSILON, "Smallest diffusion time, in (0, 1).")
+    block_size: int | None = _knob(
+        None, "Tokens per diffusion block; the student's own by default. Divides max_length."
+    )
+    max_length: int = _knob(512, "Tokens of a student row; longer rows are cut.")
+    eos_fill: str = _knob(
+        "block", "What follows the last answer's end: none, EOS to the block's end (trained on), EOS to max_length."
+    )
+    trained_turns: str = _knob("all", "Assistant turns of a conversation that are trained on: all, or the last alone.")
+    dataset_num_proc: int | None = _knob(None, "Processes that prepare the dataset.")
+    mask_token_id: int | None = _knob(None, "Student's [MASK]; from its config or tokenizer by default.")
+    model_init_kwargs: dict | str | None = _knob(
+        None, "from_pretrained arguments of the student (JSON on a command line)."
+    )
+    remove_unused_columns: bool | None = _knob(False, "Kept False: the step needs row_id and the chunk columns.")
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012  (transformers')
+
+    def __post_init__(self):
+        check_fields(self, CHOICES, RANGES)
+        if self.block_size is not None and (self.block_size < 1 or self.max_length % self.block_size):
+            raise ValueError(
+                f"block_size={self.block_size} does not fit max_length={self.max_length}: the last block of a full "
+                "row would be cut short. Choose a block_size that divides max_length."
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop row_id, which keys the noise; leave it False.")
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # a streaming dataset is read by every process: noise is drawn on the host, nothing is broadcast
+            self.accelerator_config.dispatch_batches = False
+
+
+@dataclass
+class TIDEConfig(DiffusionConfig):
     """Arguments of [`TIDETrainer`].
 
-    Everything of [`~transformers.TrainingArguments`], and the fields below. Those that default to None are filled from
+    Everything of [`DiffusionConfig`], and the fields below. Those that default to None are filled from
     `preset` once both tokenizers are known (see `trainer.objective`); a given value always wins.
 
     Raises:
@@ -89,8 +151,6 @@ class TIDEConfig(TrainingArguments):
         "none (paper), or expected: divide TIDAL by its average strength against KL (0.0856 with the defaults), so "
         "that distill_weight means the same for every objective. none.",
     )
-    schedule: str = _knob("linear", "α(t), the probability that a position stays clean: linear 1−t or cosine.")
-    time_epsilon: float = _knob(TIME_EPSILON, "Smallest diffusion time, in (0, 1).")
     ce_weighting: str = _knob(
         "schedule", "Weight of the denoising loss: schedule −α′/(1−α), 1/t if linear; or uniform."
     )
@@ -104,20 +164,10 @@ class TIDEConfig(TrainingArguments):
         "What the denoising sum is divided by: trained-on tokens of the global batch (token), those of each sequence "
         "and the number of sequences (sequence), or the number of sequences (batch).",
     )
-    block_size: int | None = _knob(
-        None, "Tokens per diffusion block; the student's own by default. Divides max_length."
-    )
-    max_length: int = _knob(512, "Tokens of a student row; longer rows are cut.")
     teacher_max_length: int | None = _knob(None, "Tokens of a teacher row; as max_length by default.")
-    eos_fill: str = _knob(
-        "block", "What follows the last answer's end: none, EOS to the block's end (trained on), EOS to max_length."
-    )
-    trained_turns: str = _knob("all", "Assistant turns of a conversation that are trained on: all, or the last alone.")
-    dataset_num_proc: int | None = _knob(None, "Processes that prepare the dataset.")
     eval_noise_levels: list[float] | None = _knob(
         None, "Diffusion times at which evaluation also reports the negative log-likelihood per masked token, in nats."
     )
-    mask_token_id: int | None = _knob(None, "Student's [MASK]; from its config or tokenizer by default.")
     teacher_mask_token_id: int | None = _knob(
         None, "Teacher's [MASK]; from its config, tokenizer or family by default."
     )
@@ -129,44 +179,14 @@ class TIDEConfig(TrainingArguments):
     )
     teacher_dtype: str = _knob("auto", "Precision the teacher is loaded in: auto, float32, bfloat16, float16.")
     teacher_load_in_4bit: bool = _knob(False, "Load the teacher in 4 bits (needs the quant extra).")
-    model_init_kwargs: dict | str | None = _knob(
-        None, "from_pretrained arguments of the student (JSON on a command line)."
-    )
     teacher_model_init_kwargs: dict | str | None = _knob(
         None, "from_pretrained arguments of the teacher (JSON on a command line)."
     )
-    remove_unused_columns: bool | None = _knob(False, "Kept False: the step needs row_id and the chunk columns.")
 
-    _VALID_DICT_FIELDS = [  # noqa: RUF012  (transformers' own attribute)
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "teacher_model_init_kwargs",
-    ]
+    _VALID_DICT_FIELDS = [*DiffusionConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                known = ", ".join(str(choice) for choice in allowed if choice is not None)
-                raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
-        for name, (low, high, closed) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not (low <= value <= high if closed else low < value < high):
-                ends = "[]" if closed else "()"
-                raise ValueError(
-                    f"{name}={value} is out of range; it must lie in {ends[0]}{low:g}, {high:g}{ends[1]}."
-                )
         for level in self.eval_noise_levels or []:
             if not 0 < level <= 1:
                 raise ValueError(f"eval_noise_levels must lie in (0, 1], got {level}.")
-        if self.block_size is not None and (self.block_size < 1 or self.max_length % self.block_size):
-            raise ValueError(
-                f"block_size={self.block_size} does not fit max_length={self.max_length}: the last block of a full "
-                "row would be cut short. Choose a block_size that divides max_length."
-            )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop row_id, which keys the noise; leave it False.")
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches is None:
-            # a streaming dataset is read by every process: noise is drawn on the host, nothing is broadcast
-            self.accelerator_config.dispatch_batches = False

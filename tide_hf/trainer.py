@@ -6,37 +6,27 @@ forward.
 """
 
 import json
-from contextlib import contextmanager
 from itertools import islice
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .adapter import prepare_adapter
 from .alignment import resolve_alignment
 from .config import TIDEConfig
-from .data import (
-    DistillationCollator,
-    Noising,
-    RowPreparation,
-    is_prepared,
-    prepare_dataset,
-    require_same_preparation,
-)
+from .data import DistillationCollator, Noising, RowPreparation
 from .diffusion import LayoutSpec, row_uniforms
-from .hub import HubTrainerMixin
+from .diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, refuse_data_parallel, run_packed
 from .losses import denoising_loss, lambda_schedule
-from .models.masked_diffusion import block_visibility
 from .objective import CHUNK_DIVERGENCES, resolve_objective
 from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 
 logger = logging.get_logger(__name__)
 
 
-class TIDETrainer(HubTrainerMixin, Trainer):
+class TIDETrainer(DiffusionTrainer):
     """Trains a block-diffusion (or full-sequence) student, with a frozen diffusion LM as teacher or without one.
 
     Args:
@@ -76,20 +66,11 @@ class TIDETrainer(HubTrainerMixin, Trainer):
         **kwargs,
     ):
         args = TIDEConfig() if args is None else args
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process would run DataParallel, which TIDETrainer does not support: start "
-                "the script with `accelerate launch`, or choose one GPU with CUDA_VISIBLE_DEVICES."
-            )
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
+        refuse_data_parallel(args)
+        model, processing_class, revision = load_student(model, args, processing_class)
         if teacher_processing_class is None:
             by_name = isinstance(teacher, str)
             teacher_processing_class = AutoTokenizer.from_pretrained(teacher) if by_name else processing_class
-        revision = None
-        if isinstance(model, str):
-            revision = (args.model_init_kwargs or {}).get("revision")
-            model = AutoModelForCausalLM.from_pretrained(model, **_init_kwargs(args.model_init_kwargs))
         self._configure_student(model, args, processing_class)
 
         alignment, shared_vocab_size = resolve_alignment(args.alignment, processing_class, teacher_processing_class)
@@ -106,12 +87,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
         self._preparation = RowPreparation.for_run(
             args, model.config.block_size, alignment, (processing_class, model.config.mask_token_id), teacher_side
         )
-        self.preparation_reports = {}
-        train_dataset = self._prepare("train", train_dataset, args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare(name, rows, args) for name, rows in eval_dataset.items()}
-        else:
-            eval_dataset = self._prepare("eval", eval_dataset, args)
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
         set_seed(args.seed)  # an adapter starts at random, and Trainer sets the seed only later
         model = prepare_adapter(model, peft_config, revision)
         self._term_sums: dict[str, torch.Tensor] = {}
@@ -119,9 +95,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=DistillationCollator(
-                _pad_token_id(processing_class), _pad_token_id(teacher_processing_class)
-            ),
+            data_collator=DistillationCollator(pad_token_id(processing_class), pad_token_id(teacher_processing_class)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -131,32 +105,6 @@ class TIDETrainer(HubTrainerMixin, Trainer):
             self.teacher.model.to(args.device)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
-
-    def _configure_student(self, model, args, tokenizer) -> None:
-        """Writes what the run decides into the student's config, so that a checkpoint generates as it was trained."""
-        config = model.config
-        if not hasattr(config, "objective"):
-            raise ValueError(
-                f"The student is a {type(model).__name__} (model_type={config.model_type!r}), which is no diffusion "
-                "LM of this library. Load a tide_… or a2d-… checkpoint, or make one with convert_to_diffusion."
-            )
-        config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
-        if args.block_size is not None:
-            config.block_size = args.block_size
-        elif config.objective == "block" and args.max_length % config.block_size:
-            raise ValueError(
-                f"The student's block_size={config.block_size} does not fit max_length={args.max_length}: choose a "
-                "multiple of it as max_length, or set block_size."
-            )
-        config.noise_schedule = args.schedule
-        settings = model.generation_config
-        settings.mask_token_id = config.mask_token_id
-        # a whole-sequence student decodes the whole answer at once, unless a block size is asked for
-        settings.block_size = config.block_size if config.objective == "block" else None
-        if settings.eos_token_id is None:
-            settings.eos_token_id = tokenizer.eos_token_id
-        if settings.pad_token_id is None:
-            settings.pad_token_id = _pad_token_id(tokenizer)
 
     def _load_teacher(self, teacher, args, tokenizer, block_size) -> Teacher | None:
         """The frozen teacher and its contract; None where the objective needs none."""
@@ -171,7 +119,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
                 teacher,
                 dtype=args.teacher_dtype,
                 load_in_4bit=args.teacher_load_in_4bit,
-                **_init_kwargs(args.teacher_model_init_kwargs),
+                **(args.teacher_model_init_kwargs or {}),
             )
         mask_token_id = resolve_mask_token_id(args.teacher_mask_token_id, teacher.config, tokenizer, "teacher")
         return Teacher(teacher, contract_for(teacher.config, mask_token_id, args.teacher_context, block_size))
@@ -188,35 +136,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
             demo_ratio=self.objective.demo_ratio,
         )
 
-    def _prepare(self, name: str, dataset, args):
-        """Token columns for a raw dataset; one prepared for this run's tokenizers and settings passes."""
-        if dataset is None:
-            return None
-        if is_prepared(dataset):
-            report = require_same_preparation(dataset, self._preparation, name)
-            if report is not None:
-                self.preparation_reports[name] = report
-            return dataset
-        with args.main_process_first(desc=f"preparing the {name} dataset"):
-            dataset, self.preparation_reports[name] = prepare_dataset(
-                dataset, self._preparation, num_proc=args.dataset_num_proc
-            )
-        return dataset
-
     # -- one step -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _host_batches(self):
-        """Data loaders made inside leave batches on the host, where the noise is drawn."""
-        placement, self.accelerator.device_placement = self.accelerator.device_placement, False
-        try:
-            yield
-        finally:
-            self.accelerator.device_placement = placement
-
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        with self._host_batches():
-            return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _noise(self, batch, epoch: int | None, t: float | None = None) -> dict:
         """One micro-batch, noised by draws keyed by (seed, epoch, row)."""
@@ -247,23 +167,12 @@ class TIDETrainer(HubTrainerMixin, Trainer):
                 logits_NV, inputs, inputs["counts"], progress, teacher_logits, self.shared_vocab_size
             )
 
-        outputs = self._run_student(model, inputs, head_fn)
+        outputs = run_packed(model, inputs, head_fn)
         for name, term in outputs.terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term
         # DDP averages gradients over processes; the terms are already divided by global counts
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
-
-    def _run_student(self, model, inputs, head_fn):
-        """The student's wrapped forward on a packed layout, `head_fn` in place of its head."""
-        stream, block = inputs["stream"], inputs["block"]
-        return model(
-            input_ids=inputs["input_ids"],
-            attention_mask=block_visibility(stream, block, stream, block),
-            position_ids=inputs["position_ids"],
-            use_cache=False,
-            head_fn=head_fn,
-        )
 
     def _lambda_progress(self) -> float:
         """λ(s) at the current step."""
@@ -286,14 +195,6 @@ class TIDETrainer(HubTrainerMixin, Trainer):
                 logs["lambda"] = self._lambda_progress()
             self._term_sums, self._term_steps = {}, 0
         super().log(logs, start_time)
-
-    # -- saving -------------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Beside an adapter also the generation settings of the run, which its base may not have."""
-        super()._save(output_dir, state_dict)
-        if isinstance(self.model, PeftModel):
-            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -355,7 +256,7 @@ class TIDETrainer(HubTrainerMixin, Trainer):
                 rows.append([*counts, terms["ce"], terms.get("distill", 0.0)])
             return None, {"rows": torch.tensor(rows, device=hidden_PH.device)}
 
-        return self._run_student(model, batch, head_fn).terms["rows"]
+        return run_packed(model, batch, head_fn).terms["rows"]
 
 
 def _row_of(batch: dict, index: int) -> dict:
@@ -378,13 +279,3 @@ def _row_of(batch: dict, index: int) -> dict:
         "teacher_pair": batch["teacher_pair"][own_teacher],
         "teacher_pair_chunk": batch["teacher_pair_chunk"][own_teacher] - first_chunk,
     }
-
-
-def _init_kwargs(given: dict | None) -> dict:
-    """A copy of from_pretrained arguments."""
-    return dict(given or {})
-
-
-def _pad_token_id(tokenizer) -> int:
-    """The tokenizer's padding id, or its EOS id: padding is never attended, so any id serves."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -120,7 +120,7 @@ class RowPreparation:
             tokenizer=student[0],
             teacher_tokenizer=None if teacher is None else teacher[0],
             max_length=args.max_length,
-            teacher_max_length=args.teacher_max_length or args.max_length,
+            teacher_max_length=getattr(args, "teacher_max_length", None) or args.max_length,
             block_size=block_size,
             eos_fill=args.eos_fill,
             alignment=alignment,

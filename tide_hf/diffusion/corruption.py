@@ -11,7 +11,9 @@ import torch
 from ..models.masked_diffusion import TIME_EPSILON, loss_weight, masked_probability
 
 
-def row_uniforms(seed: int, epoch: int | None, row_ids: Sequence[int], length: int) -> tuple[torch.Tensor, ...]:
+def row_uniforms(
+    seed: int, epoch: int | None, row_ids: Sequence[int], length: int, stream: int | None = None
+) -> tuple[torch.Tensor, ...]:
     """Uniform draws in [0, 1), keyed by (seed, epoch, row id): the same on any machine, in any batch, after a resume.
 
     Each row draws its positions in order, so its first numbers do not depend on how far the batch is padded.
@@ -21,6 +23,7 @@ def row_uniforms(seed: int, epoch: int | None, row_ids: Sequence[int], length: i
         epoch (`int`, *optional*): None for evaluation, whose noise is the same in every epoch.
         row_ids (`Sequence[int]`): one per row, of the prepared dataset.
         length (`int`): L, columns of the padded batch.
+        stream (`int`, *optional*): number of an independent set of draws, for methods that noise a row more than once.
 
     Returns:
         three float32 tensors: time draws `(B,)`, mask draws `(B, L)`, CompDemo draws `(B, L)`. A cross-tokenizer split
@@ -29,6 +32,8 @@ def row_uniforms(seed: int, epoch: int | None, row_ids: Sequence[int], length: i
     draws = np.empty((len(row_ids), 2 * length + 1), dtype=np.float32)
     for index, row_id in enumerate(row_ids):
         key = [seed, int(row_id)] if epoch is None else [seed, int(row_id), epoch]
+        if stream is not None:  # a key's missing numbers count as 0: the fourth must not be
+            key = [seed, int(row_id), 0 if epoch is None else epoch + 1, stream + 1]
         generator = np.random.default_rng(key)
         # position by position (mask, demo), so that padding at the end leaves the draws of real positions alone
         draws[index] = generator.random(2 * length + 1, dtype=np.float32)

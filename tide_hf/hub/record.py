@@ -136,13 +136,13 @@ def record_run(trainer, datasets: list[str] = ()) -> RunRecord:
     arguments = changed_arguments(args)
     objective = trainer.objective.to_dict()
     arguments = {name: value for name, value in arguments.items() if name not in objective}
-    if teacher is not None:
+    if hasattr(args, "teacher_context") and teacher is not None:
         arguments["teacher_context"] = args.teacher_context
     return RunRecord(
         model_name="",
         location=".",
         start=_model_source(base, args),
-        teachers=[] if teacher is None else [_model_source(teacher.model, args)],
+        teachers=[] if teacher is None else [_model_source(getattr(teacher, "model", teacher), args)],
         datasets=[find_source(name, is_dataset=True, token=args.hub_token) for name in datasets],
         network={
             "architecture": type(base).__name__,
@@ -160,6 +160,7 @@ def record_run(trainer, datasets: list[str] = ()) -> RunRecord:
         is_adapter=is_adapter,
         example_prompt=_understood_prompt(tokenizer),
         has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
+        method=objective.get("method", "tide"),
     )
 
 

@@ -1,0 +1,82 @@
+"""IDLMConfig: the arguments of an inverse distillation."""
+
+from dataclasses import dataclass
+
+from ..config import DiffusionConfig, _knob, check_fields
+
+CHOICES = {"student_times": ("uniform", "grid"), "save_weights": ("ema", "student")}
+RANGES = {
+    "ema_decay": (0.0, 1.0, True),
+    "fake_learning_rate": (0.0, float("inf"), True),
+    "fake_weight_decay": (0.0, float("inf"), True),
+    "fake_max_grad_norm": (0.0, float("inf"), True),
+    "num_steps": (1, float("inf"), True),
+    "fake_steps_per_student_step": (1, float("inf"), True),
+    "head_chunk_size": (1, float("inf"), True),
+}
+
+
+@dataclass
+class IDLMConfig(DiffusionConfig):
+    """Arguments of [`IDLMTrainer`].
+
+    Everything of [`DiffusionConfig`], and the fields below. Learning rate, scheduler, weight decay and clipping of
+    [`~transformers.TrainingArguments`] are the student's; their defaults here are the published ones (AdamW, 1e-6
+    constant with warm-up, no weight decay, no clipping, float32). Steps are counted in student steps.
+
+    Raises:
+        ValueError: for an unknown choice, a number out of range, or settings that cannot train.
+    """
+
+    learning_rate: float = _knob(1e-6, "Student's initial learning rate of AdamW.")
+    lr_scheduler_type: str = _knob("constant_with_warmup", "Student's learning-rate schedule.")
+    warmup_steps: float = _knob(100, "Student's warm-up: a number of steps, or below 1 a share of them.")
+    weight_decay: float = _knob(0.0, "Student's weight decay.")
+    max_grad_norm: float = _knob(0.0, "Largest gradient norm of the student; 0 does not clip.")
+
+    num_steps: int = _knob(
+        8,
+        "Network calls the student is made for, at least 1: per block, or of a full-sequence student per answer. The "
+        "saved generation config decodes with as many.",
+    )
+    student_times: str = _knob(
+        "uniform",
+        "Times t′ the student learns at: uniform (IDLM), or grid, the num_steps times it decodes at: 1, 1 − 1/S, …, "
+        "1/S.",
+    )
+    stratified_times: bool = _knob(
+        True, "Spread the times of a global batch evenly over [ε, 1), as antithetic sampling does (IDLM)."
+    )
+    fake_steps_per_student_step: int = _knob(1, "Updates of the fake network before each of the student, at least 1.")
+    fake_learning_rate: float | None = _knob(None, "The fake's learning rate; the student's by default.")
+    fake_lr_scheduler_type: str | None = _knob(None, "The fake's learning-rate schedule; the student's by default.")
+    fake_warmup_steps: float | None = _knob(
+        None, "The fake's warm-up in its own updates, or below 1 a share of them; the student's by default."
+    )
+    fake_optim: str | None = _knob(None, "The fake's optimizer; the student's by default.")
+    fake_weight_decay: float | None = _knob(None, "The fake's weight decay; the student's by default.")
+    fake_max_grad_norm: float | None = _knob(
+        None, "Largest gradient norm of the fake, 0 does not clip; the student's by default."
+    )
+    ema_decay: float = _knob(0.9999, "Decay of the moving average of the student's weights per step, in [0, 1].")
+    save_weights: str = _knob(
+        "ema",
+        "What is saved as the model and evaluated: ema (the moving average) or student (the weights as they are).",
+    )
+    head_chunk_size: int = _knob(
+        1024, "Positions whose logits over the vocabulary exist at a time in a network, at least 1."
+    )
+
+    def __post_init__(self):
+        check_fields(self, CHOICES, RANGES)
+        super().__post_init__()
+        if self.fp16:
+            raise ValueError(
+                "fp16=True would scale the losses of two optimizers by one scaler: train in float32, as published, or "
+                "with bf16=True."
+            )
+
+    def for_fake(self, name: str):
+        """A setting of the fake: its own, or the student's."""
+        own = getattr(self, f"fake_{name}")
+        return getattr(self, name) if own is None else own

@@ -1,0 +1,139 @@
+"""Three copies of one diffusion LM, and the moving average of one of them."""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel, set_seed
+
+from ..adapter import prepare_adapter
+
+
+def three_networks(
+    model: PreTrainedModel, peft_config: PeftConfig | None, revision: str | None, seed: int
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | PeftModel, PreTrainedModel]:
+    """Student, fake and frozen teacher, all three computing what `model` does.
+
+    With an adapter the three share the tensors of one base, which is frozen and the teacher: they cost about as much
+    memory as one. Without, student and fake are whole.
+
+    Args:
+        model (`PreTrainedModel`): the start; it becomes the student.
+        peft_config (`PeftConfig`, *optional*): see [`~tide_hf.adapter.prepare_adapter`]; one adapter for the student
+            and one, as large, for the fake.
+        revision (`str`, *optional*): of the base on the Hub, for the adapter's configuration.
+        seed (`int`): of the adapters' first weights, of which LoRA draws half.
+
+    Raises:
+        ValueError: for a model that carries an adapter already, or an adapter that trains more than itself.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "Inverse distillation makes teacher, fake and student of one plain model, and this one carries an "
+            "adapter: merge it first (model.merge_and_unload()); to train new ones give peft_config."
+        )
+    if peft_config is None:
+        teacher, fake = copy.deepcopy(model), copy.deepcopy(model)
+        return model, fake, teacher.eval().requires_grad_(False)
+    if peft_config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save={list(peft_config.modules_to_save)} would train whole modules of the base, which the "
+            "teacher shares: leave it out, or train whole networks without peft_config."
+        )
+    teacher = _sharing(model).eval().requires_grad_(False)
+    networks = []
+    for part in (model, _sharing(model)):
+        set_seed(seed + len(networks))
+        networks.append(prepare_adapter(part, copy.deepcopy(peft_config), revision))
+    return *networks, teacher
+
+
+def _sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules around the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def trained(model: torch.nn.Module) -> dict[str, Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class WeightAverage:
+    """Exponential moving average of a network's trained weights, in float32 at least, sharded as they are.
+
+    Args:
+        model (`torch.nn.Module`): whose weights are averaged; the average starts at what they are.
+        decay (`float`): in [0, 1]: after each step average ← decay · average + (1 − decay) · weights.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.decay, self.weights = decay, trained(model)
+        self.average = {name: _full_precision(value) for name, value in self.weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes one step's weights in."""
+        for name, average in self.average.items():
+            average.lerp_(self.weights[name].to(average.dtype), 1 - self.decay)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self):
+        """The average stands in the network inside, the weights themselves again outside."""
+        kept = {name: value.clone() for name, value in self.weights.items()}
+        self._write(self.average)
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.weights[name].copy_(value)
+
+
+def _full_precision(value: torch.Tensor) -> torch.Tensor:
+    """A detached copy, half precisions raised: a decay near 1 would not move them."""
+    value = value.detach()
+    return value.clone() if value.dtype == torch.float64 else value.float().clone()
+
+
+# -- tensors of a checkpoint, whole on the host -----------------------------------------------------------------------
+
+
+def whole(value):
+    """A tensor, or a nest of mappings, lists and tensors, unsharded and on the host; on all processes together."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    return [whole(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@torch.no_grad()
+def restore(targets: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], what: str) -> None:
+    """Writes whole tensors into (sharded) ones of the same names.
+
+    Raises:
+        ValueError: if the names differ.
+    """
+    if targets.keys() != saved.keys():
+        odd = sorted(targets.keys() ^ saved.keys())
+        raise ValueError(
+            f"The checkpoint's {what} is of another network: {len(odd)} tensors are on one side only, {odd[0]} first. "
+            "Resume with the model and the adapter settings of the interrupted run."
+        )
+    for name, target in targets.items():
+        target.copy_(like(saved[name], target))
+
+
+def like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A whole tensor on the device of another, and sharded as that is."""
+    value = value.to(target.device)
+    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value

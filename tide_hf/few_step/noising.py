@@ -1,0 +1,136 @@
+"""One micro-batch of token rows -> the tensors of one inverse-distillation update, on the host.
+
+The student is shown x_t′; x_t is drawn from what it predicts and masked anew. Which positions are masked in either,
+and where a drawn token goes, does not depend on any network and is known here.
+
+Shapes: B rows, L positions, P packed columns of x_t, N positions masked in x_t, M of them masked in x_t′ too, K =
+N − M that the student saw, S positions of x_t that get a drawn token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..diffusion import LayoutSpec, block_layout, diffusion_time, mask_positions, row_uniforms
+from ..models.masked_diffusion import NOISED_STREAM, TIME_EPSILON, loss_weight
+
+
+def stratified_times(uniform_B: torch.Tensor) -> torch.Tensor:
+    """Draws in [0, 1) that fill it evenly, one in each of B equal parts; each alone is uniform.
+
+    The order is that of the given draws, and the common offset their sum's fraction: both depend on the set of rows
+    alone, not on how it is spread over processes and micro-batches.
+
+    Args:
+        uniform_B (`torch.Tensor` of shape `(B,)`): independent draws in [0, 1), one per row of the global batch.
+    """
+    order = uniform_B.argsort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    offset = uniform_B.double().sort().values.sum() % 1
+    return ((rank + offset) / len(uniform_B)).float().clamp(max=1 - 2.0**-24)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Uniform draws in [0, 1) of one update.
+
+    Args:
+        student_time, time (`torch.Tensor` of shape `(B,)`): of t′ and t.
+        student_mask, mask, token (`torch.Tensor` of shape `(B, L)`): of the masks of x_t′ and x_t, and of the tokens.
+    """
+
+    student_time: torch.Tensor
+    time: torch.Tensor
+    student_mask: torch.Tensor
+    mask: torch.Tensor
+    token: torch.Tensor
+
+    @classmethod
+    def of_rows(cls, seed: int, epoch: int | None, row_ids: Sequence[int], length: int, update: int) -> "Draws":
+        """Keyed by (seed, epoch, row, update of the step): see [`~tide_hf.diffusion.row_uniforms`]."""
+        student_time, student_mask, token = row_uniforms(seed, epoch, row_ids, length, stream=2 * update)
+        time, mask, _ = row_uniforms(seed, epoch, row_ids, length, stream=2 * update + 1)
+        return cls(student_time, time, student_mask, mask, token)
+
+
+@dataclass(frozen=True)
+class InverseNoising:
+    """What a run fixes about its noise; a call noises one batch.
+
+    Args:
+        spec ([`~tide_hf.diffusion.LayoutSpec`]): how the three networks, which are alike, are fed.
+        schedule (`str`): α(t), `"linear"` or `"cosine"`.
+        time_epsilon (`float`): smallest t, and smallest t′ where no grid is given.
+        student_grid (`int`, *optional*): S, t′ from 1/S, 2/S, …, 1; None: from [ε, 1).
+        pack (`bool`): leave out blocks that carry no loss; False is the textbook layout, for comparison.
+    """
+
+    spec: LayoutSpec
+    schedule: str = "linear"
+    time_epsilon: float = TIME_EPSILON
+    student_grid: int | None = None
+    pack: bool = True
+
+    def __call__(self, batch: Mapping[str, torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
+        """Noises one collated batch.
+
+        Args:
+            batch (`Mapping`): see [`~tide_hf.data.DistillationCollator`].
+            draws ([`Draws`]): of its rows.
+
+        Returns:
+            `dict` of host tensors. The student's input: `student_input_ids, student_position_ids, student_stream,
+            student_block`, and `student_asked`, flat columns of the positions masked in x_t′. That of teacher and
+            fake: `input_ids, position_ids, stream, block (B, P)`, with the row's own tokens where drawn ones go:
+            `drawn_column (S,)` (flat), `drawn_from (S,)` (index into `student_asked`), `drawn_uniform (S,)`. The loss:
+            `soft (M,)` and `seen (K,)`, flat columns; `soft_from (M,)` (index into `student_asked`), `seen_targets
+            (K,)`, and of each the row and w(t): `soft_row, soft_weights, seen_row, seen_weights`. `num_rows ()`.
+        """
+        labels, valid = batch["labels"], batch["attention_mask"].bool()
+        length = labels.shape[1]
+        student_t = diffusion_time(draws.student_time, self.time_epsilon)
+        if self.student_grid is not None:
+            student_t = ((draws.student_time * self.student_grid).floor() + 1) / self.student_grid
+        t = diffusion_time(draws.time, self.time_epsilon)
+        hidden = mask_positions(draws.student_mask, student_t, labels, self.schedule)  # from the student
+        masked = mask_positions(draws.mask, t, labels, self.schedule)
+        shown = block_layout(batch["input_ids"], valid, [hidden], self.spec, self.pack)
+        noised = block_layout(batch["input_ids"], valid, [masked], self.spec, self.pack)
+
+        index = torch.full(labels.shape, -1).flatten()  # of each position among those asked of the student
+        index[shown.asked_position] = torch.arange(len(shown.asked))
+        row, column = (noised.stream == NOISED_STREAM).nonzero(as_tuple=True)
+        position = row * length + _columns(valid)[row, noised.position_ids[row, column]]
+        drawn = (hidden & ~masked).flatten()[position]
+        position, flat = position[drawn], (row * noised.stream.shape[1] + column)[drawn]
+
+        soft = hidden.flatten()[noised.asked_position]
+        asked_row = noised.asked_position // length
+        weights = loss_weight(t, self.schedule)[asked_row]
+        out = {f"student_{name}": getattr(shown, name) for name in _INPUTS}
+        out |= {name: getattr(noised, name) for name in _INPUTS}
+        return out | {
+            "student_asked": shown.asked,
+            "drawn_column": flat,
+            "drawn_from": index[position],
+            "drawn_uniform": draws.token.flatten()[position],
+            "soft": noised.asked[soft],
+            "soft_from": index[noised.asked_position[soft]],
+            "soft_row": asked_row[soft],
+            "soft_weights": weights[soft],
+            "seen": noised.asked[~soft],
+            "seen_targets": batch["input_ids"].flatten()[noised.asked_position[~soft]],
+            "seen_row": asked_row[~soft],
+            "seen_weights": weights[~soft],
+            "num_rows": torch.tensor(len(labels)),
+        }
+
+
+_INPUTS = ("input_ids", "position_ids", "stream", "block")
+
+
+def _columns(valid_BL: torch.Tensor) -> torch.Tensor:
+    """Column of each row's p-th real token, (B, L)."""
+    return (~valid_BL).byte().argsort(dim=1, stable=True)

@@ -1,0 +1,369 @@
+"""IDLMTrainer: transformers.Trainer that turns a diffusion LM into a few-step student by inverse distillation.
+
+Trainer's own loop trains the student. Before each of its steps the fake network takes its updates, on the same rows
+with noise of their own; its optimizer, schedule, clipping and checkpoint are here.
+"""
+
+import copy
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from ..data import DistillationCollator, RowPreparation
+from ..diffusion import LayoutSpec, row_uniforms
+from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, refuse_data_parallel
+from .config import IDLMConfig
+from .networks import WeightAverage, like, restore, three_networks, trained, whole
+from .noising import Draws, InverseNoising, stratified_times
+from .step import InverseStep
+
+logger = logging.get_logger(__name__)
+STATE_FILE = "few_step_state.pt"
+
+
+@dataclass(frozen=True)
+class InverseObjective:
+    """What one run optimises. Field meanings: [`IDLMConfig`]."""
+
+    method: str
+    alignment: str
+    schedule: str
+    num_steps: int
+    student_times: str
+    stratified_times: bool
+    fake_steps_per_student_step: int
+    ema_decay: float
+    save_weights: str
+
+    def to_dict(self) -> dict:
+        """Plain values, for logs and cards."""
+        return asdict(self)
+
+
+class IDLMTrainer(DiffusionTrainer):
+    """Distils a masked diffusion LM into a student that needs fewer denoising steps (IDLM, arXiv 2602.19066).
+
+    Full-sequence and block students; prompts stay clean, the loss is over answer positions, and a block's prefix is
+    the row's own text. What is saved is the moving average of the student, or the student (`save_weights`); its
+    generation config decodes as the student was made for: `num_steps` calls, random order, temperature 1.
+
+    Args:
+        model (`str` or `PreTrainedModel`): the diffusion LM that becomes teacher, fake and student: an instance, a Hub
+            name or a folder.
+        args ([`IDLMConfig`], *optional*): every knob.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows as [`TIDETrainer`] takes them.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): the tokenizer; from `model` by default.
+        peft_config (`peft.PeftConfig`, *optional*): trains two adapters over one frozen base, which is the teacher.
+        kwargs: further arguments of [`~transformers.Trainer`] (callbacks, …).
+
+    Attributes:
+        teacher, fake (`PreTrainedModel`): the other two networks; `model` is the student.
+        objective ([`InverseObjective`]): what the run optimises.
+        ema ([`WeightAverage`], *optional*): from the start of training on.
+
+    Raises:
+        ValueError: for a combination that cannot train, with what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: IDLMConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        args = IDLMConfig() if args is None else args
+        refuse_data_parallel(args)
+        model, processing_class, revision = load_student(model, args, processing_class)
+        self._configure_student(model, args, processing_class)
+        config = model.config
+        settings = model.generation_config
+        settings.steps_per_block, settings.remasking = args.num_steps, "random"
+        settings.temperature, settings.do_sample = 1.0, True
+        self.objective = InverseObjective(
+            "idlm", "token", **{name: getattr(args, name) for name in list(InverseObjective.__annotations__)[2:]}
+        )
+        logger.info(f"Objective: {json.dumps(self.objective.to_dict())}")
+        self._preparation = RowPreparation.for_run(
+            args, config.block_size, "token", (processing_class, config.mask_token_id), None
+        )
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
+        full = config.objective == "full"
+        self.noising = InverseNoising(
+            LayoutSpec(config.mask_token_id, None if full else config.block_size, not full),
+            args.schedule,
+            args.time_epsilon,
+            args.num_steps if args.student_times == "grid" else None,
+        )
+        self.inverse = InverseStep(config.mask_token_id, args.head_chunk_size)
+        model, self.fake, self.teacher = three_networks(model, peft_config, revision, args.seed)
+        self.fake_wrapped = self.fake_optimizer = self.fake_scheduler = self.ema = None
+        self._fake_sums, self._fake_batches = (
+            [0.0, 0.0, 0],
+            [],
+        )  # loss, gradient norm and number of updates since a log
+        set_seed(args.seed)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=DistillationCollator(pad_token_id(processing_class)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._refuse_engines()
+        self.teacher.to(self.args.device)
+        self.fake.to(self.args.device)
+        self.add_callback(_AverageWeights(self))
+
+    def _refuse_engines(self) -> None:
+        """Says which engines two optimizers do not run under here."""
+        kind, plugin = self.accelerator.distributed_type, getattr(self.accelerator.state, "fsdp_plugin", None)
+        if kind == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "DeepSpeed runs one network and one optimizer per engine, and inverse distillation trains two: use "
+                "FSDP (fsdp_version: 2) to shard, or plain data parallelism."
+            )
+        if kind == DistributedType.FSDP and plugin.fsdp_version != 2:
+            raise ValueError("Inverse distillation shards with FSDP2: set fsdp_version: 2 in the accelerate config.")
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _noise(self, batch, epoch: int | None, update: int, times: dict | None = None) -> dict:
+        """One micro-batch, noised by draws keyed by (seed, epoch, row, update of the step)."""
+        row_ids = batch["row_id"].tolist()
+        draws = Draws.of_rows(self.args.seed, epoch, row_ids, batch["labels"].shape[1], update)
+        if times is not None:
+            draws = Draws(**{**vars(draws), **{name: values[row_ids] for name, values in times.items()}})
+        return self.noising(batch, draws)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Noises all micro-batches of a step, for the fake's updates and the student's, the last."""
+        epoch = int(self.state.epoch or 0)
+        batches = list(islice(epoch_iterator, num_batches))
+        local = [row for batch in batches for row in batch["row_id"].tolist()]
+        everywhere = gather_object(local) if self.accelerator.num_processes > 1 else local
+        num_updates = self.args.fake_steps_per_student_step + 1
+        noised = []
+        for update in range(num_updates):
+            times = self._times(epoch, everywhere, update) if self.args.stratified_times else None
+            noised.append([self._noise(batch, epoch, update, times) for batch in batches])
+            for batch in noised[-1]:
+                batch["total_rows"] = torch.tensor(float(max(len(everywhere), 1)))
+        *self._fake_batches, student_batches = noised
+        return student_batches, len(everywhere)
+
+    def _times(self, epoch: int, row_ids: list[int], update: int) -> dict:
+        """Times of the rows of a global batch, spread evenly."""
+        names = ("student_time", "time")
+        draws = [row_uniforms(self.args.seed, epoch, row_ids, 0, stream=2 * update + i)[0] for i in range(2)]
+        return {name: _ByRow(row_ids, stratified_times(uniform)) for name, uniform in zip(names, draws, strict=True)}
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The fake's updates before the first micro-batch of a step; then the student's share."""
+        updates, self._fake_batches = self._fake_batches, []
+        for batches in updates:
+            self._update_fake(model, batches)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _update_fake(self, model, batches) -> None:
+        """One optimizer step of the fake over all micro-batches."""
+        accelerator, fake, args = self.accelerator, self.fake_wrapped, self.args
+        model.train()
+        fake.train()
+        was_syncing = accelerator.sync_gradients
+        accelerator.gradient_state._set_sync_gradients(True)
+        for index, batch in enumerate(batches):
+            batch = self._prepare_inputs(batch)
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(fake), self.compute_loss_context_manager():
+                loss = self.inverse.fake_loss(model, fake, batch, batch["total_rows"])
+                # DDP averages gradients over processes; the loss is already divided by global counts
+                accelerator.backward(loss * accelerator.num_processes)
+            self._fake_sums[0] += loss.detach()
+        parameters = list(trained(fake).values())
+        limit = args.for_fake("max_grad_norm")
+        norm = accelerator.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
+        self._fake_sums[1] += norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._fake_sums[2] += 1
+        self.fake_optimizer.step()
+        self.fake_scheduler.step()
+        self.fake_optimizer.zero_grad()
+        accelerator.gradient_state._set_sync_gradients(was_syncing)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """L(f*, q) − L(f, q), the sum over the rows here over the number of rows everywhere."""
+        loss = self.inverse.student_loss(model, self.teacher, self.fake_wrapped, inputs, inputs["total_rows"])
+        loss = loss * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        """Adds the fake's loss and gradient norm, means over its updates since the last log, and its learning rate."""
+        if "loss" in logs and self._fake_sums[2]:
+            loss, norm, count = self._fake_sums
+            loss = self.accelerator.reduce(torch.as_tensor(loss, device=self.args.device), reduction="sum")
+            logs |= {"fake_loss": loss.item() / count, "fake_grad_norm": float(norm) / count}
+            logs["fake_learning_rate"] = self.fake_scheduler.get_last_lr()[0]
+            self._fake_sums = [0.0, 0.0, 0]
+        super().log(logs, start_time)
+
+    # -- set-up and resume --------------------------------------------------------------------------------------------
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        args = self.args
+        if self.fake_wrapped is None:
+            self.fake_wrapped, self.fake_optimizer = self.accelerator.prepare(self.fake, self._create_fake_optimizer())
+        num_updates = max_steps * args.fake_steps_per_student_step
+        warmup = args.for_fake("warmup_steps")
+        self.fake_scheduler = get_scheduler(
+            args.for_fake("lr_scheduler_type"),
+            optimizer=self.fake_optimizer,
+            num_warmup_steps=int(warmup) if warmup >= 1 else round(warmup * num_updates),
+            num_training_steps=num_updates,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
+        )
+        self.ema = WeightAverage(self.accelerator.unwrap_model(self.model), args.ema_decay)
+        if resume_from_checkpoint is not None:
+            self._load_state(Path(resume_from_checkpoint) / STATE_FILE)
+        return prepared
+
+    def _create_fake_optimizer(self) -> torch.optim.Optimizer:
+        """As Trainer makes the student's, with the fake's settings."""
+        args = self.args
+        settings = copy.copy(args)
+        settings.optim, settings.learning_rate = args.for_fake("optim"), args.for_fake("learning_rate")
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(settings, self.fake)
+        decayed = set(self.get_decay_parameter_names(self.fake))
+        groups = [
+            {
+                "params": [value for name, value in trained(self.fake).items() if (name in decayed) == decays],
+                "weight_decay": args.for_fake("weight_decay") if decays else 0.0,
+            }
+            for decays in (True, False)
+        ]
+        return optimizer_class(groups, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """Also what Trainer does not know of: fake, its optimizer and schedule, the student and its average."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = {
+            "student": whole(trained(self.accelerator.unwrap_model(self.model))),
+            "ema": whole(self.ema.average),
+            "fake": whole(trained(self.accelerator.unwrap_model(self.fake_wrapped))),
+            "fake_optimizer": whole(self.fake_optimizer.state_dict()),
+            "fake_scheduler": self.fake_scheduler.state_dict(),
+        }
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / STATE_FILE)
+
+    def _load_state(self, path: Path) -> None:
+        """Goes on where a checkpoint was written.
+
+        Raises:
+            ValueError: if there is none of this trainer's, or it is of other networks.
+        """
+        if not path.is_file():
+            raise ValueError(
+                f"{path.parent} holds no {path.name}, so fake, student and average cannot go on: it was written by "
+                "another trainer, or with save_only_model=True. Give a checkpoint of IDLMTrainer."
+            )
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        restore(self.ema.weights, saved["student"], "student")
+        restore(self.ema.average, saved["ema"], "average")
+        fake = trained(self.accelerator.unwrap_model(self.fake_wrapped))
+        restore(fake, saved["fake"], "fake")
+        state = saved["fake_optimizer"]
+        parameters = [value for group in self.fake_optimizer.param_groups for value in group["params"]]
+        for index, moments in state["state"].items():
+            target = parameters[index]
+            state["state"][index] = {
+                name: like(value, target) if torch.is_tensor(value) and value.shape == target.shape else value
+                for name, value in moments.items()
+            }
+        self.fake_optimizer.load_state_dict(state)
+        self.fake_scheduler.load_state_dict(saved["fake_scheduler"])
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def _saved_weights(self):
+        """Inside, the student holds the weights that are saved and evaluated."""
+        averaged = self.ema is not None and self.args.save_weights == "ema"
+        return self.ema.applied() if averaged else nullcontext()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Saves the moving average of the student, or the student, as `args.save_weights` says."""
+        with self._saved_weights():
+            super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self):
+        """The best checkpoint holds what is saved already."""
+        super()._load_best_model()
+        self.ema = None
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """Means over rows, in nats, under noise that is the same at every evaluation, of the weights that are saved.
+
+        Metrics: `loss`, L(f*, q) − L(f, q): 0 where the student's distribution is the teacher's, as far as the fake
+        knows it; and `fake_loss`, L(f, q).
+        """
+        student = self.model_wrapped if self.ema is not None else self.model.to(self.args.device)
+        fake = self.fake if self.fake_wrapped is None else self.fake_wrapped
+        modes = [(network, network.training) for network in (student, fake)]
+        totals, num_rows = 0.0, 0
+        with self._saved_weights():
+            for network, _ in modes:
+                network.eval()
+            for batch in dataloader:
+                batch = self._prepare_inputs(self._noise(batch, None, 0))
+                losses = [
+                    self.inverse.student_loss(student, self.teacher, fake, batch, 1.0, by_row=True),
+                    self.inverse.fake_loss(student, fake, batch, 1.0, by_row=True),
+                ]
+                # rows that a data loader repeats to fill the last batch are cut off by gather_for_metrics
+                rows = self.accelerator.gather_for_metrics(torch.stack(losses, 1))
+                totals, num_rows = totals + rows.double().sum(0), num_rows + len(rows)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        for network, was_training in modes:
+            network.train(was_training)
+        metrics = dict(zip(("loss", "fake_loss"), (totals / max(num_rows, 1)).tolist(), strict=True))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+
+
+class _AverageWeights(TrainerCallback):
+    """Takes the weights of each optimizer step of the student into its average."""
+
+    def __init__(self, trainer: IDLMTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.ema.update()
+
+
+class _ByRow:
+    """Values found by row id."""
+
+    def __init__(self, row_ids: list[int], values: torch.Tensor):
+        self.index = {row: index for index, row in enumerate(row_ids)}
+        self.values = values
+
+    def __getitem__(self, row_ids: list[int]) -> torch.Tensor:
+        return self.values[[self.index[row] for row in row_ids]]
