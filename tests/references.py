@@ -246,3 +246,28 @@ def block_visibility_mask(length: int, block_size: int, order: str = "xt_x0") ->
             ):
                 mask[q, k] |= case
     return mask
+
+
+# ---- samples ----
+
+
+def corpus_perplexity(next_token_log_probs, rows, starts) -> float:
+    """exp of the mean of −log p(token | everything before it) over all tokens from each row's start on.
+
+    `next_token_log_probs(prefix)` is the scorer run on one unpadded prefix, once per token.
+    """
+    total, count = 0.0, 0
+    for row, start in zip(rows, starts, strict=True):
+        for i in range(max(start, 1), len(row)):
+            total -= float(next_token_log_probs(row[:i])[row[i]])
+            count += 1
+    return math.exp(total / count)
+
+
+def histogram_entropy(sequence, vocab_size: int) -> float:
+    """−Σ_v f_v log f_v of one sequence's token frequencies, every token of the vocabulary looked for."""
+    total = 0.0
+    for token in range(vocab_size):
+        frequency = sum(1 for other in sequence if other == token) / len(sequence)
+        total -= frequency * math.log(frequency) if frequency else 0.0
+    return total

