@@ -1,10 +1,12 @@
 """Adapters: the chain from training to a merged checkpoint, plain PEFT, resume, and what is refused."""
 
 import json
+from importlib import metadata
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from packaging import version
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -22,6 +24,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import is_bitsandbytes_available
 
 from tide_hf import TIDEGenerationConfig, adapter
@@ -116,6 +119,10 @@ def test_from_training_to_a_merged_checkpoint(tmp_path, base, kind):
     assert [config.pop("_name_or_path") for config in configs] and configs[0] == configs[1]
 
 
+@pytest.mark.skipif(
+    version.parse(metadata.version("peft")) < version.parse(MIN_PEFT_VERSION),
+    reason=f"this transformers loads adapters with peft >= {MIN_PEFT_VERSION} alone",
+)
 @pytest.mark.parametrize(
     "kind",
     [

@@ -192,9 +192,9 @@ def test_experts_run_grouped(family, tmp_path):
 def test_router_bias_stays_in_float32(tmp_path):
     """Catches a bias rounded to bfloat16, which sends tokens to other experts."""
     _, weights = write_checkpoint(tmp_path, "llada2")
-    gate = load_teacher(str(tmp_path), dtype="bfloat16").model.layers[1].mlp.gate
-    assert gate.weight.dtype == torch.bfloat16
-    assert torch.equal(gate.e_score_correction_bias, weights["model.layers.1.mlp.gate.expert_bias"])
+    layer = load_teacher(str(tmp_path), dtype="bfloat16").model.layers[1]
+    assert layer.self_attn.o_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.mlp.gate.e_score_correction_bias, weights["model.layers.1.mlp.gate.expert_bias"])
 
 
 # ---- refusals ----

@@ -147,8 +147,7 @@ class _FusedLoss(torch.autograd.Function):
         loss = (slices.weights_N * slices.nll_N).sum()
         if term is not None:
             loss = loss + (term.weights.to(loss) * slices.values).sum()
-            ctx.mark_non_differentiable(slices.values)
-        ctx.mark_non_differentiable(slices.nll_N)
+        ctx.mark_non_differentiable(slices.nll_N, *([] if term is None else [slices.values]))
         return loss, slices.nll_N, slices.values
 
     @staticmethod
