@@ -49,7 +49,8 @@ class Problem:
         return torch.tensor(sizes).cumsum(0).tolist()
 
     def teacher_head(self, hidden):
-        return hidden @ self.teacher_weight.T
+        with torch.autocast("cpu", enabled=False):  # as a teacher's is
+            return hidden @ self.teacher_weight.T
 
     def token_term(self, kind: str) -> TokenTerm:
         return TokenTerm(

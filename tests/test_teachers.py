@@ -103,6 +103,38 @@ def test_two_views_in_one_forward_equal_two_forwards(kind, side, pack):
     assert (at_once - expected).abs().max() > 1e-2, "the revealed tokens never mattered"
 
 
+CONTRACTS = {
+    "blocks": LayoutSpec(MASK, BLOCK),
+    "whole rows": LayoutSpec(MASK, None, clean_copy=False),
+    "shifted": LayoutSpec(MASK, None, clean_copy=False, shifted=True),
+    "causal": LayoutSpec(MASK, BLOCK, causal=True),
+}
+
+
+@pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_that_share_a_line_do_not_see_each_other(contract, side):
+    """Catches short rows laid behind one another that attend across, or predict from their neighbour's last token:
+    every row alone gives the same logits."""
+    lengths, width = (16, 5, 7, 4, 3), 18
+    teacher = Teacher(tiny().double(), contract)
+    ids = (draw(len(lengths), width, seed=1) * 20).long()
+    columns = torch.arange(width) if side == "right" else width - 1 - torch.arange(width)
+    valid = columns < torch.tensor(lengths)[:, None]
+    masked = valid & (draw(*ids.shape, seed=2) < 0.7)
+    masks = [masked & (draw(*ids.shape, seed=3) < 0.5)]
+    masks.append(masked & ~masks[0])
+    batch = noised_batch(contract, ids, valid, masks)
+    num_lines, columns = batch["teacher_input_ids"].shape
+    alone = [
+        noised_batch(contract, ids[row, None], valid[row, None], [mask[row, None] for mask in masks])
+        for row in range(len(lengths))
+    ]
+    assert num_lines < len(lengths) and columns == max(each["teacher_input_ids"].shape[1] for each in alone)
+    expected = torch.cat([teacher.hidden(each) for each in alone])
+    torch.testing.assert_close(teacher.hidden(batch), expected, rtol=0, atol=1e-10)
+
+
 def test_eager_teacher_sees_what_sdpa_sees():
     """Catches a teacher whose attention implementation drops the block mask: its targets would leak the answer."""
     ids, valid = (draw(2, 12, seed=1) * 20).long(), torch.ones(2, 12, dtype=torch.bool)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..diffusion import LayoutSpec, block_layout, diffusion_time, mask_positions, row_uniforms
-from ..models.masked_diffusion import NOISED_STREAM, TIME_EPSILON, loss_weight
+from ..models.masked_diffusion import NOISED_STREAM, STREAMS_PER_ROW, TIME_EPSILON, loss_weight
 
 
 def stratified_times(uniform_B: torch.Tensor) -> torch.Tensor:
@@ -101,10 +101,9 @@ class InverseNoising:
 
         index = torch.full(labels.shape, -1).flatten()  # of each position among those asked of the student
         index[shown.asked_position] = torch.arange(len(shown.asked))
-        row, column = (noised.stream == NOISED_STREAM).nonzero(as_tuple=True)
-        position = row * length + _columns(valid)[row, noised.position_ids[row, column]]
-        drawn = (hidden & ~masked).flatten()[position]
-        position, flat = position[drawn], (row * noised.stream.shape[1] + column)[drawn]
+        source, is_noised = noised.source.flatten(), (noised.stream % STREAMS_PER_ROW == NOISED_STREAM).flatten()
+        flat = (is_noised & (hidden & ~masked).flatten()[source]).nonzero().squeeze(-1)
+        position = source[flat]
 
         soft = hidden.flatten()[noised.asked_position]
         asked_row = noised.asked_position // length
@@ -129,8 +128,3 @@ class InverseNoising:
 
 
 _INPUTS = ("input_ids", "position_ids", "stream", "block")
-
-
-def _columns(valid_BL: torch.Tensor) -> torch.Tensor:
-    """Column of each row's p-th real token, (B, L)."""
-    return (~valid_BL).byte().argsort(dim=1, stable=True)

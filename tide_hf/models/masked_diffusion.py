@@ -11,8 +11,10 @@ import torch
 
 TIME_EPSILON = 1e-3
 SCHEDULES = ("linear", "cosine")
-# stream of each position of a packed input: padding, the clean copy x0, then the noised copies 1, 2, …
+# stream of each position of a packed input: padding, the clean copy x0, then the noised copies 1, 2, …; those of the
+# second row that lies in the same line count from STREAMS_PER_ROW on, and so forth
 PADDING_STREAM, CLEAN_STREAM, NOISED_STREAM = -1, 0, 1
+STREAMS_PER_ROW = 4
 
 
 def masked_probability(t: torch.Tensor, schedule: str = "linear") -> torch.Tensor:
@@ -35,9 +37,9 @@ def block_visibility(
 ) -> torch.Tensor:
     """Who sees whom under block diffusion.
 
-    A query sees the keys of its own block in its own stream, and the clean keys of earlier blocks. Padding sees
-    padding alone, so that no row of the mask is empty. With streams [xt ; x0] this is BD3LM's training mask; any
-    order, several noised copies, and a subset of the blocks follow the same rule.
+    A query sees the keys of its own block in its own stream, and the clean keys of earlier blocks of its own row.
+    Padding sees padding alone, so that no line of the mask is empty. With streams [xt ; x0] this is BD3LM's training
+    mask; any order, several noised copies, several rows in a line, and a subset of the blocks follow the same rule.
 
     Args:
         query_stream, query_block (`torch.Tensor` of shape `(B, Q)`): stream and block number of each query.
@@ -48,10 +50,11 @@ def block_visibility(
 
     Source: BD3LM 2503.09573 §3.2; SPEC §1.
     """
-    query_stream, query_block = query_stream[:, :, None], query_block[:, :, None]
-    key_stream, key_block = key_stream[:, None, :], key_block[:, None, :]
-    own_block = (query_stream == key_stream) & (query_block == key_block)
-    clean_past = (key_stream == CLEAN_STREAM) & (query_stream != PADDING_STREAM) & (query_block > key_block)
+    query_row, is_clean = query_stream // STREAMS_PER_ROW, key_stream % STREAMS_PER_ROW == CLEAN_STREAM
+    row_of_clean_key = torch.where(is_clean, key_stream // STREAMS_PER_ROW, -2)  # −1 is padding's
+    query_block, key_block = query_block[:, :, None], key_block[:, None, :]
+    own_block = (query_stream[:, :, None] == key_stream[:, None, :]) & (query_block == key_block)
+    clean_past = (query_row[:, :, None] == row_of_clean_key[:, None, :]) & (query_block > key_block)
     return (own_block | clean_past)[:, None]
 
 

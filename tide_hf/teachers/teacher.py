@@ -56,10 +56,14 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, hidden_RK: torch.Tensor) -> torch.Tensor:
-        """The head: logits `(R, U)` of hidden states `(R, K)`, where those are."""
+        """The head: logits `(R, U)` of hidden states `(R, K)`, where those are.
+
+        In the teacher's own precision, also where it is called inside the student's autocast.
+        """
         head = self.model.get_output_embeddings()
         device = hidden_RK.device if head.weight.is_meta else head.weight.device
-        return head(hidden_RK.to(device)).to(hidden_RK.device)
+        with torch.autocast(device.type, enabled=False):
+            return head(hidden_RK.to(device)).to(hidden_RK.device)
 
     def _device(self, default: torch.device) -> torch.device:
         """Where its input goes: the device of its first weights that are not off-loaded."""
