@@ -189,13 +189,14 @@ class Objective:
         Returns:
             the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`.
         """
+        precision = torch.promote_types(hidden_NH.dtype, torch.float32)
         weights_N, num_items = self._denoising_weights(batch, counts)
-        weights_N = weights_N / num_items.clamp(min=1)
+        weights_N = weights_N.to(precision) / num_items.clamp(min=1)
         if not self.distills:
             loss, nll_N, _ = fused_loss(hidden_NH, weight_VH, batch["targets"], self.ce_weight * weights_N)
             return loss, {"ce": _by_row(nll_N * weights_N, batch["row"], batch["t"])}
         rows, weights, strength, num_items = self._distillation_weights(batch, counts, lambda_progress)
-        weights = weights / num_items.clamp(min=1)
+        weights = weights.to(precision) / num_items.clamp(min=1)
         if self.by_token:
             term = TokenTerm(
                 kind="tidal" if self.tidal else self.divergence,
