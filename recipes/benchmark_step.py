@@ -197,14 +197,16 @@ def noised_logits(model, noised, clean, blocks: bool):
 
 
 def cross_entropy(logits_BLV, ids, masked, weights_BL, num_items, select: bool):
-    """The denoising loss at every noised position, or at the masked ones alone."""
+    """The denoising loss at every noised position, or at the masked ones alone; and the logits of the masked ones."""
     import torch
 
     from tide_hf.losses import denoising_loss
 
-    chosen = masked if select else torch.ones_like(masked)
-    weights = torch.where(masked, weights_BL, 0.0)
-    return denoising_loss(logits_BLV[chosen], ids[chosen], weights[chosen], num_items=num_items)
+    if select:
+        logits_NV = logits_BLV[masked]
+        return denoising_loss(logits_NV, ids[masked], weights_BL[masked], num_items=num_items), logits_NV
+    weights = torch.where(masked, weights_BL, 0.0).flatten()
+    return denoising_loss(logits_BLV.flatten(0, 1), ids.flatten(), weights, num_items=num_items), logits_BLV[masked]
 
 
 def shared_loss(bench: Bench, uniforms, select: bool):
@@ -228,12 +230,18 @@ def shared_loss(bench: Bench, uniforms, select: bool):
             for part in (part_b, part_a)
         ]
         teacher = torch.where(part_a[masked][:, None], views[1], views[0])
-    logits = noised_logits(bench.student, torch.where(masked, mask_id, ids), ids, True)
     t_BL = t[:, None].expand_as(masked)
     t_N = t_BL[masked]
-    ce = cross_entropy(logits, ids, masked, 1 / t_BL, (labels != -100).sum(), select)
+    ce, student = cross_entropy(
+        noised_logits(bench.student, torch.where(masked, mask_id, ids), ids, True),
+        ids,
+        masked,
+        1 / t_BL,
+        (labels != -100).sum(),
+        select,
+    )
     distill = tidal_loss(
-        logits[masked],
+        student,
         teacher,
         tidal_lambda(bench.trainer._lambda_progress(), objective.lambda_max, t_N),
         num_items=masked.sum(),
@@ -241,6 +249,16 @@ def shared_loss(bench: Bench, uniforms, select: bool):
         weights_N=timestep_weight(t_N),
     )
     return ce + distill
+
+
+def likelihoods(logits_NV, ids, masked, chunk_ids, active):
+    """Log-likelihoods of the active chunks."""
+    import torch
+
+    from tide_hf.losses import chunk_log_likelihood, true_token_log_probs
+
+    flat = (chunk_ids + torch.arange(len(ids), device=ids.device)[:, None] * active.shape[1])[masked]
+    return chunk_log_likelihood(true_token_log_probs(logits_NV, ids[masked]), flat, active.numel())[active.flatten()]
 
 
 def cross_loss(bench: Bench, uniforms, select: bool):
@@ -255,7 +273,7 @@ def cross_loss(bench: Bench, uniforms, select: bool):
         mask_positions,
         masked_chunks,
     )
-    from tide_hf.losses import chunk_log_likelihood, reverse_calm_loss, true_token_log_probs
+    from tide_hf.losses import reverse_calm_loss
 
     device = bench.student.device
     batch = {name: value.to(device) for name, value in bench.batch.items()}
@@ -265,28 +283,23 @@ def cross_loss(bench: Bench, uniforms, select: bool):
     t, num_chunks = diffusion_time(u_time), bench.case.length
     masked, hit = complete_chunks(mask_positions(u_mask, t, labels), chunks, labels, num_chunks)
     teacher_masked = chunk_member(hit, teacher_chunks)
-    sides = {
-        "student": (bench.student, ids, masked, chunks, True),
-        "teacher": (bench.teacher, teacher_ids, teacher_masked, teacher_chunks, False),
-    }
     active = hit & masked_chunks(teacher_masked, teacher_chunks, num_chunks)
-    likelihoods = {}
-    for name, (model, tokens, mask, chunk_ids, blocks) in sides.items():
-        with torch.set_grad_enabled(name == "student"):
-            noised = torch.where(mask, model.config.mask_token_id, tokens)
-            logits = noised_logits(model, noised, tokens, blocks)
-            flat = (chunk_ids + torch.arange(len(ids), device=device)[:, None] * num_chunks)[mask]
-            log_probs = true_token_log_probs(logits[mask], tokens[mask])
-            totals = chunk_log_likelihood(log_probs, flat, active.numel())
-            likelihoods[name] = totals[active.flatten()]
-            if name == "student":
-                student = logits
+    with torch.no_grad():
+        noised = torch.where(teacher_masked, bench.teacher.config.mask_token_id, teacher_ids)
+        logits = noised_logits(bench.teacher, noised, teacher_ids, False)[teacher_masked]
+        teacher = likelihoods(logits, teacher_ids, teacher_masked, teacher_chunks, active)
     sizes = torch.zeros_like(hit, dtype=torch.long).scatter_add_(1, chunks.clamp(min=0), (labels != -100).long())
-    weights = chunk_loss_weight(t[:, None], sizes.gather(1, chunks.clamp(min=0)).clamp(min=1))
-    ce = cross_entropy(student, ids, masked, weights, (labels != -100).sum(), select)
+    ce, logits = cross_entropy(
+        noised_logits(bench.student, torch.where(masked, bench.student.config.mask_token_id, ids), ids, True),
+        ids,
+        masked,
+        chunk_loss_weight(t[:, None], sizes.gather(1, chunks.clamp(min=0)).clamp(min=1)),
+        (labels != -100).sum(),
+        select,
+    )
     distill = reverse_calm_loss(
-        likelihoods["student"],
-        likelihoods["teacher"],
+        likelihoods(logits, ids, masked, chunks, active),
+        teacher,
         num_items=active.sum(),
         temperature=bench.trainer.objective.temperature,
     )
