@@ -255,7 +255,7 @@ def format_row(row: dict) -> str:
     """A result as a line of the table."""
     line = "{prompt:>6} {batch:>5} {setting:<21} {forward_passes:>8} {plain_seconds:>8.2f} {library_seconds:>9.2f} "
     line = (line + "{ratio:>6.2f}× {ratio_to_one_per_step:>8.2f}×").format(**row)
-    return line + f"  {row['ratio_to_no_cache']:.2f}× vs no cache" * ("ratio_to_no_cache" in row)
+    return line + (f"  {row['ratio_to_no_cache']:.2f}× vs no cache" if "ratio_to_no_cache" in row else "")
 
 
 if __name__ == "__main__":
