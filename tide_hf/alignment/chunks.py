@@ -145,7 +145,6 @@ def align_chunks(
     Raises:
         ValueError: if the two sides do not have the same number of answers.
     """
-    chunks, teacher_chunks = np.full(len(student.nbytes), -1), np.full(len(teacher.nbytes), -1)
     stretches = [
         stretch
         for ours, theirs in zip(student_answers, teacher_answers, strict=True)
@@ -153,10 +152,9 @@ def align_chunks(
     ]
     pieces = _common_pieces(student, teacher, np.array(stretches, dtype=np.int64).reshape(-1, 3))
     if student.exact and teacher.exact:
-        for side, first, behind in ((chunks, pieces[0], pieces[1]), (teacher_chunks, pieces[2], pieces[3])):
-            side[_ranges(first, behind)] = np.repeat(np.arange(len(first)), behind - first)
-        return chunks, teacher_chunks
+        return _numbers(len(student.nbytes), *pieces[:2]), _numbers(len(teacher.nbytes), *pieces[2:])
     pieces = _of_equal_bytes(student, teacher, pieces)
+    chunks, teacher_chunks = np.full(len(student.nbytes), -1), np.full(len(teacher.nbytes), -1)
     tokens, teacher_tokens = _ranges(pieces[0], pieces[1]), _ranges(pieces[2], pieces[3])
     chunks[tokens], teacher_chunks[teacher_tokens] = cut_equal_bytes(
         student.nbytes[tokens], teacher.nbytes[teacher_tokens]
@@ -176,6 +174,8 @@ def drop_cut_chunks(
     Returns:
         `tuple[np.ndarray, np.ndarray]`: shapes `(min(n, length),)` and `(min(m, teacher_length),)`.
     """
+    if len(chunks) <= length and len(teacher_chunks) <= teacher_length:
+        return chunks, teacher_chunks
     num_chunks = max(chunks.max(initial=-1), teacher_chunks.max(initial=-1)) + 1
     # the last entry, where −1 points, stands for no chunk
     has, teacher_has, lost = np.zeros((3, num_chunks + 1), dtype=bool)
@@ -197,6 +197,16 @@ def _ranges(firsts: np.ndarray, behinds: np.ndarray) -> np.ndarray:
         return np.arange(firsts[0], behinds[0])
     counts = behinds - firsts
     return np.repeat(firsts - counts.cumsum() + counts, counts) + np.arange(counts.sum())
+
+
+def _numbers(num_tokens: int, firsts: np.ndarray, behinds: np.ndarray) -> np.ndarray:
+    """0 for the tokens of the first range, 1 for those of the second, …; −1 for tokens in none, `(num_tokens,)`."""
+    if not len(firsts):
+        return np.full(num_tokens, -1)
+    is_first = np.zeros(num_tokens, dtype=bool)
+    is_first[firsts] = True
+    number = is_first.cumsum() - 1
+    return np.where(np.arange(num_tokens) < behinds[number], number, -1)
 
 
 def _equal_rows(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -161,34 +161,36 @@ class RowPreparation:
             teacher = self._tokenize(row, self.teacher_tokenizer, self._teacher_bytes)
         chunks, teacher_chunks = self._align(student, teacher)
         teacher_ids = np.zeros(0, dtype=np.int64) if teacher is None else teacher.ids
-        ids, labels = student.ids, np.full(len(student.ids), -100)
+        trained = np.zeros(len(student.ids), dtype=bool)
         for first, behind in answer_tokens(student.spans, student.answers):
-            labels[first:behind] = ids[first:behind]
-        if (labels == -100).all():
+            trained[first:behind] = True
+        if not trained.any():
             raise RowSkipped("no answer")
-        truncated = len(ids) > self.max_length
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
-        trained = labels != -100
+        truncated, teacher_truncated = len(trained) > self.max_length, len(teacher_ids) > self.teacher_max_length
+        ids, trained, teacher_ids = (
+            student.ids[: self.max_length],
+            trained[: self.max_length],
+            teacher_ids[: self.teacher_max_length],
+        )
         if not trained.any():
             raise RowSkipped(f"no answer token within max_length={self.max_length}")
-        teacher_truncated = len(teacher_ids) > self.teacher_max_length
-        teacher_ids = teacher_ids[: self.teacher_max_length]
         self._refuse_mask_tokens(ids, teacher_ids)
         chunks, teacher_chunks = drop_cut_chunks(chunks, self.max_length, teacher_chunks, self.teacher_max_length)
-        nbytes = self._bytes.nbytes[ids]
-        covered = nbytes[trained].sum(), nbytes[chunks >= 0].sum()
+        aligned, nbytes = chunks >= 0, self._bytes.nbytes[ids]
+        numbers = chunks[aligned]
+        num_chunks = np.count_nonzero(np.diff(numbers, prepend=-1))  # they rise
+        coverage = [np.count_nonzero(trained), len(numbers), num_chunks, nbytes[trained].sum(), nbytes[aligned].sum()]
         columns = {
-            "input_ids": ids,
-            "labels": labels,
-            "teacher_input_ids": teacher_ids,
-            "chunk_ids": chunks,
-            "teacher_chunk_ids": teacher_chunks,
+            "input_ids": ids.tolist(),
+            "labels": np.where(trained, ids, -100).tolist(),
+            "teacher_input_ids": teacher_ids.tolist(),
+            "chunk_ids": chunks.tolist(),
+            "teacher_chunk_ids": teacher_chunks.tolist(),
         }
         if not truncated and trained[-1] and self.eos_fill != "none":
-            columns = self._fill(columns, teacher is not None and not teacher_truncated)
-        aligned = columns["chunk_ids"][columns["chunk_ids"] >= 0]
-        coverage = [np.count_nonzero(columns["labels"] != -100), len(aligned), len(np.unique(aligned)), *covered]
-        return {name: column.tolist() for name, column in columns.items()}, truncated, [int(n) for n in coverage]
+            num_filled, num_pairs = self._fill(columns, int(num_chunks), teacher is not None and not teacher_truncated)
+            coverage[:3] = coverage[0] + num_filled, coverage[1] + num_pairs, coverage[2] + num_pairs
+        return columns, truncated, [int(n) for n in coverage]
 
     def _masks(self) -> list[tuple[str, PreTrainedTokenizerBase, int | None]]:
         """Who, tokenizer and mask token id of each side there is."""
@@ -214,8 +216,12 @@ class RowPreparation:
             student.ids, student.spans, student.answers, teacher.ids, teacher.spans, teacher.answers
         )
 
-    def _fill(self, columns: dict[str, np.ndarray], fill_teacher: bool) -> dict[str, np.ndarray]:
-        """Appends trained-on EOS tokens, each side its own; those of a shared tokenizer pair in order."""
+    def _fill(self, columns: dict[str, list[int]], num_chunks: int, fill_teacher: bool) -> tuple[int, int]:
+        """Appends trained-on EOS tokens, each side its own; those of a shared tokenizer pair in order.
+
+        Returns:
+            how many the student has, and how many of them have a pair.
+        """
         shared = self.alignment == "token"
         eos = self.tokenizer.eos_token_id
         teacher_eos = eos if shared or not fill_teacher else self.teacher_tokenizer.eos_token_id
@@ -224,16 +230,13 @@ class RowPreparation:
         if fill_teacher and teacher_eos is not None:
             teacher_missing = self._missing(len(columns["teacher_input_ids"]), self.teacher_max_length)
         pairs = min(missing, teacher_missing) if shared else 0
-        numbers = np.full(max(missing, teacher_missing), -1)
-        numbers[:pairs] = columns["chunk_ids"].max(initial=-1) + 1 + np.arange(pairs)
-        added = {
-            "input_ids": np.full(missing, eos),
-            "labels": np.full(missing, eos),
-            "teacher_input_ids": np.full(teacher_missing, teacher_eos if teacher_missing else 0),
-            "chunk_ids": numbers[:missing],
-            "teacher_chunk_ids": numbers[:teacher_missing],
-        }
-        return {name: np.concatenate([column, added[name]]) for name, column in columns.items()}
+        numbers = [*range(num_chunks, num_chunks + pairs), *[-1] * (max(missing, teacher_missing) - pairs)]
+        columns["input_ids"] += [eos] * missing
+        columns["labels"] += [eos] * missing
+        columns["teacher_input_ids"] += [teacher_eos] * teacher_missing
+        columns["chunk_ids"] += numbers[:missing]
+        columns["teacher_chunk_ids"] += numbers[:teacher_missing]
+        return missing, pairs
 
     def _missing(self, length: int, limit: int) -> int:
         """Fill tokens behind a row of `length` tokens that may have `limit`."""

@@ -6,15 +6,18 @@ Shapes: B rows, R rows in all (2B with guidance), K columns being denoised, N ma
 V vocabulary.
 """
 
+from collections.abc import Iterator
 from itertools import zip_longest
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .canvas_tide import Canvas
 from .sampling_tide import (
+    most_probable,
     propose_tokens,
     rank_descending,
     reveal_counts,
@@ -22,6 +25,8 @@ from .sampling_tide import (
     token_entropy,
     within_entropy_bound,
 )
+
+NUM_LOGITS = 1 << 18  # that the cache of a CPU core holds, 1 MB of them
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -96,10 +101,9 @@ class Decoder:
             masked = canvas.masked[:, start:end]
             # where the masks are, without asking the device how many: they come first in a stable order
             flat = (~masked).flatten().byte().argsort(stable=True)[:num_left]
-            logits_NV = self._logits(start, end, flat)
-            tokens, probability_N = propose_tokens(logits_NV, self.temperature, self.warpers, self.generator)
+            tokens, score_N = self._propose(start, end, flat)
             share, num_revealed = (None, None) if shares is None else shares[step]
-            chosen = self._choose(masked, flat, logits_NV, probability_N, share)
+            chosen = self._choose(masked, flat, score_N, share)
             canvas.reveal(start, end, chosen, _spread(masked, flat, tokens, 0))
             num_left = int(canvas.masked[:, start:end].sum()) if shares is None else num_left - num_revealed
             step += 1
@@ -116,13 +120,12 @@ class Decoder:
         steps = list(zip_longest(*rows, fillvalue=0))
         return list(zip(torch.tensor(steps, device=self.canvas.ids.device), map(sum, steps), strict=True))
 
-    def _choose(self, masked, flat, logits_NV, probability_N, share: torch.Tensor | None) -> torch.Tensor:
+    def _choose(self, masked, flat, score_N, share: torch.Tensor | None) -> torch.Tensor:
         """Positions to reveal now, `(B, K)`: within the entropy bound, above the threshold, or the step's share."""
         settings = self.settings
         if settings.entropy_bound is not None:
-            entropy_BK = _spread(masked, flat, token_entropy(logits_NV), torch.inf)
-            return within_entropy_bound(entropy_BK, settings.entropy_bound)
-        order_BK = score_BK = _spread(masked, flat, probability_N, -1.0)
+            return within_entropy_bound(_spread(masked, flat, score_N, torch.inf), settings.entropy_bound)
+        order_BK = score_BK = _spread(masked, flat, score_N, -1.0)
         if settings.remasking == "random":
             noise = torch.rand(masked.shape, device=masked.device, generator=self.generator)
             order_BK = torch.where(masked, noise, -1.0)
@@ -131,10 +134,22 @@ class Decoder:
             return masked & ((score_BK >= settings.confidence_threshold) | (rank == 0))
         return masked & (rank < share[:, None])
 
-    def _logits(self, start: int, end: int, flat: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `(N, V)` of the masked positions, guided and processed; [MASK] has none."""
+    def _propose(self, start: int, end: int, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token for each masked position, `(N,)`, and what decides when it is revealed, `(N,)`: its probability, or
+        with an entropy bound the position's entropy."""
+        settings = self.settings
         row, column = flat // (end - start), flat % (end - start)
         hidden = self._forward(start, end)
+        reads_all = settings.entropy_bound is not None or settings.guidance_scale not in (None, 1)
+        if not (reads_all or self.temperature or self.processors):
+            return most_probable(_head_in_stretches(self.model.lm_head, hidden[row, column], settings.mask_token_id))
+        logits_NV = self._logits(hidden, start, row, column)
+        entropy_N = None if settings.entropy_bound is None else token_entropy(logits_NV)
+        tokens, probability_N = propose_tokens(logits_NV, self.temperature, self.warpers, self.generator)
+        return tokens, probability_N if entropy_N is None else entropy_N
+
+    def _logits(self, hidden: torch.Tensor, start: int, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Float32 logits `(N, V)` of the masked positions, guided and processed; [MASK] has none."""
         logits_NV = self.model.lm_head(hidden[row, column]).float()
         num_rows = len(self.canvas.masked)
         if len(hidden) > num_rows:
@@ -161,7 +176,9 @@ class Decoder:
         canvas = self.canvas
         first, stop = (0, canvas.ids.shape[1]) if self.cache is None else (self.cache.get_seq_length(), end)
         if self._span != (first, stop):
-            self._span, self._visible = (first, stop), canvas.visible(first, stop)
+            visible = canvas.visible(first, stop)
+            # without a mask attention takes its fastest way, and copies no keys for the query heads that share them
+            self._span, self._visible = (first, stop), None if bool(visible.all()) else visible
         self.forward_passes += 1
         hidden = self.model.run_decoder(
             input_ids=canvas.ids[:, first:stop],
@@ -186,3 +203,28 @@ def _spread(masked: torch.Tensor, flat: torch.Tensor, values_N: torch.Tensor, fi
     spread = torch.full((masked.numel(),), fill, dtype=values_N.dtype, device=values_N.device)
     spread[flat] = values_N
     return spread.view_as(masked)
+
+
+def _head_in_stretches(
+    lm_head: torch.nn.Module, hidden_NH: torch.Tensor, mask_token_id: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Float32 logits in pieces of the vocabulary, for [`most_probable`]: first token id and `(N, v)`; [MASK] has none.
+
+    On a CPU the pieces of a plain head are so small that they are still in the cache when they are read; all logits at
+    once would go through memory several times. On other devices, and where more than a linear layer runs (an adapter,
+    quantised weights, hooks), there is one piece.
+    """
+    is_plain = type(lm_head) is torch.nn.Linear and "forward" not in vars(lm_head)
+    if hidden_NH.device.type != "cpu" or not is_plain or lm_head._forward_hooks or lm_head._forward_pre_hooks:
+        logits_NV = lm_head(hidden_NH).float()
+        logits_NV[:, mask_token_id] = -torch.inf
+        yield 0, logits_NV
+        return
+    size = max(NUM_LOGITS // len(hidden_NH), 1024)
+    for first in range(0, lm_head.out_features, size):
+        piece = slice(first, first + size)
+        bias = None if lm_head.bias is None else lm_head.bias[piece]
+        logits = F.linear(hidden_NH, lm_head.weight[piece], bias).float()
+        if first <= mask_token_id < first + size:
+            logits[:, mask_token_id - first] = -torch.inf
+        yield first, logits
