@@ -55,7 +55,8 @@ def parse_arguments(
     command_line = sys.argv[1:] if command_line is None else command_line
     # names first: the training arguments are refused on a machine that does not fit them, whatever else is missing
     names = TrlParser((DistillArguments, ModelConfig, MixtureConfig))
-    check_available(*names.parse_args_and_config(command_line, return_remaining_strings=True)[:3])
+    if not {"-h", "--help"} & set(command_line):
+        check_available(*names.parse_args_and_config(command_line, return_remaining_strings=True)[:3])
     parser = TrlParser((DistillArguments, config_class, ModelConfig, MixtureConfig))
     parser.set_defaults(output_dir=output_dir)
     parsed = parser.parse_args_and_config(command_line)
