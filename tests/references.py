@@ -200,6 +200,11 @@ def complementary_split(masked, uniform, ratio: float) -> tuple[np.ndarray, np.n
 # ---- inverse distillation ----
 
 
+def keyed_uniforms(seed: int, epoch: int, row_id: int, count: int, stream: int) -> np.ndarray:
+    """The first draws of a row's numbered stream."""
+    return np.random.default_rng([seed, row_id, epoch + 1, stream + 1]).random(count, dtype=np.float32)
+
+
 def clean_distribution(logits, mask) -> torch.Tensor:
     """softmax over the tokens that are not [MASK], one at a time; 0 at [MASK]."""
     weights = [torch.exp(z) * (0.0 if v == mask else 1.0) for v, z in enumerate(logits)]

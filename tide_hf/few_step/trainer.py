@@ -199,6 +199,7 @@ class IDLMTrainer(DiffusionTrainer):
         self._fake_sums[1] += norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self._fake_sums[2] += 1
         self.fake_optimizer.step()
+        self._fake_learning_rate = self.fake_scheduler.get_last_lr()[0]
         self.fake_scheduler.step()
         self.fake_optimizer.zero_grad()
         accelerator.gradient_state._set_sync_gradients(was_syncing)
@@ -215,7 +216,7 @@ class IDLMTrainer(DiffusionTrainer):
             loss, norm, count = self._fake_sums
             loss = self.accelerator.reduce(torch.as_tensor(loss, device=self.args.device), reduction="sum")
             logs |= {"fake_loss": loss.item() / count, "fake_grad_norm": float(norm) / count}
-            logs["fake_learning_rate"] = self.fake_scheduler.get_last_lr()[0]
+            logs["fake_learning_rate"] = self._fake_learning_rate
             self._fake_sums = [0.0, 0.0, 0]
         super().log(logs, start_time)
 

@@ -146,6 +146,8 @@ def _tags(record: RunRecord, base_model: str | None) -> list[str]:
     tags = [*TAGS, "block-diffusion"] if record.network["objective"] == "block" else [*TAGS]
     if not record.teachers:
         tags.remove("distillation")
+    if record.method == "idlm":
+        tags[tags.index("tide")] = "few-step"
     if record.is_adapter:
         tags += [f"base_model:adapter:{base_model}", "lora"] if base_model else ["lora"]
     return list(dict.fromkeys([*tags, *record.tags]))
@@ -245,10 +247,17 @@ def _generation_code(record: RunRecord, remote_code: bool) -> str:
         f"model = {auto_class}.from_pretrained({where})",
         f"tokenizer = AutoTokenizer.from_pretrained({where})",
         *prompt,
-        f"output = model.generate(**inputs, max_new_tokens={NUM_EXAMPLE_TOKENS})",
+        f"output = model.generate(**inputs, max_new_tokens={NUM_EXAMPLE_TOKENS}{_decoding_arguments(record)})",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "\n".join(lines)
+
+
+def _decoding_arguments(record: RunRecord) -> str:
+    """What an adapter of a few-step student decodes with: its base's own settings know nothing of it."""
+    if record.method != "idlm" or not record.is_adapter:
+        return ""
+    return f', steps_per_block={record.objective["num_steps"]}, remasking="random", temperature=1.0'
 
 
 def _adapter_code(record: RunRecord) -> str:
