@@ -358,3 +358,76 @@ def two_mode_inverse_loss(q, times, teacher_words, epsilon, through_sample=False
                             value = value + q_v * (math.log(fake[v]) - math.log(real[v]))
                 total = total + weight * time_weight * (p if through_sample else p.item()) * value
     return total, generated
+
+
+# ---- uniform-state diffusion ----
+
+
+def gaussian_alpha(gamma: float, num_tokens: int, num_points: int = 20_000) -> float:
+    """α of Gaussian noise on a one-hot: the midpoint rule, Φ by erf, on entries themselves rather than deviations."""
+    signal, noise = math.sqrt(1 / (1 + math.exp(gamma))), math.sqrt(1 / (1 + math.exp(-gamma)))
+    low, high = -12 * noise, signal + 12 * noise
+    width, largest = (high - low) / num_points, 0.0
+    for i in range(num_points):
+        x = low + (i + 0.5) * width
+        density = math.exp(-(((x - signal) / noise) ** 2) / 2) / (noise * math.sqrt(2 * math.pi))
+        below = (1 + math.erf(x / noise / math.sqrt(2))) / 2
+        largest += width * density * below ** (num_tokens - 1)
+    return (largest - 1 / num_tokens) / (1 - 1 / num_tokens)
+
+
+def uniform_divergence(q, f, z: int, alpha, rate) -> torch.Tensor:
+    """(α′/(Vα)) [V/x̄_z − V/x̄^f_z − Σ_v (x̄_v/x̄_z)(log x̄^f_z − log x̄^f_v + log x̄_v − log x̄_z)], α′ = −rate."""
+    size = len(q)
+    bar = [size * alpha * p + 1 - alpha for p in q]
+    bar_f = [size * alpha * p + 1 - alpha for p in f]
+    total = size / bar[z] - size / bar_f[z]
+    for v in range(size):
+        logs = torch.log(bar_f[z]) - torch.log(bar_f[v]) + torch.log(bar[v]) - torch.log(bar[z])
+        total = total - bar[v] / bar[z] * logs
+    return -rate / (size * alpha) * total
+
+
+def uniform_step(f, z: int, alpha: float, next_alpha: float) -> list[float]:
+    """P(v at the next time | z now), by Bayes over every clean token and every v."""
+    size = len(f)
+
+    def kept(target, source, share):
+        return share * (target == source) + (1 - share) / size
+
+    joint = [
+        sum(f[x] * kept(v, x, next_alpha) * kept(z, v, alpha / next_alpha) for x in range(size)) for v in range(size)
+    ]
+    return [value / sum(joint) for value in joint]
+
+
+def uniform_inverse_losses(networks, tokens, trained, alphas, gammas, noises, temperature):
+    """L(f, q) with q and x_t fixed, and L(f*, q) − L(f, q) with their graph, of one row, position by position.
+
+    `networks` are student, teacher and fake: `network(probabilities (L, V), noise levels (L,)) -> logits (L, V)`.
+    """
+    student, teacher, fake = networks
+    length, size = noises[0].shape
+
+    def noised(clean, which):
+        signal = math.sqrt(1 / (1 + math.exp(gammas[which])))
+        noise = math.sqrt(1 / (1 + math.exp(-gammas[which])))
+        soft, hard = [], []
+        for i in range(length):
+            latent = signal * clean[i] + noise * noises[which][i]
+            soft.append(torch.softmax(latent / temperature, 0) if trained[i] else clean[i])
+            hard.append(int(latent.argmax()) if trained[i] else tokens[i])
+        levels = torch.tensor([(1 - alphas[which]) * float(flag) for flag in trained], dtype=torch.float64)
+        return torch.stack(soft), hard, levels
+
+    real = torch.eye(size, dtype=torch.float64)[torch.tensor(tokens)]
+    soft, _, levels = noised(real, 0)
+    q = torch.softmax(student(soft, levels), -1)
+    clean = torch.stack([q[i] if trained[i] else real[i] for i in range(length)])
+
+    def loss(network, clean):
+        soft, hard, levels = noised(clean, 1)
+        f = torch.softmax(network(soft, levels), -1)
+        return sum(uniform_divergence(clean[i], f[i], hard[i], alphas[1], 1.0) for i in range(length) if trained[i])
+
+    return loss(fake, clean.detach()), loss(teacher, clean) - loss(fake, clean)
