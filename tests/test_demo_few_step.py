@@ -152,9 +152,8 @@ def flags_of(folders) -> list[str]:
 @pytest.mark.parametrize("adapter", [False, True])
 def test_run_from_folders_to_a_loadable_student(folders, adapter):
     """Catches flags that do not reach the run, and a saved student that is not the trained one."""
-    flags = flags_of(folders) + (
-        ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"] if adapter else []
-    )
+    lora = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"]
+    flags = [*flags_of(folders), *(lora if adapter else [])]
     trainer = run_inverse_distillation(parse_arguments("outputs", flags, IDLMConfig))
     assert trainer.args.fake_learning_rate == 2e-2 and trainer.objective.num_steps == 2
     assert (folders["out"] / "adapter_config.json").is_file() == adapter
