@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tide_hf import IDLMConfig, IDLMTrainer, TIDEConfig, TIDETrainer, TIDEUniformQwen3Config, UniformIDLMTrainer
+from tide_hf.demo import uniform_state as demo
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.diffusion import gaussian_schedule
 from tide_hf.few_step.noising import Draws
@@ -405,3 +406,29 @@ def test_trainers_refuse_the_other_kind_of_diffusion(tmp_path):
     with pytest.raises(ValueError, match="objective uniform"):
         UniformIDLMTrainer(model=tiny_model(), args=IDLMConfig(**settings), **common)
     assert AutoModelForCausalLM._model_mapping[TIDEUniformQwen3Config] is TIDEUniformQwen3ForDiffusion
+
+
+# ---- the demonstration ----
+
+
+def test_measure_counts_answers_that_repeat_one_digit(monkeypatch):
+    """Catches fragments, other digits and unfinished answers counted as right, and a spread over wrong answers."""
+    tokenizer = build_tokenizer()
+    eos = tokenizer.eos_token_id
+    answers = [[7, 7, 7, 7, eos], [2, 2, 2, 2, eos], [7, 7, 7, 2, eos], [7, 7, 7, 7, 7], [7, 7, eos, 10, 10]]
+    model = tiny_uniform()
+    monkeypatch.setattr(
+        model, "generate", lambda prompts, **kwargs: torch.cat([prompts[: len(answers)], torch.tensor(answers)], 1)
+    )
+    ((share, digits),) = demo.measure(model, tokenizer, [3], num_samples=5)
+    assert share == 2 / 5 and digits == pytest.approx(2)
+
+
+@pytest.mark.slow
+def test_few_step_student_agrees_with_itself_more_often(tmp_path):
+    """Catches training that runs and teaches nothing: at the steps it was made for the student beats its teacher."""
+    found = demo.compare(tmp_path, seeds=[0], num_steps=4, steps=[2, 4, 32])
+    teacher, student = ([share for share, _ in found[name][0]] for name in ("teacher", "student"))
+    assert teacher[2] > 0.9, "the teacher itself can do it, with many steps"
+    assert student[0] > teacher[0] + 0.04 and student[1] > teacher[1] + 0.04
+    assert found["student"][0][1][1] > 6, "most digits are still there"
