@@ -4,6 +4,7 @@ They are slow on purpose. Anything that carries a gradient is a float64 torch sc
 formula is the second derivation of the gradient; everything else is python or numpy.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -271,3 +272,162 @@ def histogram_entropy(sequence, vocab_size: int) -> float:
         frequency = sum(1 for other in sequence if other == token) / len(sequence)
         total -= frequency * math.log(frequency) if frequency else 0.0
     return total
+
+
+# ---- inverse distillation of two modes, AAA and BBB, by loops over strings ----
+
+WORDS = ["".join(letters) for letters in itertools.product("AB", repeat=3)]
+SUBSETS = [set(subset) for size in range(4) for subset in itertools.combinations(range(3), size)]
+
+
+def hide(word: str, hidden: set[int]) -> str:
+    """The word with `_` at the hidden positions."""
+    return "".join("_" if i in hidden else letter for i, letter in enumerate(word))
+
+
+def word_posterior(words: dict, state: str, position: int) -> list:
+    """P(A), P(B) at a position among the words that agree with what the state shows; None, None if none does."""
+    agreeing = {word: p for word, p in words.items() if all(s in ("_", w) for s, w in zip(state, word, strict=True))}
+    total = sum(agreeing.values())
+    if total == 0:
+        return [None, None]
+    return [sum(p for word, p in agreeing.items() if word[position] == letter) / total for letter in "AB"]
+
+
+def word_sampler(predict, num_steps: int) -> dict[str, float]:
+    """Words by ancestral sampling, state by state; `predict(step, state, position) -> [P(A), P(B)]`."""
+    law = {"___": 1.0}
+    for step in range(num_steps):
+        after = {}
+        reveal = 1 / (num_steps - step)
+        for state, mass in law.items():
+            masked = [i for i in range(3) if state[i] == "_"]
+            for letters in itertools.product("_AB", repeat=len(masked)):
+                p, new = mass, list(state)
+                for i, letter in zip(masked, letters, strict=True):
+                    p *= 1 - reveal if letter == "_" else reveal * predict(step, state, i)["AB".index(letter)]
+                    new[i] = letter
+                if p:
+                    after["".join(new)] = after.get("".join(new), 0.0) + p
+        law = after
+    return law
+
+
+def two_mode_students(q, times) -> list[tuple]:
+    """(probability of (t′, x_t′), step, x_t′, {word: P(word | x_t′)}) with the graph of `q(step, state, position)`."""
+    found = []
+    for step, t in enumerate(times):
+        for data in ("AAA", "BBB"):
+            for hidden in SUBSETS:
+                weight = 0.5 * t ** len(hidden) * (1 - t) ** (3 - len(hidden)) / len(times)
+                state, words = hide(data, hidden), {}
+                for word in WORDS:
+                    p = torch.ones((), dtype=torch.float64)
+                    for i in range(3):
+                        p = p * (q(step, state, i)["AB".index(word[i])] if i in hidden else float(word[i] == data[i]))
+                    words[word] = p
+                found.append((weight, step, state, words))
+    return found
+
+
+def two_mode_inverse_loss(q, times, teacher_words, epsilon, through_sample=False):
+    """Σ over t′, x_t′, x̂0, what is masked of it, and t, of w(t)·Σ_i ⟨q_i, log f_i − log f*_i⟩, f optimal.
+
+    The integral over t ∈ [ε, 1] of t^(m−1) (1−t)^(3−m) is that of the expanded polynomial. With `through_sample` the
+    probability of x_t keeps its graph, which the method leaves out. Returns the loss and the student's words.
+    """
+    students = two_mode_students(q, times)
+    generated = {word: sum(weight * words[word] for weight, _, _, words in students) for word in WORDS}
+    fixed = {word: p.item() for word, p in generated.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for hidden in SUBSETS[1:]:
+        m = len(hidden)
+        polynomial = np.polynomial.Polynomial([0] * (m - 1) + [1]) * np.polynomial.Polynomial([1, -1]) ** (3 - m)
+        integral = polynomial.integ()
+        time_weight = (integral(1) - integral(epsilon)) / (1 - epsilon)
+        for weight, step, before, words in students:
+            for word, p in words.items():
+                after = hide(word, hidden)
+                value = 0.0
+                for i in hidden:
+                    fake, real = word_posterior(fixed, after, i), word_posterior(teacher_words, after, i)
+                    shown = before[i]
+                    for v, letter in enumerate("AB"):
+                        q_v = q(step, before, i)[v] if shown == "_" else float(shown == letter)
+                        if fake[v]:
+                            value = value + q_v * (math.log(fake[v]) - math.log(real[v]))
+                total = total + weight * time_weight * (p if through_sample else p.item()) * value
+    return total, generated
+
+
+# ---- uniform-state diffusion ----
+
+
+def gaussian_alpha(gamma: float, num_tokens: int, num_points: int = 20_000) -> float:
+    """α of Gaussian noise on a one-hot: the midpoint rule, Φ by erf, on entries themselves rather than deviations."""
+    signal, noise = math.sqrt(1 / (1 + math.exp(gamma))), math.sqrt(1 / (1 + math.exp(-gamma)))
+    low, high = -12 * noise, signal + 12 * noise
+    width, largest = (high - low) / num_points, 0.0
+    for i in range(num_points):
+        x = low + (i + 0.5) * width
+        density = math.exp(-(((x - signal) / noise) ** 2) / 2) / (noise * math.sqrt(2 * math.pi))
+        below = (1 + math.erf(x / noise / math.sqrt(2))) / 2
+        largest += width * density * below ** (num_tokens - 1)
+    return (largest - 1 / num_tokens) / (1 - 1 / num_tokens)
+
+
+def uniform_divergence(q, f, z: int, alpha, rate) -> torch.Tensor:
+    """(α′/(Vα)) [V/x̄_z − V/x̄^f_z − Σ_v (x̄_v/x̄_z)(log x̄^f_z − log x̄^f_v + log x̄_v − log x̄_z)], α′ = −rate."""
+    size = len(q)
+    bar = [size * alpha * p + 1 - alpha for p in q]
+    bar_f = [size * alpha * p + 1 - alpha for p in f]
+    total = size / bar[z] - size / bar_f[z]
+    for v in range(size):
+        logs = torch.log(bar_f[z]) - torch.log(bar_f[v]) + torch.log(bar[v]) - torch.log(bar[z])
+        total = total - bar[v] / bar[z] * logs
+    return -rate / (size * alpha) * total
+
+
+def uniform_step(f, z: int, alpha: float, next_alpha: float) -> list[float]:
+    """P(v at the next time | z now), by Bayes over every clean token and every v."""
+    size = len(f)
+
+    def kept(target, source, share):
+        return share * (target == source) + (1 - share) / size
+
+    joint = [
+        sum(f[x] * kept(v, x, next_alpha) * kept(z, v, alpha / next_alpha) for x in range(size)) for v in range(size)
+    ]
+    return [value / sum(joint) for value in joint]
+
+
+def uniform_inverse_losses(networks, tokens, trained, alphas, gammas, noises, temperature):
+    """L(f, q) with q and x_t fixed, and L(f*, q) − L(f, q) with their graph, of one row, position by position.
+
+    `networks` are student, teacher and fake: `network(probabilities (L, V), noise levels (L,)) -> logits (L, V)`.
+    """
+    student, teacher, fake = networks
+    length, size = noises[0].shape
+
+    def noised(clean, which):
+        signal = math.sqrt(1 / (1 + math.exp(gammas[which])))
+        noise = math.sqrt(1 / (1 + math.exp(-gammas[which])))
+        soft, hard = [], []
+        for i in range(length):
+            latent = signal * clean[i] + noise * noises[which][i]
+            soft.append(torch.softmax(latent / temperature, 0) if trained[i] else clean[i])
+            hard.append(int(latent.argmax()) if trained[i] else tokens[i])
+        levels = torch.tensor([(1 - alphas[which]) * float(flag) for flag in trained], dtype=torch.float64)
+        return torch.stack(soft), hard, levels
+
+    real = torch.eye(size, dtype=torch.float64)[torch.tensor(tokens)]
+    soft, _, levels = noised(real, 0)
+    q = torch.softmax(student(soft, levels), -1)
+    clean = torch.stack([q[i] if trained[i] else real[i] for i in range(length)])
+
+    def loss(network, clean):
+        soft, hard, levels = noised(clean, 1)
+        f = torch.softmax(network(soft, levels), -1)
+        return sum(uniform_divergence(clean[i], f[i], hard[i], alphas[1], 1.0) for i in range(length) if trained[i])
+
+    return loss(fake, clean.detach()), loss(teacher, clean) - loss(fake, clean)

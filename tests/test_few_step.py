@@ -13,6 +13,7 @@ from few_step_run import tiny_few_step
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from tiny import tiny_model
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tide_hf import IDLMConfig
@@ -203,6 +204,30 @@ def test_chunks_of_the_head_change_nothing(tmp_path):
         trainer.train()
         losses.append((logs_of(trainer), logs_of(trainer, "fake_loss")))
     assert losses[0] == losses[1]
+
+
+def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):
+    """Catches a step that holds a network's logits at all masked positions: memory grows with the vocabulary."""
+    trainer = tiny_few_step(tmp_path, head_chunk_size=2)
+    trainer.fake_wrapped = trainer.fake
+    vocabulary, hidden = trainer.model.lm_head.weight.shape
+    _, ((fake_batch,),), (batch,) = noised_step(trainer)
+    assert min(len(fake_batch["soft"]), len(batch["soft"]), len(batch["drawn_from"])) > 4
+    found = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for value in out if isinstance(out, tuple) else (out,):
+                if isinstance(value, torch.Tensor) and value.ndim and value.shape[-1] == vocabulary:
+                    found.add(tuple(value.shape))
+            return out
+
+    with Watch():
+        trainer.inverse.fake_loss(trainer.model, trainer.fake, fake_batch, 8.0).backward()
+        trainer.compute_loss(trainer.model, batch).backward()
+    assert {(1, vocabulary), (2, vocabulary)} & found
+    assert all(shape[0] in (1, 2, hidden) for shape in found), "positions at a time, or the head transposed"
 
 
 def test_nothing_masked_trains(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import references
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tide_hf.losses import (
     chunked_head_loss,
@@ -162,7 +163,7 @@ def test_logits_exist_one_chunk_at_a_time():
     sizes = []
     hidden, weight = draw(64, H).requires_grad_(), draw(1000, H, seed=1)
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             sizes.append(max((t.numel() for t in (out if isinstance(out, tuple) else (out,))

@@ -23,6 +23,9 @@ _LAZY = {
     "TIDEQwen3Config": "models",
     "TIDEQwen3ForBlockDiffusion": "models",
     "TIDEGenerationConfig": "models",
+    "TIDEUniformQwen3Config": "models",
+    "TIDEUniformQwen3ForDiffusion": "models",
+    "UniformIDLMTrainer": "few_step",
     "export_for_serving": "hub.export",
     "convert_to_diffusion": "models",
 }

@@ -24,15 +24,29 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    # what `config.objective` of a model may be
+    OBJECTIVES = ("block", "full")
+
+    def _refuse_other_objectives(self, model) -> None:
+        """Says which models this trainer does not know the noise of."""
+        objective = getattr(model.config, "objective", None)
+        if objective is None:
+            raise ValueError(
+                f"The student is a {type(model).__name__} (model_type={model.config.model_type!r}), which is no "
+                "diffusion LM of this library. Load a tide_… or a2d-… checkpoint, or make one with "
+                "convert_to_diffusion."
+            )
+        if objective not in self.OBJECTIVES:
+            raise ValueError(
+                f"{type(self).__name__} trains diffusion LMs with objective {' or '.join(self.OBJECTIVES)}, got "
+                f"{objective!r}. Uniform-state models go with UniformIDLMTrainer or, without a teacher, with "
+                "transformers.Trainer; masked ones with TIDETrainer and IDLMTrainer."
+            )
 
     def _configure_student(self, model, args, tokenizer) -> None:
         """Writes what the run decides into the student's config, so that a checkpoint generates as it was trained."""
+        self._refuse_other_objectives(model)
         config = model.config
-        if not hasattr(config, "objective"):
-            raise ValueError(
-                f"The student is a {type(model).__name__} (model_type={config.model_type!r}), which is no diffusion "
-                "LM of this library. Load a tide_… or a2d-… checkpoint, or make one with convert_to_diffusion."
-            )
         config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
         if args.block_size is not None:
             config.block_size = args.block_size

@@ -1,14 +1,17 @@
 """What the distillation recipes share: arguments as in TRL's scripts, and one run from names to a saved student."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from datasets import DatasetDict
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .config import TIDEConfig
+from .config import DiffusionConfig, TIDEConfig
 from .data.loading import MixtureConfig, load_mixture, load_rows
+from .diffusion_trainer import DiffusionTrainer
+from .few_step import IDLMConfig, IDLMTrainer
 from .hub import NotAvailableError, PushError, require_available
 from .trainer import TIDETrainer
 
@@ -31,26 +34,30 @@ class Arguments:
     """Everything a recipe was given; `given` names the flags that stood on the command line."""
 
     script: DistillArguments
-    training: TIDEConfig
+    training: DiffusionConfig
     model: ModelConfig
     mixture: MixtureConfig
     given: set[str]
 
 
-def parse_arguments(output_dir: str, command_line: list[str] | None = None) -> Arguments:
+def parse_arguments(
+    output_dir: str, command_line: list[str] | None = None, config_class: type[DiffusionConfig] = TIDEConfig
+) -> Arguments:
     """Reads flags and `--config` file, and checks first that everything they name can be had.
 
     Args:
         output_dir (`str`): default of `--output_dir`.
         command_line (`list[str]`, *optional*): `sys.argv[1:]` by default.
+        config_class (`type`): [`TIDEConfig`] or [`IDLMConfig`], whose fields are flags.
 
     Exits with one sentence if a model or dataset is neither local nor within reach.
     """
     command_line = sys.argv[1:] if command_line is None else command_line
     # names first: the training arguments are refused on a machine that does not fit them, whatever else is missing
     names = TrlParser((DistillArguments, ModelConfig, MixtureConfig))
-    check_available(*names.parse_args_and_config(command_line, return_remaining_strings=True)[:3])
-    parser = TrlParser((DistillArguments, TIDEConfig, ModelConfig, MixtureConfig))
+    if not {"-h", "--help"} & set(command_line):
+        check_available(*names.parse_args_and_config(command_line, return_remaining_strings=True)[:3])
+    parser = TrlParser((DistillArguments, config_class, ModelConfig, MixtureConfig))
     parser.set_defaults(output_dir=output_dir)
     parsed = parser.parse_args_and_config(command_line)
     given = {flag[2:].split("=")[0].replace("-", "_") for flag in command_line if flag.startswith("--")}
@@ -59,6 +66,24 @@ def parse_arguments(output_dir: str, command_line: list[str] | None = None) -> A
 
 def run_distillation(arguments: Arguments) -> TIDETrainer:
     """Loads, trains, saves, and pushes where asked to."""
+    return _run(arguments, lambda **kwargs: TIDETrainer(
+        teacher=arguments.script.teacher_model_name_or_path, **kwargs
+    ))  # fmt: skip
+
+
+def run_inverse_distillation(arguments: Arguments) -> IDLMTrainer:
+    """The same for a few-step student; `arguments.training` is an [`IDLMConfig`]."""
+    if arguments.script.teacher_model_name_or_path is not None:
+        sys.exit(
+            "Inverse distillation takes no --teacher_model_name_or_path: the model of --model_name_or_path is "
+            "teacher, fake and student."
+        )
+    assert isinstance(arguments.training, IDLMConfig)
+    return _run(arguments, IDLMTrainer)
+
+
+def _run(arguments: Arguments, make_trainer: Callable) -> DiffusionTrainer:
+    """From names to a saved model."""
     script, training, model, mixture = arguments.script, arguments.training, arguments.model, arguments.mixture
     if not mixture.datasets and script.dataset_name is None:
         sys.exit("Nothing to train on: give --dataset_name (a Hub name, a .jsonl or .parquet file) or a mixture.")
@@ -76,9 +101,8 @@ def run_distillation(arguments: Arguments) -> TIDETrainer:
         "quantization_config": get_quantization_config(model),
         **(training.model_init_kwargs or {}),
     }
-    trainer = TIDETrainer(
+    trainer = make_trainer(
         model=model.model_name_or_path,
-        teacher=script.teacher_model_name_or_path,
         args=training,
         train_dataset=rows[script.dataset_train_split],
         eval_dataset=rows[script.dataset_test_split] if evaluates else None,

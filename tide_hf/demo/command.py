@@ -71,7 +71,7 @@ def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
     held_out_prompt = data.held_out_rows[0]["messages"][0]["content"]
     _show_student(data, results, task, output_dir)
     print(f"\n{time.time() - started:.0f} s in all. Report, curves and the student are in {output_dir}. To load it:\n")
-    print(_loading_lines(output_dir, held_out_prompt))
+    print(loading_lines(output_dir, held_out_prompt))
     return report
 
 
@@ -94,7 +94,7 @@ def _show_student(data: TaskData, results: list[RowResult], task: Task, output_d
             print(f"--- {name}\n{texts[index]}")
 
 
-def _loading_lines(output_dir: str, prompt: str) -> str:
+def loading_lines(output_dir: str, prompt: str) -> str:
     """Python that loads and uses the saved student."""
     return f"""    import tide_hf
     from transformers import AutoModel, AutoTokenizer

@@ -134,7 +134,7 @@ def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = get_context("spawn")
     with (
-        _single_threaded_children(),
+        single_threaded_children(),
         context.Manager() as manager,
         ProcessPoolExecutor(NUM_WORKERS, mp_context=context) as pool,
     ):
@@ -285,7 +285,7 @@ def _progress_bar(title: str, total: int, queue):
 
 
 @contextmanager
-def _single_threaded_children():
+def single_threaded_children():
     """Child processes start with one thread, and without the launcher's idea of a process group."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     before = {name: os.environ.pop(name, None) for name in names}

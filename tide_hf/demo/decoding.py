@@ -6,12 +6,15 @@ import torch
 from datasets import Dataset
 
 
-def complete(model, tokenizer, rows: Dataset, max_new_tokens: int | None = None) -> tuple[list[str], float]:
-    """Answers to the prompts of conversations, one batch, greedy, one token per step.
+def complete(
+    model, tokenizer, rows: Dataset, max_new_tokens: int | None = None, **settings
+) -> tuple[list[str], float]:
+    """Answers to the prompts of conversations, one batch; greedy, one token per step, if the model says nothing else.
 
     Args:
         rows (`Dataset`): `messages`, a user turn and an assistant turn each.
         max_new_tokens (`int`, *optional*): the longest reference answer and its EOS by default.
+        settings: further arguments of `generate`.
 
     Returns:
         the answers as text, and generated tokens per CPU second.
@@ -29,6 +32,7 @@ def complete(model, tokenizer, rows: Dataset, max_new_tokens: int | None = None)
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         return_dict_in_generate=True,
+        **settings,
     )
     seconds = time.process_time() - started
     num_tokens = output.tokens_per_forward * output.forward_passes * len(prompts)

@@ -10,9 +10,11 @@ from .corruption import (
     masked_chunks,
     row_uniforms,
 )
+from .gaussian import GaussianToDiscrete, gaussian_schedule
 from .layout import LayoutSpec, PackedLayout, block_layout
 
 __all__ = [
+    "GaussianToDiscrete",
     "LayoutSpec",
     "PackedLayout",
     "block_layout",
@@ -21,6 +23,7 @@ __all__ = [
     "complementary_split",
     "complete_chunks",
     "diffusion_time",
+    "gaussian_schedule",
     "mask_positions",
     "masked_chunks",
     "row_uniforms",

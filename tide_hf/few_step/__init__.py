@@ -3,5 +3,6 @@
 from .config import IDLMConfig
 from .noising import InverseNoising, stratified_times
 from .trainer import IDLMTrainer
+from .uniform import UniformIDLMTrainer
 
-__all__ = ["IDLMConfig", "IDLMTrainer", "InverseNoising", "stratified_times"]
+__all__ = ["IDLMConfig", "IDLMTrainer", "InverseNoising", "UniformIDLMTrainer", "stratified_times"]

@@ -12,6 +12,7 @@ RANGES = {
     "fake_max_grad_norm": (0.0, float("inf"), True),
     "num_steps": (1, float("inf"), True),
     "fake_steps_per_student_step": (1, float("inf"), True),
+    "input_temperature": (1e-6, float("inf"), True),
     "head_chunk_size": (1, float("inf"), True),
 }
 
@@ -62,6 +63,10 @@ class IDLMConfig(DiffusionConfig):
     save_weights: str = _knob(
         "ema",
         "What is saved as the model and evaluated: ema (the moving average) or student (the weights as they are).",
+    )
+    input_temperature: float = _knob(
+        1e-3,
+        "Uniform-state models alone: τ > 0 of the soft inputs softmax(x_t/τ); small values are nearly one-hot (Duo).",
     )
     head_chunk_size: int = _knob(
         1024, "Positions whose logits over the vocabulary exist at a time in a network, at least 1."

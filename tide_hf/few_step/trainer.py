@@ -88,25 +88,19 @@ class IDLMTrainer(DiffusionTrainer):
         model, processing_class, revision = load_student(model, args, processing_class)
         self._configure_student(model, args, processing_class)
         config = model.config
-        settings = model.generation_config
-        settings.steps_per_block, settings.remasking = args.num_steps, "random"
-        settings.temperature, settings.do_sample = 1.0, True
         self.objective = InverseObjective(
             "idlm", "token", **{name: getattr(args, name) for name in list(InverseObjective.__annotations__)[2:]}
         )
         logger.info(f"Objective: {json.dumps(self.objective.to_dict())}")
         self._preparation = RowPreparation.for_run(
-            args, config.block_size, "token", (processing_class, config.mask_token_id), None
+            args,
+            getattr(config, "block_size", 1),
+            "token",
+            (processing_class, getattr(config, "mask_token_id", None)),
+            None,
         )
         train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
-        full = config.objective == "full"
-        self.noising = InverseNoising(
-            LayoutSpec(config.mask_token_id, None if full else config.block_size, not full),
-            args.schedule,
-            args.time_epsilon,
-            args.num_steps if args.student_times == "grid" else None,
-        )
-        self.inverse = InverseStep(config.mask_token_id, args.head_chunk_size)
+        self.noising, self.inverse = self._make_step(config, args)
         model, self.fake, self.teacher = three_networks(model, peft_config, revision, args.seed)
         self.fake_wrapped = self.fake_optimizer = self.fake_scheduler = self.ema = None
         self._fake_sums, self._fake_batches = (
@@ -127,6 +121,24 @@ class IDLMTrainer(DiffusionTrainer):
         self.teacher.to(self.args.device)
         self.fake.to(self.args.device)
         self.add_callback(_AverageWeights(self))
+
+    def _configure_student(self, model, args, tokenizer) -> None:
+        """Also decodes as the student is made for."""
+        super()._configure_student(model, args, tokenizer)
+        settings = model.generation_config
+        settings.steps_per_block, settings.remasking = args.num_steps, "random"
+        settings.temperature, settings.do_sample = 1.0, True
+
+    def _make_step(self, config, args) -> tuple[InverseNoising, InverseStep]:
+        """What noises a micro-batch, and what makes the two losses of it."""
+        full = config.objective == "full"
+        noising = InverseNoising(
+            LayoutSpec(config.mask_token_id, None if full else config.block_size, not full),
+            args.schedule,
+            args.time_epsilon,
+            args.num_steps if args.student_times == "grid" else None,
+        )
+        return noising, InverseStep(config.mask_token_id, args.head_chunk_size)
 
     def _refuse_engines(self) -> None:
         """Says which engines two optimizers do not run under here."""

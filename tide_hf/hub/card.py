@@ -40,6 +40,7 @@ PAPERS = {
     "tide": ("TIDE", "2604.26951"),
     "block": ("BD3LM (block diffusion)", "2503.09573"),
     "full": ("MDLM (masked diffusion)", "2406.07524"),
+    "uniform": ("Duo (uniform-state diffusion)", "2506.10892"),
     "chunk": ("ALM (likelihoods of chunks across tokenizers)", "2503.20083"),
     "idlm": ("IDLM (inverse distillation to few steps)", "2602.19066"),
 }
@@ -257,6 +258,8 @@ def _decoding_arguments(record: RunRecord) -> str:
     """What an adapter of a few-step student decodes with: its base's own settings know nothing of it."""
     if record.method != "idlm" or not record.is_adapter:
         return ""
+    if record.network["objective"] == "uniform":
+        return f", num_steps={record.objective['num_steps']}"
     return f', steps_per_block={record.objective["num_steps"]}, remasking="random", temperature=1.0'
 
 
@@ -279,7 +282,9 @@ model.print_trainable_parameters()"""
 def _diffusion(network: dict) -> str:
     if network["objective"] == "block":
         return f"block diffusion with {network['block_size']} tokens per block"
-    return "diffusion over the full sequence"
+    return {"full": "diffusion", "uniform": "uniform-state diffusion"}[
+        network["objective"]
+    ] + " over the full sequence"
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -75,7 +75,8 @@ class RunRecord:
         revision (`str`, *optional*): branch that has to be named to load it.
         start ([`Source`]): the weights the student started from.
         teachers, datasets (`list[Source]`): where it learned.
-        network (`dict`): `architecture`, `parameters`, `block_size`, `objective` ("block" or "full").
+        network (`dict`): `architecture`, `parameters`, `block_size`, `objective` ("block", "full" or
+            "uniform").
         objective (`dict`): every field of [`~tide_hf.Objective`], decided.
         arguments (`dict`): training arguments that differ from the defaults, and the teacher's context.
         preparation (`dict[str, dict]`): dataset -> fields of its [`~tide_hf.data.PreparationReport`].
@@ -148,7 +149,7 @@ def record_run(trainer, datasets: list[str] = ()) -> RunRecord:
         network={
             "architecture": type(base).__name__,
             "parameters": base.num_parameters(),
-            "block_size": base.config.block_size,
+            "block_size": getattr(base.config, "block_size", None),
             "objective": base.config.objective,
         },
         objective=objective,

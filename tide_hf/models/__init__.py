@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from .configuration_tide import TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
+from .configuration_uniform import TIDEUniformQwen3Config
 from .conversion import convert_to_diffusion
 from .generation_tide import BlockDiffusionOutput, TIDEGenerationConfig
 from .masked_diffusion import (
@@ -45,12 +46,15 @@ from .modeling_tide import (
     TIDEQwen2ForBlockDiffusion,
     TIDEQwen3ForBlockDiffusion,
 )
+from .modeling_uniform import TIDEUniformQwen3ForDiffusion
 from .modeling_wedlm import WeDLMConfig, WeDLMForCausalLM
+from .uniform_diffusion import NOISE_EPSILON, reverse_step, uniform_divergence
 
 MODELS = {
     TIDEQwen3Config: TIDEQwen3ForBlockDiffusion,
     TIDEQwen2Config: TIDEQwen2ForBlockDiffusion,
     TIDELlamaConfig: TIDELlamaForBlockDiffusion,
+    TIDEUniformQwen3Config: TIDEUniformQwen3ForDiffusion,
     A2DQwen3Config: A2DQwen3LMHeadModel,
     A2DQwen2Config: A2DQwen2LMHeadModel,
     A2DLlamaConfig: A2DLlamaLMHeadModel,
@@ -81,6 +85,7 @@ AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=Tru
 __all__ = [
     "CLEAN_STREAM",
     "NOISED_STREAM",
+    "NOISE_EPSILON",
     "PADDING_STREAM",
     "SCHEDULES",
     "TIME_EPSILON",
@@ -113,6 +118,8 @@ __all__ = [
     "TIDEQwen2ForBlockDiffusion",
     "TIDEQwen3Config",
     "TIDEQwen3ForBlockDiffusion",
+    "TIDEUniformQwen3Config",
+    "TIDEUniformQwen3ForDiffusion",
     "WeDLMConfig",
     "WeDLMForCausalLM",
     "attention_mask_for",
@@ -120,4 +127,6 @@ __all__ = [
     "convert_to_diffusion",
     "loss_weight",
     "masked_probability",
+    "reverse_step",
+    "uniform_divergence",
 ]

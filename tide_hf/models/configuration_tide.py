@@ -18,8 +18,29 @@ OBJECTIVES = ("block", "full")
 AUTO_MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 
+class CarriesItsCode:
+    """A configuration that is saved with the code that loads it; stands before a transformers configuration."""
+
+    # file and class of the language model, as auto_map names it
+    modeling: ClassVar[str]
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Writes config.json and, beside it, the code that loads the checkpoint where tide_hf is not installed.
+
+        `register_for_auto_class` would name one Auto class, and take the file of an instance's class, which FSDP2
+        replaces by its own; here `auto_map` names all four.
+        """
+        own_class = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+        self.auto_map = {"AutoConfig": own_class, **dict.fromkeys(AUTO_MODELS, self.modeling)}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        model_file = Path(__file__).with_name(f"{self.modeling.partition('.')[0]}.py")
+        if model_file.is_file():  # a configuration fetched on its own comes without the model's file
+            for file in (model_file, *get_relative_import_files(model_file)):
+                shutil.copy(file, save_directory)
+
+
 @dataclass(init=False, repr=False, eq=False)
-class DiffusionConfig:
+class DiffusionConfig(CarriesItsCode):
     """What every student's configuration has; stands before a transformers configuration in the bases.
 
     Args:
@@ -32,9 +53,6 @@ class DiffusionConfig:
     Raises:
         ValueError: for a block size, objective or schedule that is none.
     """
-
-    # file and class of the language model, as auto_map names it
-    modeling: ClassVar[str]
 
     is_causal: bool = False
     mask_token_id: int | None = None
@@ -50,20 +68,6 @@ class DiffusionConfig:
         if self.noise_schedule not in SCHEDULES:
             raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {self.noise_schedule!r}.")
         super().__post_init__(**kwargs)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Writes config.json and, beside it, the code that loads the checkpoint where tide_hf is not installed.
-
-        `register_for_auto_class` would name one Auto class, and take the file of an instance's class, which FSDP2
-        replaces by its own; here `auto_map` names all four.
-        """
-        own_class = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
-        self.auto_map = {"AutoConfig": own_class, **dict.fromkeys(AUTO_MODELS, self.modeling)}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        model_file = Path(__file__).with_name(f"{self.modeling.partition('.')[0]}.py")
-        if model_file.is_file():  # a configuration fetched on its own comes without the model's file
-            for file in (model_file, *get_relative_import_files(model_file)):
-                shutil.copy(file, save_directory)
 
 
 @strict

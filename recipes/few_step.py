@@ -1,0 +1,39 @@
+"""Distil a diffusion LM into a student that needs fewer denoising steps.
+
+Method: inverse distillation (IDLM, arXiv 2602.19066), masked diffusion: a fake network learns to denoise what the
+student makes, and the student moves to where the teacher finds its text likelier than the fake does. Teacher, fake and
+student start from one checkpoint, a full-sequence or a block-diffusion one.
+
+Embedded comparison, on a CPU, nothing downloaded (about 10 minutes on 2 cores): a teacher, students taught on its
+answers, and an IDLM student, each decoded in few and in many steps. It also takes the sorting teacher of
+recipes/dense_teacher.py, if that has run.
+
+    accelerate launch recipes/few_step.py
+    accelerate launch recipes/few_step.py --seeds 1
+
+Your own model and data; every IDLMConfig field is a flag. The published settings (batch 512, learning rate 1e-6,
+moving average 0.9999) are for long runs: a short one needs more.
+
+    accelerate launch recipes/few_step.py --model_name_or_path MODEL --dataset_name NAME_OR_FILE \\
+        --output_dir outputs/mine --num_steps 8 --max_length 1024
+
+Three networks for about the memory of one, as adapters over a base that is the teacher:
+
+    --use_peft --lora_r 64 --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
+"""
+
+
+def main() -> None:
+    from tide_hf import IDLMConfig
+    from tide_hf.demo import show_few_step
+    from tide_hf.distill import parse_arguments, run_inverse_distillation
+
+    arguments = parse_arguments("outputs/few_step", config_class=IDLMConfig)
+    if arguments.model.model_name_or_path is None:
+        show_few_step(arguments)
+    else:
+        run_inverse_distillation(arguments)
+
+
+if __name__ == "__main__":
+    main()

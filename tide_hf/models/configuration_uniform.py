@@ -1,0 +1,27 @@
+"""Configuration of the uniform-state diffusion LM.
+
+This file travels with checkpoints: it imports its siblings and transformers alone.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen3Config
+
+from .configuration_tide import CarriesItsCode
+
+
+@strict
+class TIDEUniformQwen3Config(CarriesItsCode, Qwen3Config):
+    """[`~transformers.Qwen3Config`] of a Qwen3 uniform-state diffusion LM.
+
+    Args:
+        is_causal (`bool`): False: every position sees every other.
+        objective (`str`): `"uniform"`, what kind of diffusion LM it is.
+        num_steps (`int`): network calls of `generate`, at least 1.
+    """
+
+    model_type = "tide_uniform_qwen3"
+    modeling = "modeling_uniform.TIDEUniformQwen3ForDiffusion"
+
+    is_causal: bool = False
+    objective: str = "uniform"
+    num_steps: int = 32

@@ -1,0 +1,155 @@
+"""Uniform-state diffusion LM (Duo 2506.10892): tokens are replaced by random ones, not by [MASK].
+
+The network is told each position's noise level, 0 for a prompt, and takes soft inputs: probabilities times the
+embedding matrix. This file travels with checkpoints: it imports its siblings, torch and transformers alone.
+
+Shapes: B rows, L positions, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import Qwen3ForCausalLM
+from transformers.modeling_outputs import MaskedLMOutput
+
+from .configuration_uniform import TIDEUniformQwen3Config
+from .uniform_diffusion import NOISE_EPSILON, reverse_step, uniform_divergence
+
+NUM_NOISE_FEATURES = 16
+
+
+class TIDEUniformQwen3ForDiffusion(Qwen3ForCausalLM):
+    """Qwen3 as a uniform-state diffusion LM over the full sequence."""
+
+    config_class = TIDEUniformQwen3Config
+    config: TIDEUniformQwen3Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.noise_embedding = nn.Linear(NUM_NOISE_FEATURES, config.hidden_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+        token_probabilities: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        inputs_embeds: None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Runs the network; with `labels` also the forward process and the NELBO.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): clean tokens with `labels`, noised ones otherwise.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): padding mask.
+            noise_level (`torch.Tensor` of shape `(B, L)`): 1 − α of each position, in [0, 1]; 0 is a clean token.
+            token_probabilities (`torch.Tensor` of shape `(B, L, V)`, *optional*): soft inputs in place of `input_ids`;
+                carry a gradient.
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): `input_ids` where trained on, −100 elsewhere. α
+                is uniform per row; in eval mode the noise is the same at each call.
+            inputs_embeds (`None`): named because PEFT names it.
+            num_items_in_batch (`int`, *optional*): trained-on tokens of the whole batch, the loss's divisor.
+
+        Returns:
+            [`~transformers.modeling_outputs.MaskedLMOutput`]: logits about the clean token of the same position, and
+            with `labels` the loss, nats per trained-on token.
+
+        Raises:
+            ValueError: without exactly one input, or without a noise level.
+        """
+        if labels is not None:
+            return self._denoise(input_ids, attention_mask, labels, num_items_in_batch, **kwargs)
+        if (input_ids is None) == (token_probabilities is None) or inputs_embeds is not None:
+            raise ValueError("forward takes either input_ids or token_probabilities, and no inputs_embeds.")
+        if noise_level is None:
+            raise ValueError(
+                "A uniform-state diffusion LM has to be told the noise level of each position (1 − α, 0 for clean "
+                "tokens): pass noise_level, labels, or call generate."
+            )
+        if input_ids is not None:
+            embeds = self.model.embed_tokens(input_ids)
+        else:
+            weight = self.model.embed_tokens.weight
+            embeds = token_probabilities.to(weight.dtype) @ weight
+        order = torch.arange(NUM_NOISE_FEATURES, device=embeds.device)
+        features = torch.cos(math.pi * order * noise_level[..., None].float())
+        embeds = embeds + self.noise_embedding(features.to(embeds.dtype))
+        if attention_mask is not None:
+            kwargs["position_ids"] = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)
+        kwargs["use_cache"] = False
+        outputs = self.model(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        return MaskedLMOutput(logits=self.lm_head(outputs.last_hidden_state))
+
+    def _denoise(self, input_ids, attention_mask, labels, num_items_in_batch, **kwargs) -> MaskedLMOutput:
+        """Replaces trained-on tokens by random ones and returns the NELBO and the logits; α = 1 − t."""
+        generator = None if self.training else torch.Generator(input_ids.device).manual_seed(0)
+        options = {"device": input_ids.device, "generator": generator}
+        trained = labels != -100
+        uniform = torch.rand(len(input_ids), input_ids.shape[1] + 1, **options)
+        level_B1 = NOISE_EPSILON + (1 - 2 * NOISE_EPSILON) * uniform[:, :1]
+        random = torch.randint(self.config.vocab_size, input_ids.shape, **options)
+        noised = torch.where((uniform[:, 1:] < level_B1) & trained, random, input_ids)
+        outputs = self(noised, attention_mask=attention_mask, noise_level=level_B1 * trained, **kwargs)
+        clean_NV = nn.functional.one_hot(input_ids[trained], self.config.vocab_size).float()
+        predicted_NV = outputs.logits[trained].float().softmax(-1)
+        alpha_N = (1 - level_B1).expand_as(labels)[trained]
+        values_N = uniform_divergence(clean_NV, predicted_NV, noised[trained], alpha_N, rate_N=1.0)
+        num_items = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        outputs.loss = values_N.sum() / num_items
+        return outputs
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 32,
+        num_steps: int | None = None,
+        greedy_tail: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> torch.LongTensor:
+        """Ancestral sampling: random tokens behind the prompt, denoised together in steps of equal length in α.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): of them.
+            max_new_tokens (`int`): N, length of the answer.
+            num_steps (`int`, *optional*): network calls, at least 1; `config.num_steps` by default.
+            greedy_tail (`bool`): the last step takes the likeliest token in place of a draw.
+            generator (`torch.Generator`, *optional*): of the draws.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, P + N)`; behind an answer's first EOS stands padding (or EOS).
+        """
+        num_steps = self.config.num_steps if num_steps is None else num_steps
+        if num_steps < 1 or max_new_tokens < 1:
+            raise ValueError(f"generate needs num_steps and max_new_tokens ≥ 1, got {num_steps}, {max_new_tokens}.")
+        rows, prompt_length = input_ids.shape
+        options = {"device": input_ids.device, "generator": generator}
+        answer = torch.randint(self.config.vocab_size, (rows, max_new_tokens), **options)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask, torch.ones_like(answer)], 1)
+        noise_level = torch.zeros(rows, prompt_length + max_new_tokens, device=input_ids.device)
+        for step in range(num_steps):
+            alpha, next_alpha = step / num_steps, (step + 1) / num_steps
+            noise_level[:, prompt_length:] = 1 - alpha
+            logits = self(torch.cat([input_ids, answer], 1), attention_mask, noise_level).logits[:, prompt_length:]
+            predicted = logits.flatten(0, 1).float().softmax(-1)
+            law = reverse_step(predicted, answer.flatten(), alpha, next_alpha)
+            last = greedy_tail and step == num_steps - 1
+            drawn = law.argmax(-1) if last else torch.multinomial(law, 1, generator=generator)[:, 0]
+            answer = drawn.view_as(answer)
+        return torch.cat([input_ids, self._padded_behind_eos(answer)], 1)
+
+    def _padded_behind_eos(self, answer: torch.Tensor) -> torch.Tensor:
+        eos = self.config.eos_token_id
+        if eos is None:
+            return answer
+        is_eos = torch.isin(answer, torch.tensor(eos, device=answer.device))
+        behind = is_eos.cumsum(1) - is_eos.long() > 0
+        first_eos = eos[0] if isinstance(eos, list) else eos
+        return answer.masked_fill(behind, first_eos if self.config.pad_token_id is None else self.config.pad_token_id)
