@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import references
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from uniform_run import tiny_trainer, tiny_uniform, weights
 
 from tide_hf import IDLMConfig, IDLMTrainer, TIDEConfig, TIDETrainer, TIDEUniformQwen3Config, UniformIDLMTrainer
 from tide_hf.demo import uniform_state as demo
@@ -27,54 +29,6 @@ V = 6
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tiny_uniform(seed=0, dtype=torch.float64, **overrides):
-    tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    config = TIDEUniformQwen3Config(
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "initializer_range": 0.3,
-            **overrides,
-        }
-    )
-    return TIDEUniformQwen3ForDiffusion(config).to(dtype)
-
-
-def tiny_trainer(output_dir, model=None, peft_config=None, eval_dataset=None, **overrides):
-    values = {
-        "output_dir": str(output_dir),
-        "max_length": 16,
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "warmup_steps": 0,
-        "num_steps": 2,
-        "input_temperature": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **overrides,
-    }
-    return UniformIDLMTrainer(
-        model=tiny_uniform() if model is None else model,
-        args=IDLMConfig(**values),
-        train_dataset=sorting_rows(16, seed=3),
-        eval_dataset=eval_dataset,
-        processing_class=build_tokenizer(),
-        peft_config=peft_config,
-    )
 
 
 # ---- schedule, divergence, reverse step ----
@@ -334,10 +288,6 @@ def test_student_grid_is_where_the_sampler_starts_its_steps():
     assert_close(alpha, torch.tensor([0.75, 0.5, 0.25, 1e-3]))
 
 
-def weights(trainer, name="model"):
-    return torch.cat([value.detach().flatten() for value in getattr(trainer, name).parameters()])
-
-
 def test_trainer_trains_resumes_and_saves_what_loads(tmp_path):
     """Catches a resume that draws other noise or loses the fake, and a checkpoint that generates otherwise."""
     options = {"save_strategy": "steps", "save_steps": 2, "eval_dataset": sorting_rows(5, seed=9)}
@@ -381,6 +331,21 @@ def test_accumulation_changes_nothing(tmp_path):
         runs.append((weights(trainer), weights(trainer, "fake")))
     for one, other in zip(*runs, strict=True):
         assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """Catches a fake whose gradients wait for the student's step, noise that depends on the process, two divisors."""
+    results = []
+    for world_size in (1, 2):
+        output = tmp_path / str(world_size)
+        output.mkdir()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
+        script = [str(Path(__file__).parent / "uniform_run.py"), str(output), str(world_size)]
+        subprocess.run([*launcher, "--standalone", *script], check=True, timeout=300)
+        results.append(torch.load(output / "result.pt", weights_only=True))
+    for name, value in results[0].items():
+        assert_close(results[1][name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_adapters_train_over_one_base(tmp_path):
