@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -133,21 +134,29 @@ def test_model_sees_both_sides_soft_inputs_and_noise_levels():
         model(ids, token_probabilities=soft, noise_level=level)
 
 
-def test_labels_noise_the_answer_alone():
-    """Catches prompts that are noised or scored, and a divisor that is not the one given."""
-    model, seen = tiny_uniform().eval(), []
-    ids, labels = torch.randint(0, 10, (64, 12), generator=torch.Generator().manual_seed(0)), None
+def test_loss_of_labels_noises_and_scores_the_answer_alone():
+    """Catches prompts that are noised, said to be noised or scored, a wrong rate, and a divisor not the one given."""
+    model, tokens_seen, features_seen = tiny_uniform().eval(), [], []
+    ids = torch.randint(0, 10, (64, 12), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :6] = -100
-    model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    loss = model(ids, labels=labels).loss
-    assert (seen[0][:, :6] == ids[:, :6]).all()
-    assert 0.35 < (seen[0][:, 6:] != ids[:, 6:]).float().mean() < 0.6
-    assert_close(model(ids, labels=labels, num_items_in_batch=7).loss * 7, loss * 64 * 6)
-    assert loss == model(ids, labels=labels).loss, "evaluation draws the same noise again"
-    other = ids.clone()
-    other[:, :6] = 0  # scores depend on the prompt through the network alone: its labels do not
-    assert_close(model(ids, labels=torch.where(labels >= 0, other, -100)).loss, loss)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: tokens_seen.append(args[0]))
+    model.noise_embedding.register_forward_hook(lambda module, args, out: features_seen.append(args[0]))
+    output = model(ids, labels=labels)
+    noised, level = tokens_seen[0], features_seen[0][..., 1].acos() / math.pi  # the features are cos(π k level)
+    assert (noised[:, :6] == ids[:, :6]).all() and (level[:, :6] == 0).all()
+    assert (level[:, 6:] == level[:, 6:7]).all() and 0 < level[:, 6].min() < 0.1 < 0.9 < level[:, 6].max() < 1
+    assert 0.35 < (noised[:, 6:] != ids[:, 6:]).float().mean() < 0.6
+    expected, eye = 0.0, torch.eye(model.config.vocab_size, dtype=torch.float64)
+    for row in range(64):
+        for i in range(6, 12):
+            predicted = output.logits[row, i].softmax(0)
+            alpha = 1 - level[row, i]
+            value = references.uniform_divergence(eye[ids[row, i]], predicted, int(noised[row, i]), alpha, 1.0)
+            expected += value.item() / (64 * 6)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-3)
+    assert_close(model(ids, labels=labels, num_items_in_batch=7).loss * 7, output.loss * 64 * 6)
+    assert output.loss == model(ids, labels=labels).loss, "evaluation draws the same noise again"
 
 
 def test_generation_keeps_the_prompt_and_samples_the_denoiser():
