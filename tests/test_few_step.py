@@ -3,11 +3,14 @@
 import copy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import references
 import torch
+from accelerate.utils import DistributedType
 from few_step_run import tiny_few_step
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from tiny import tiny_model
@@ -15,7 +18,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from tide_hf import IDLMConfig
+from tide_hf import IDLMConfig, IDLMTrainer
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.few_step import InverseNoising, stratified_times
 from tide_hf.few_step.networks import WeightAverage, three_networks
@@ -590,6 +593,18 @@ def test_models_that_cannot_be_three_networks_are_refused(tmp_path):
     student, _, _ = three_networks(tiny_model(0), LoraConfig(**LORA), None, 0)
     with pytest.raises(ValueError, match="merge it first"):
         tiny_few_step(tmp_path, model=student)
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "message"),
+    [("DEEPSPEED", None, "one optimizer per engine"), ("FSDP", 1, "set fsdp_version: 2"), ("FSDP", 2, None)],
+)
+def test_engines_that_run_one_network_are_refused(kind, version, message):
+    """Catches a run whose fake is silently left out of the engine, deep in the first step."""
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=DistributedType[kind], state=state))
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        IDLMTrainer._refuse_engines(trainer)
 
 
 def test_published_defaults(tmp_path):

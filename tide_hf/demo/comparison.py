@@ -104,7 +104,7 @@ class RowResult:
 
 
 @dataclass
-class _Job:
+class Job:
     """One training run, picklable for a worker process."""
 
     task: Task
@@ -140,18 +140,18 @@ def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list
     ):
         queue = manager.Queue()
 
-        def run(title: str, jobs: list[_Job]) -> list[RowResult]:
+        def run(title: str, jobs: list[Job]) -> list[RowResult]:
             jobs = [replace(job, queue=queue) for job in jobs]
             with _progress_bar(title, sum(job.network.steps for job in jobs), queue):
                 return list(pool.map(train_row, jobs))
 
         teachers = run(
             f"teacher x {len(seeds)}",
-            [_Job(task, "teacher", seed, output_dir, task.teacher, {"preset": "ce"}) for seed in seeds],
+            [Job(task, "teacher", seed, output_dir, task.teacher, {"preset": "ce"}) for seed in seeds],
         )
         networks = {START: replace(task.student, steps=0)}
         jobs = [
-            _Job(task, name, seed, output_dir, networks.get(name, task.student), overrides)
+            Job(task, name, seed, output_dir, networks.get(name, task.student), overrides)
             for name, overrides in task.objectives.items()
             for seed in seeds
         ]
@@ -162,12 +162,12 @@ def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list
             seconds = {row.name: row.train_seconds for row in students if row.seed == seed}
             steps = round(task.student.steps * seconds[slowest] / seconds["ce"])
             network = replace(task.student, steps=max(steps, task.student.steps))
-            jobs.append(_Job(task, EQUAL_TIME, seed, output_dir, network, task.objectives["ce"]))
+            jobs.append(Job(task, EQUAL_TIME, seed, output_dir, network, task.objectives["ce"]))
         students += run(f"{EQUAL_TIME} x {len(seeds)}", jobs)
     return teachers + students
 
 
-def train_row(job: _Job) -> RowResult:
+def train_row(job: Job) -> RowResult:
     """Trains, evaluates and saves one network; runs in a worker process."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
@@ -222,7 +222,7 @@ def train_row(job: _Job) -> RowResult:
     )
 
 
-def _training_arguments(job: _Job, path: Path) -> TIDEConfig:
+def _training_arguments(job: Job, path: Path) -> TIDEConfig:
     """Settings of the task, of the network and of the row, the last winning."""
     task, network = job.task, job.network
     return TIDEConfig(

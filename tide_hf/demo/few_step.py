@@ -21,7 +21,7 @@ from ..config import TIDEConfig
 from ..evaluation import unigram_entropy
 from ..few_step import IDLMConfig, IDLMTrainer
 from ..trainer import TIDETrainer
-from .comparison import NUM_WORKERS, _Job, single_threaded_children, train_row
+from .comparison import NUM_WORKERS, Job, single_threaded_children, train_row
 from .copying import HELD_OUT_SEED, both_cases, build_case_tokenizer, copying_rows
 from .decoding import complete
 from .networks import Network, build_network
@@ -151,7 +151,7 @@ def _dense_teacher(seed: int, folder: Path, dense_runs: str | None) -> Path:
     if dense_runs is not None and (found / "config.json").is_file():
         return found
     task = sorting_task()
-    return Path(train_row(_Job(task, "teacher", seed, folder.parent, task.teacher, {"preset": "ce"})).path)
+    return Path(train_row(Job(task, "teacher", seed, folder.parent, task.teacher, {"preset": "ce"})).path)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ with noise of their own; its optimizer, schedule, clipping and checkpoint are he
 import copy
 import json
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -33,8 +33,6 @@ STATE_FILE = "few_step_state.pt"
 class InverseObjective:
     """What one run optimises. Field meanings: [`IDLMConfig`]."""
 
-    method: str
-    alignment: str
     schedule: str
     num_steps: int
     student_times: str
@@ -45,7 +43,7 @@ class InverseObjective:
 
     def to_dict(self) -> dict:
         """Plain values, for logs and cards."""
-        return asdict(self)
+        return {"method": "idlm", "alignment": "token", **asdict(self)}
 
 
 class IDLMTrainer(DiffusionTrainer):
@@ -89,7 +87,7 @@ class IDLMTrainer(DiffusionTrainer):
         self._configure_student(model, args, processing_class)
         config = model.config
         self.objective = InverseObjective(
-            "idlm", "token", **{name: getattr(args, name) for name in list(InverseObjective.__annotations__)[2:]}
+            **{field.name: getattr(args, field.name) for field in fields(InverseObjective)}
         )
         logger.info(f"Objective: {json.dumps(self.objective.to_dict())}")
         self._preparation = RowPreparation.for_run(
@@ -103,10 +101,8 @@ class IDLMTrainer(DiffusionTrainer):
         self.noising, self.inverse = self._make_step(config, args)
         model, self.fake, self.teacher = three_networks(model, peft_config, revision, args.seed)
         self.fake_wrapped = self.fake_optimizer = self.fake_scheduler = self.ema = None
-        self._fake_sums, self._fake_batches = (
-            [0.0, 0.0, 0],
-            [],
-        )  # loss, gradient norm and number of updates since a log
+        self._fake_batches = []  # noised, one list of micro-batches per update
+        self._fake_sums = [0.0, 0.0, 0]  # loss, gradient norm and number of updates since the last log
         set_seed(args.seed)
         super().__init__(
             model=model,
