@@ -2,9 +2,11 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import references
@@ -12,6 +14,7 @@ import torch
 from peft import LoraConfig
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from uniform_run import tiny_trainer, tiny_uniform, weights
 
 from tide_hf import IDLMConfig, IDLMTrainer, TIDEConfig, TIDETrainer, TIDEUniformQwen3Config, UniformIDLMTrainer
 from tide_hf.demo import uniform_state as demo
@@ -27,54 +30,6 @@ V = 6
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def tiny_uniform(seed=0, dtype=torch.float64, **overrides):
-    tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
-    config = TIDEUniformQwen3Config(
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "initializer_range": 0.3,
-            **overrides,
-        }
-    )
-    return TIDEUniformQwen3ForDiffusion(config).to(dtype)
-
-
-def tiny_trainer(output_dir, model=None, peft_config=None, eval_dataset=None, **overrides):
-    values = {
-        "output_dir": str(output_dir),
-        "max_length": 16,
-        "max_steps": 4,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "warmup_steps": 0,
-        "num_steps": 2,
-        "input_temperature": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **overrides,
-    }
-    return UniformIDLMTrainer(
-        model=tiny_uniform() if model is None else model,
-        args=IDLMConfig(**values),
-        train_dataset=sorting_rows(16, seed=3),
-        eval_dataset=eval_dataset,
-        processing_class=build_tokenizer(),
-        peft_config=peft_config,
-    )
 
 
 # ---- schedule, divergence, reverse step ----
@@ -179,21 +134,29 @@ def test_model_sees_both_sides_soft_inputs_and_noise_levels():
         model(ids, token_probabilities=soft, noise_level=level)
 
 
-def test_labels_noise_the_answer_alone():
-    """Catches prompts that are noised or scored, and a divisor that is not the one given."""
-    model, seen = tiny_uniform().eval(), []
-    ids, labels = torch.randint(0, 10, (64, 12), generator=torch.Generator().manual_seed(0)), None
+def test_loss_of_labels_noises_and_scores_the_answer_alone():
+    """Catches prompts that are noised, said to be noised or scored, a wrong rate, and a divisor not the one given."""
+    model, tokens_seen, features_seen = tiny_uniform().eval(), [], []
+    ids = torch.randint(0, 10, (64, 12), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :6] = -100
-    model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    loss = model(ids, labels=labels).loss
-    assert (seen[0][:, :6] == ids[:, :6]).all()
-    assert 0.35 < (seen[0][:, 6:] != ids[:, 6:]).float().mean() < 0.6
-    assert_close(model(ids, labels=labels, num_items_in_batch=7).loss * 7, loss * 64 * 6)
-    assert loss == model(ids, labels=labels).loss, "evaluation draws the same noise again"
-    other = ids.clone()
-    other[:, :6] = 0  # scores depend on the prompt through the network alone: its labels do not
-    assert_close(model(ids, labels=torch.where(labels >= 0, other, -100)).loss, loss)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: tokens_seen.append(args[0]))
+    model.noise_embedding.register_forward_hook(lambda module, args, out: features_seen.append(args[0]))
+    output = model(ids, labels=labels)
+    noised, level = tokens_seen[0], features_seen[0][..., 1].acos() / math.pi  # the features are cos(π k level)
+    assert (noised[:, :6] == ids[:, :6]).all() and (level[:, :6] == 0).all()
+    assert (level[:, 6:] == level[:, 6:7]).all() and 0 < level[:, 6].min() < 0.1 < 0.9 < level[:, 6].max() < 1
+    assert 0.35 < (noised[:, 6:] != ids[:, 6:]).float().mean() < 0.6
+    expected, eye = 0.0, torch.eye(model.config.vocab_size, dtype=torch.float64)
+    for row in range(64):
+        for i in range(6, 12):
+            predicted = output.logits[row, i].softmax(0)
+            alpha = 1 - level[row, i]
+            value = references.uniform_divergence(eye[ids[row, i]], predicted, int(noised[row, i]), alpha, 1.0)
+            expected += value.item() / (64 * 6)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-3)
+    assert_close(model(ids, labels=labels, num_items_in_batch=7).loss * 7, output.loss * 64 * 6)
+    assert output.loss == model(ids, labels=labels).loss, "evaluation draws the same noise again"
 
 
 def test_generation_keeps_the_prompt_and_samples_the_denoiser():
@@ -334,10 +297,6 @@ def test_student_grid_is_where_the_sampler_starts_its_steps():
     assert_close(alpha, torch.tensor([0.75, 0.5, 0.25, 1e-3]))
 
 
-def weights(trainer, name="model"):
-    return torch.cat([value.detach().flatten() for value in getattr(trainer, name).parameters()])
-
-
 def test_trainer_trains_resumes_and_saves_what_loads(tmp_path):
     """Catches a resume that draws other noise or loses the fake, and a checkpoint that generates otherwise."""
     options = {"save_strategy": "steps", "save_steps": 2, "eval_dataset": sorting_rows(5, seed=9)}
@@ -381,6 +340,21 @@ def test_accumulation_changes_nothing(tmp_path):
         runs.append((weights(trainer), weights(trainer, "fake")))
     for one, other in zip(*runs, strict=True):
         assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """Catches a fake whose gradients wait for the student's step, noise that depends on the process, two divisors."""
+    results = []
+    for world_size in (1, 2):
+        output = tmp_path / str(world_size)
+        output.mkdir()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
+        script = [str(Path(__file__).parent / "uniform_run.py"), str(output), str(world_size)]
+        subprocess.run([*launcher, "--standalone", *script], check=True, timeout=300)
+        results.append(torch.load(output / "result.pt", weights_only=True))
+    for name, value in results[0].items():
+        assert_close(results[1][name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_adapters_train_over_one_base(tmp_path):
