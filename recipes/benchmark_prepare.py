@@ -8,7 +8,7 @@ it. One core: no worker processes, no tokenizer threads. `cost` is the time of t
 two tokenisations alone. Growth with length compares the longest rows with the shortest, per row.
 
 Memory per worker: fresh processes prepare the same rows over and over, streaming and by `Dataset.map`, some rows and
-four times as many; each says by how much its peak of resident memory exceeds what it had before the first row. `map`
+four times as many; each says by how much its peak of resident memory exceeds the peak before the first row. `map`
 includes the pages of the file it writes.
 
 `--output` writes JSON: `arguments`; `rows`, one per length (`tokens_per_row`, `alignment`, `tokenisations`,

@@ -73,7 +73,7 @@ def test_the_report_holds_what_the_recipe_says(benchmark, preparation, tmp_path,
     assert set(report["growth"]) == {"length", "alignment", "preparation"} and report["growth"]["length"] > 2
     (found,) = report["memory"]
     assert set(found) == {"way", "rows", "peak_bytes", "rows_4x_peak_bytes"} and found["rows"] == 5
-    assert 0 < found["peak_bytes"] < 1 << 30
+    assert 0 <= found["peak_bytes"] < 1 << 30
     for who, tokenizer in (("one", preparation.tokenizer), ("two", preparation.teacher_tokenizer)):
         tokenizer.save_pretrained(tmp_path / who)
     prepared = []
