@@ -545,6 +545,19 @@ def test_report_counts_every_row_once():
     assert set(prepared.column_names) == set(COLUMNS) and is_prepared(prepared)
 
 
+def test_report_counts_chunks_of_several_tokens():
+    """Catches tokens counted as chunks, and chunks lost or counted twice behind a cut."""
+    letters = build_tokenizer()
+    letters.backend_tokenizer.model = BPE(letters.get_vocab(), [])
+    for teacher_max_length in (512, 30):
+        prepare = RowPreparation(letters, build_tokenizer(), 512, teacher_max_length, 8, alignment="chunk")
+        rows = [chat("Q", "hello hello    hello"), chat("Q", "hello")]
+        prepared, report = prepare_dataset(Dataset.from_list(rows), prepare)
+        numbers = [[number for number in row if number >= 0] for row in prepared["chunk_ids"]]
+        assert report.num_aligned_tokens == sum(map(len, numbers))
+        assert report.num_chunks == sum(len(set(row)) for row in numbers) < report.num_aligned_tokens
+
+
 def test_given_row_ids_are_kept():
     """Catches noise re-keyed by position where the data names its rows."""
     rows = Dataset.from_list([{**chat("Q", "A"), "row_id": 70 + index} for index in range(3)])

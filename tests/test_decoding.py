@@ -18,8 +18,8 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 
-from tide_hf.models import TIDEGenerationConfig
-from tide_hf.models.sampling_tide import reveal_counts, within_entropy_bound
+from tide_hf.models import TIDEGenerationConfig, decoding_tide
+from tide_hf.models.sampling_tide import most_probable, reveal_counts, within_entropy_bound
 
 
 @torch.no_grad()
@@ -373,3 +373,46 @@ def test_no_prompt_is_refused():
     """Catches an error from deep inside when the prompt's keyword is misspelt."""
     with pytest.raises(ValueError, match="needs prompts"):
         tiny().generate(max_new_tokens=4)
+
+
+# ---- the most probable token ----
+
+
+@pytest.mark.parametrize(("vocab", "sizes"), [(7, [7]), (300, [300]), (1000, [128, 500, 372]), (513, [512, 1])])
+def test_the_most_probable_token_in_stretches(vocab, sizes):
+    """Catches a token lost at the edge of a stretch or run, another one among equals, and a sum that misses a part."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(40, vocab, generator=generator, dtype=torch.float64) * 3
+    # the largest at every edge, alone and twice; [MASK] has none
+    edges = [0, vocab - 1, *(e for s in range(0, vocab, 128) for e in (s, s + 1, s - 1) if 0 <= e < vocab)][:38]
+    for row, column in enumerate(edges):
+        logits[row, column] = logits[row].max() + 1
+    logits[38] = 1.5
+    logits[39, [3, vocab - 1]] = 50.0
+    logits[:, 5] = -torch.inf
+    expected = torch.tensor([next(i for i, z in enumerate(row) if z == max(row)) for row in logits.tolist()])
+    probability = logits.exp().gather(1, expected[:, None])[:, 0] / logits.exp().sum(1)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    pieces = [(start, logits[:, start : start + size].clone()) for start, size in zip(starts, sizes, strict=True)]
+    tokens, found = most_probable(pieces)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(found, probability, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_in_stretches_generates_the_same(bias, monkeypatch):
+    """Catches a stretch without its bias, another [MASK], or a head whose hooks and wrappers are passed over."""
+    model, plain, calls = tiny(seed=5), torch.nn.Linear, []
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, 24).double())
+    expected, _ = naive_generate(model, prompt(6)[0].tolist(), 12)
+    monkeypatch.setattr(decoding_tide, "SHORTEST", 5)
+    monkeypatch.setattr(decoding_tide, "NUM_LOGITS", 1)
+    assert model.generate(prompt(6), max_new_tokens=12)[0, 6:].tolist() == expected
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: calls.append(out.shape[-1]))
+    assert model.generate(prompt(6), max_new_tokens=12)[0, 6:].tolist() == expected
+    handle.remove()
+    assert set(calls) == {24}
+    model.lm_head = type("Adapted", (plain,), {"forward": lambda self, x: -plain.forward(self, x)})(32, 24).double()
+    expected, _ = naive_generate(model, prompt(6)[0].tolist(), 12)
+    assert model.generate(prompt(6), max_new_tokens=12)[0, 6:].tolist() == expected

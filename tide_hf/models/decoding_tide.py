@@ -27,6 +27,7 @@ from .sampling_tide import (
 )
 
 NUM_LOGITS = 1 << 18  # that the cache of a CPU core holds, 1 MB of them
+SHORTEST = 1024  # tokens of a stretch, below which each costs more than it saves
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -220,7 +221,7 @@ def _head_in_stretches(
         logits_NV[:, mask_token_id] = -torch.inf
         yield 0, logits_NV
         return
-    size = max(NUM_LOGITS // len(hidden_NH), 1024)
+    size = max(NUM_LOGITS // len(hidden_NH), SHORTEST)
     for first in range(0, lm_head.out_features, size):
         piece = slice(first, first + size)
         bias = None if lm_head.bias is None else lm_head.bias[piece]
