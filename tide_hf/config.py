@@ -61,7 +61,7 @@ def check_fields(config, choices: dict[str, tuple], ranges: dict[str, tuple[floa
 
 
 @dataclass
-class DiffusionConfig(TrainingArguments):
+class DiffusionTrainingArguments(TrainingArguments):
     """What every trainer of a diffusion LM is told: forward process, blocks, rows.
 
     Everything of [`~transformers.TrainingArguments`], and the fields below.
@@ -105,10 +105,10 @@ class DiffusionConfig(TrainingArguments):
 
 
 @dataclass
-class TIDEConfig(DiffusionConfig):
+class TIDEConfig(DiffusionTrainingArguments):
     """Arguments of [`TIDETrainer`].
 
-    Everything of [`DiffusionConfig`], and the fields below. Those that default to None are filled from
+    Everything of [`DiffusionTrainingArguments`], and the fields below. Those that default to None are filled from
     `preset` once both tokenizers are known (see `trainer.objective`); a given value always wins.
 
     Raises:
@@ -183,7 +183,7 @@ class TIDEConfig(DiffusionConfig):
         None, "from_pretrained arguments of the teacher (JSON on a command line)."
     )
 
-    _VALID_DICT_FIELDS = [*DiffusionConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*DiffusionTrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
 
     def __post_init__(self):
         for level in self.eval_noise_levels or []:

@@ -8,7 +8,7 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .config import DiffusionConfig, TIDEConfig
+from .config import DiffusionTrainingArguments, TIDEConfig
 from .data.loading import MixtureConfig, load_mixture, load_rows
 from .diffusion_trainer import DiffusionTrainer
 from .few_step import IDLMConfig, IDLMTrainer
@@ -34,14 +34,14 @@ class Arguments:
     """Everything a recipe was given; `given` names the flags that stood on the command line."""
 
     script: DistillArguments
-    training: DiffusionConfig
+    training: DiffusionTrainingArguments
     model: ModelConfig
     mixture: MixtureConfig
     given: set[str]
 
 
 def parse_arguments(
-    output_dir: str, command_line: list[str] | None = None, config_class: type[DiffusionConfig] = TIDEConfig
+    output_dir: str, command_line: list[str] | None = None, config_class: type[DiffusionTrainingArguments] = TIDEConfig
 ) -> Arguments:
     """Reads flags and `--config` file, and checks first that everything they name can be had.
 

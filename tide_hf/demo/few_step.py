@@ -48,7 +48,7 @@ class FewStepTask:
         max_length (`int`): tokens of a row.
         student (`Network`): steps, batch size and learning rate of every student; its size is the teacher's.
         num_taught (`int`): answers of the teacher's that a student is taught on.
-        eos_fill (`str`): of every run, see [`DiffusionConfig`].
+        eos_fill (`str`): of every run, see [`DiffusionTrainingArguments`].
         idlm (`dict`): further fields of [`IDLMConfig`].
     """
 

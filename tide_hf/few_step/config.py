@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config import DiffusionConfig, _knob, check_fields
+from ..config import DiffusionTrainingArguments, _knob, check_fields
 
 CHOICES = {"student_times": ("uniform", "grid"), "save_weights": ("ema", "student")}
 RANGES = {
@@ -18,11 +18,11 @@ RANGES = {
 
 
 @dataclass
-class IDLMConfig(DiffusionConfig):
+class IDLMConfig(DiffusionTrainingArguments):
     """Arguments of [`IDLMTrainer`].
 
-    Everything of [`DiffusionConfig`], and the fields below. Learning rate, scheduler, weight decay and clipping of
-    [`~transformers.TrainingArguments`] are the student's; their defaults here are the published ones (AdamW, 1e-6
+    Everything of [`DiffusionTrainingArguments`], and the fields below. Learning rate, scheduler, weight decay and
+    clipping of [`~transformers.TrainingArguments`] are the student's; their defaults here are the published ones (AdamW, 1e-6
     constant with warm-up, no weight decay, no clipping, float32). Steps are counted in student steps.
 
     Raises:

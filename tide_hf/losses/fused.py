@@ -129,17 +129,16 @@ class _FusedLoss(torch.autograd.Function):
         dtype = _product_dtype(weight_VH)
         hidden, weight = hidden_NH.to(dtype), weight_VH.to(dtype)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = as_full_precision(torch.zeros_like(weight)) if wants_weight else None
+        new = torch.empty_like if len(hidden) else torch.zeros_like  # the first slice fills it
+        grad_weight = as_full_precision(new(weight)) if wants_weight else None
         slices = _Slices(hidden, weight, targets_N, weights_N, term, wants_hidden or wants_weight)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, is_paired in _cuts(len(hidden), slice_rows, term):
                 gradient = slices.run(rows, is_paired)
                 if wants_hidden:
                     torch.mm(gradient, weight, out=grad_hidden[rows])
-                if wants_weight and gradient.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(gradient.T, hidden[rows])
-                elif wants_weight:
-                    grad_weight += gradient.T @ hidden[rows]
+                if wants_weight:
+                    _add_product(grad_weight, gradient.T, hidden[rows], is_first=rows.start == 0)
         ctx.gradients = [
             None if gradient is None else gradient.to(given.dtype)
             for gradient, given in ((grad_hidden, hidden_NH), (grad_weight, weight_VH))
@@ -265,34 +264,42 @@ class _Slices:
 def _forward_kl(log_s, log_t, work, beta) -> tuple[torch.Tensor, torch.Tensor]:
     """Values (R,) and their derivatives by the student's logits over T (R, S); overwrites its arguments."""
     p_t = torch.exp(log_t, out=work)
-    values = _dot(p_t, log_t.sub_(log_s))
+    values = log_t.sub_(log_s).mul_(p_t).sum(-1)
     return values, log_s.exp_().sub_(p_t)
 
 
 def _reverse_kl(log_s, log_t, work, beta) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`_forward_kl`]."""
-    ratio = torch.sub(log_s, log_t, out=log_t)
-    values = _dot(torch.exp(log_s, out=log_s), ratio)
-    return values, ratio.sub_(values[:, None]).mul_(log_s)
+    return _from_student(torch.sub(log_s, log_t, out=log_t), log_s.exp_())
 
 
 def _jsd(log_s, log_t, work, beta) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`_forward_kl`]."""
     log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta), out=work)
-    from_t = _dot(log_t.exp(), log_t.sub_(log_m))
-    ratio = torch.sub(log_s, log_m, out=work)
-    p_s = log_s.exp_()
-    from_s = _dot(p_s, ratio)
-    return beta * from_t + (1 - beta) * from_s, ratio.sub_(from_s[:, None]).mul_(p_s).mul_(1 - beta)
+    from_t = (log_t - log_m).mul_(log_t.exp_()).sum(-1)
+    from_s, slope = _from_student(torch.sub(log_s, log_m, out=work), log_s.exp_())
+    return beta * from_t + (1 - beta) * from_s, slope.mul_(1 - beta)
+
+
+def _from_student(ratio, p_s) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ p_s · ratio, the logarithm of p_s over something, and p_s · (ratio − Σ p_s · ratio)."""
+    product = ratio.mul_(p_s)
+    values = product.sum(-1)
+    return values, product.addcmul_(p_s, values[:, None], value=-1)
 
 
 # TIDAL is the forward KL from a target that is already mixed
 _DIVERGENCES = {"forward_kl": _forward_kl, "tidal": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
 
 
-def _dot(left_RS: torch.Tensor, right_RS: torch.Tensor) -> torch.Tensor:
-    """Row by row, (R,)."""
-    return torch.bmm(left_RS[:, None], right_RS[:, :, None]).flatten()
+def _add_product(total_VH, left_VR, right_RH, is_first: bool) -> None:
+    """total += left · right, or = for the first."""
+    if total_VH.dtype == left_VR.dtype:
+        total_VH.addmm_(left_VR, right_RH, beta=0 if is_first else 1)  # with 0 what stands there is not read
+    elif is_first:
+        total_VH.copy_(left_VR @ right_RH)
+    else:
+        total_VH.add_(left_VR @ right_RH)
 
 
 def _cuts(num_positions: int, slice_rows: int, term) -> Iterator[tuple[slice, bool]]:
