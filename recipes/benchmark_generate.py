@@ -80,6 +80,8 @@ def plain_sampler(model, ids, num_new, steps_per_block=None, confidence_threshol
     Returns:
         `torch.LongTensor` of shape `(B, P + num_new)`.
     """
+    from tide_hf.models.modeling_tide import CACHE_NAME
+
     size, mask_id = model.config.block_size, model.config.mask_token_id
     share = size // (steps_per_block or size)
     for _ in range(0, num_new, size):
@@ -88,7 +90,7 @@ def plain_sampler(model, ids, num_new, steps_per_block=None, confidence_threshol
         cache = None
         if cached:
             prefix = {"attention_mask": visible[:, :, :start, :start], "position_ids": position[:, :start]}
-            cache = model(ids, **prefix, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(ids, **prefix, use_cache=True, logits_to_keep=1)[CACHE_NAME]
         block = torch.full((len(ids), size), mask_id)
         while (block == mask_id).any():
             first = start if cached else 0
@@ -96,7 +98,7 @@ def plain_sampler(model, ids, num_new, steps_per_block=None, confidence_threshol
                 block if cached else torch.cat([ids, block], 1),
                 attention_mask=visible[:, :, first:],
                 position_ids=position[:, first:],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=cached,
                 logits_to_keep=size,
             ).logits
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[64, 512], help="prompt tokens, whole blocks of 32")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="rows")
-    parser.add_argument("--new_tokens", type=int, default=64, help="tokens to generate per row, whole blocks of 32")
+    parser.add_argument("--new_tokens", type=int, default=128, help="tokens to generate per row, whole blocks of 32")
     parser.add_argument("--rounds", type=int, default=7, help="at least 7 for a median to trust")
     parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
     parser.add_argument("--no_cache", action="store_true", help="also time a sampler without any cache (slow)")

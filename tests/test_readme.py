@@ -11,6 +11,7 @@ import torch
 from tiny import SHAPE, tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tide_hf.demo.few_step_report import format_few_step_table
 from tide_hf.demo.report import format_table
 from tide_hf.demo.sorting import build_tokenizer
 
@@ -54,6 +55,20 @@ def test_tables_are_those_of_the_reports(name):
     """Catches a number in the README that no run measured."""
     report = json.loads((ROOT / "recipes" / "reports" / f"{name}.json").read_text())
     assert format_table(report) in README
+
+
+def test_few_step_table_is_that_of_the_report():
+    """Catches a number in the README that no run measured."""
+    report = json.loads((ROOT / "recipes" / "reports" / "few_step.json").read_text())
+    right_answers = format_few_step_table(report["tasks"][0]).split("right answers, %")[1].split("\n\n")[0]
+    assert "right answers, %" + right_answers.rstrip() + "\n" in README
+
+
+def test_step_costs_are_those_of_the_report():
+    """Catches a ratio that the benchmark did not measure."""
+    for row in json.loads((ROOT / "recipes" / "reports" / "benchmark_step.json").read_text())["rows"]:
+        ratios = f"| {row['plain_time_ratio']:.1f} × | {row['library_bytes'] / 2**20:.0f} MiB |"
+        assert f"| {row['library_s']:.2f} s {ratios} {row['plain_memory_ratio']:.1f} × |" in README
 
 
 def test_ci_calls_the_test_command():

@@ -22,8 +22,8 @@ class IDLMConfig(DiffusionTrainingArguments):
     """Arguments of [`IDLMTrainer`].
 
     Everything of [`DiffusionTrainingArguments`], and the fields below. Learning rate, scheduler, weight decay and
-    clipping of [`~transformers.TrainingArguments`] are the student's; their defaults here are the published ones (AdamW, 1e-6
-    constant with warm-up, no weight decay, no clipping, float32). Steps are counted in student steps.
+    clipping of [`~transformers.TrainingArguments`] are the student's; their defaults here are the published ones
+    (AdamW, 1e-6 constant with warm-up, no weight decay, no clipping, float32). Steps are counted in student steps.
 
     Raises:
         ValueError: for an unknown choice, a number out of range, or settings that cannot train.

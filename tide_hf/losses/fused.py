@@ -114,10 +114,13 @@ def fused_true_token_log_probs(
         targets_N (`torch.LongTensor` of shape `(N,)`): true token ids.
         vocab_size (`int`): about U; how many positions a slice has depends on it.
     """
-    rows = _slice_rows(hidden_NK.device, vocab_size)
-    parts = [slice(start, start + rows) for start in range(0, len(targets_N), rows)] or [slice(0)]
+    device, values = hidden_NK.device, []
     with torch.no_grad():
-        return torch.cat([true_token_log_probs(head(hidden_NK[part]), targets_N[part]) for part in parts])
+        for rows in _parts(len(targets_N), _slice_rows(device, vocab_size)):
+            logits, targets = head(hidden_NK[rows]), targets_N[rows]
+            for part in _parts(len(targets), _cached_rows(device, vocab_size)):
+                values.append(true_token_log_probs(logits[part], targets[part]))
+    return torch.cat(values) if values else as_full_precision(hidden_NK.new_zeros(0))
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -173,6 +176,7 @@ class _Slices:
         self.targets_N, self.weights_N = targets_N, weights_N.to(self.precision)
         self.nll_N = torch.empty(len(hidden), dtype=self.precision, device=hidden.device)
         self.values = None if term is None else self.nll_N.new_empty(len(term.weights))
+        self.cached_rows = _cached_rows(hidden.device, len(weight))
         self._buffers: dict[str, torch.Tensor] = {}
 
     def run(self, rows: slice, is_paired: bool) -> torch.Tensor:
@@ -188,7 +192,7 @@ class _Slices:
         """Cross-entropy, and chunks that lie whole in these rows: both only know the true tokens' log-probabilities,
         so one softmax times one coefficient per row is the gradient of their sum."""
         targets, nll = self.targets_N[rows], self.nll_N[rows]
-        for part in self._parts(len(logits_RV)):
+        for part in _parts(len(logits_RV), self.cached_rows):
             log_probs = self._log_softmax("log_probs", logits_RV[part])
             torch.neg(log_probs.gather(-1, targets[part, None]).squeeze(-1), out=nll[part])
             logits_RV[part] = log_probs
@@ -196,7 +200,7 @@ class _Slices:
         if is_paired:
             coefficient_R = coefficient_R - self._chunk_gradient(-nll, rows)
         if self.wants_grad:
-            for part in self._parts(len(logits_RV)):
+            for part in _parts(len(logits_RV), self.cached_rows):
                 logits_RV[part].exp_().mul_(coefficient_R[part, None])
             logits_RV.scatter_add_(-1, targets[:, None], -coefficient_R[:, None])
 
@@ -218,7 +222,7 @@ class _Slices:
         term = self.term
         teacher_RU = term.teacher_head(term.teacher_hidden_MK[rows])
         size, T = _shared_size(logits_RV, teacher_RU, term.shared_vocab_size), term.temperature
-        for part in self._parts(len(logits_RV)):
+        for part in _parts(len(logits_RV), self.cached_rows):
             at = slice(rows.start + part.start, rows.start + part.stop)
             student, targets, weights = logits_RV[part], self.targets_N[at, None], self.weights_N[at, None]
             target = self._buffer("target", len(student), size).copy_(teacher_RU[part, :size])
@@ -234,13 +238,6 @@ class _Slices:
                 gradient.exp_().mul_(weights).scatter_add_(-1, targets, -weights)
                 gradient[:, :size].addcmul_(slope, T * term.weights[at, None].to(slope))
                 student.copy_(gradient)
-
-    def _parts(self, num_rows: int) -> Iterator[slice]:
-        """Rows that are worked on together; on a GPU all of them."""
-        step = num_rows
-        if self.hidden.device.type == "cpu":
-            step = max(torch.get_num_threads(), CACHED_LOGITS // len(self.weight))
-        return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, max(step, 1)))
 
     def _product(self, name: str, left_RH, right_VH) -> torch.Tensor:
         """Logits in full precision."""
@@ -314,6 +311,18 @@ def _cuts(num_positions: int, slice_rows: int, term) -> Iterator[tuple[slice, bo
             end = term.chunk_ends[last if fits else last + 1]
         yield slice(start, end), start < num_paired
         start = end
+
+
+def _parts(num_rows: int, size: int) -> list[slice]:
+    """Consecutive slices of at most `size` rows."""
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def _cached_rows(device: torch.device, vocab_size: int) -> int:
+    """Rows that elementwise passes work on together; on a GPU all of a slice."""
+    if device.type != "cpu":
+        return _slice_rows(device, vocab_size)
+    return max(torch.get_num_threads(), CACHED_LOGITS // vocab_size)
 
 
 def _slice_rows(device: torch.device, vocab_size: int) -> int:
