@@ -4,9 +4,9 @@ Method: inverse distillation (IDLM, arXiv 2602.19066), masked diffusion: a fake 
 student makes, and the student moves to where the teacher finds its text likelier than the fake does. Teacher, fake and
 student start from one checkpoint, a full-sequence or a block-diffusion one.
 
-Embedded comparison, on a CPU, nothing downloaded (29 minutes on 2 cores that had other work to do too): a teacher,
-students taught on its answers, and an IDLM student, each decoded in few and in many steps. It also takes the sorting
-teacher of recipes/dense_teacher.py, if that has run.
+Embedded comparison, on a CPU, nothing downloaded: a teacher, students taught on its answers, and an IDLM student, each
+decoded in few and in many steps. A seed takes four minutes of one core, and three run on two at a time. It also takes
+the sorting teacher of recipes/dense_teacher.py, if that has run.
 
     accelerate launch recipes/few_step.py
     accelerate launch recipes/few_step.py --seeds 1
