@@ -10,10 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from accelerate.utils import DistributedType
 from peft import LoraConfig
 from tiny import tiny_model
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tide_hf import IDLMConfig, IDLMTrainer
@@ -66,22 +64,9 @@ def main() -> None:
         "eval_dataset": sorting_rows(5, seed=9),
         "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM") if kind == "lora" else None,
     }
-    if kind == "fsdp":
-        options["fsdp"] = "full_shard auto_wrap"
-        options["fsdp_config"] = {
-            "fsdp_version": 2,
-            "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
-            "state_dict_type": "FULL_STATE_DICT",
-            "cpu_ram_efficient_loading": False,
-        }
     trainer = tiny_few_step(output, **options)
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
-    is_sharded = trainer.accelerator.distributed_type == DistributedType.FSDP
-    assert is_sharded == (kind == "fsdp"), trainer.accelerator.distributed_type
     trainer.train()
-    if is_sharded:
-        networks = (trainer.model, trainer.fake_wrapped)
-        assert all(isinstance(value, DTensor) for network in networks for value in network.parameters())
     if resumes:
         trainer = tiny_few_step(output, **options)
         trainer.train(resume_from_checkpoint=f"{output}/checkpoint-2")
