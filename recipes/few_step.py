@@ -5,7 +5,7 @@ student makes, and the student moves to where the teacher finds its text likelie
 student start from one checkpoint, a full-sequence or a block-diffusion one.
 
 Embedded comparison, on a CPU, nothing downloaded: a teacher, students taught on its answers, and an IDLM student, each
-decoded in few and in many steps. A seed takes four minutes of one core, and three run on two at a time. It also takes
+decoded in few and in many steps. One seed took four minutes of one core; two run at a time. It also takes
 the sorting teacher of recipes/dense_teacher.py, if that has run.
 
     accelerate launch recipes/few_step.py
