@@ -378,7 +378,9 @@ def test_no_prompt_is_refused():
 # ---- the most probable token ----
 
 
-@pytest.mark.parametrize(("vocab", "sizes"), [(7, [7]), (300, [300]), (1000, [128, 500, 372]), (513, [512, 1])])
+@pytest.mark.parametrize(
+    ("vocab", "sizes"), [(7, [7]), (300, [300]), (1000, [128, 500, 372]), (513, [512, 1]), (9, [5, 1, 3])]
+)
 def test_the_most_probable_token_in_stretches(vocab, sizes):
     """Catches a token lost at the edge of a stretch or run, another one among equals, and a sum that misses a part."""
     generator = torch.Generator().manual_seed(vocab)
@@ -406,8 +408,8 @@ def test_a_head_in_stretches_generates_the_same(bias, monkeypatch):
     if bias:
         model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, 24).double())
     expected, _ = naive_generate(model, prompt(6)[0].tolist(), 12)
-    monkeypatch.setattr(decoding_tide, "SHORTEST", 5)
-    monkeypatch.setattr(decoding_tide, "NUM_LOGITS", 1)
+    for name, value in (("SHORTEST", 1), ("RUN", 5), ("NUM_LOGITS", 1)):
+        monkeypatch.setattr(decoding_tide, name, value)
     assert model.generate(prompt(6), max_new_tokens=12)[0, 6:].tolist() == expected
     handle = model.lm_head.register_forward_hook(lambda module, args, out: calls.append(out.shape[-1]))
     assert model.generate(prompt(6), max_new_tokens=12)[0, 6:].tolist() == expected

@@ -17,6 +17,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .canvas_tide import Canvas
 from .sampling_tide import (
+    RUN,
     most_probable,
     propose_tokens,
     rank_descending,
@@ -27,7 +28,7 @@ from .sampling_tide import (
 )
 
 NUM_LOGITS = 1 << 18  # that the cache of a CPU core holds, 1 MB of them
-SHORTEST = 1024  # tokens of a stretch, below which each costs more than it saves
+SHORTEST = 8  # runs of a stretch, below which each costs more than it saves
 
 
 class BlockCacheLayer(DynamicLayer):
@@ -221,7 +222,7 @@ def _head_in_stretches(
         logits_NV[:, mask_token_id] = -torch.inf
         yield 0, logits_NV
         return
-    size = max(NUM_LOGITS // len(hidden_NH), SHORTEST)
+    size = max(NUM_LOGITS * torch.get_num_threads() // len(hidden_NH) // RUN, SHORTEST) * RUN
     for first in range(0, lm_head.out_features, size):
         piece = slice(first, first + size)
         bias = None if lm_head.bias is None else lm_head.bias[piece]

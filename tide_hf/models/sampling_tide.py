@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from transformers.generation import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-RUN = 128
+RUN = 128  # logits that are searched for the largest one by one
 
 
 @lru_cache(maxsize=1024)
@@ -64,17 +64,17 @@ def most_probable(stretches: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.
 
     Args:
         stretches (`Iterable[tuple[int, torch.Tensor]]`): the vocabulary in pieces, one after the other: first token
-            id and float logits `(N, v)`, which are used up. Finite somewhere in the first piece.
+            id and float logits `(N, v)`, which are used up. Finite somewhere.
     """
-    tokens = largest = total = None
+    found = []
     for first, logits in stretches:
         token, value = _largest(logits)
-        if tokens is None:
-            tokens, largest, total = token, value, torch.zeros_like(value)
-        before = largest
-        tokens, largest = torch.where(value > before, first + token, tokens), torch.maximum(before, value)
-        total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(-1)
-    return tokens, 1 / total
+        value = value.clamp(min=torch.finfo(value.dtype).min)  # a stretch without any possible token
+        found.append((first + token, value, logits.sub_(value[:, None]).exp_().sum(-1)))
+    tokens_SN, largest_SN, total_SN = map(torch.stack, zip(*found, strict=True))
+    largest, stretch = largest_SN.max(0)
+    total = (total_SN * (largest_SN - largest).exp()).sum(0)
+    return tokens_SN.gather(0, stretch[None])[0], 1 / total
 
 
 def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,8 +86,8 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     width = logits.shape[-1]
     size = min(RUN, width)
     runs = logits[:, : width // size * size].unflatten(-1, (-1, size)).amax(-1)
-    # the last run ends with the row and may overlap the one before
-    runs = torch.cat([runs, logits[:, -size:].amax(-1, keepdim=True)], -1)
+    if width % size:  # the last run ends with the row and overlaps the one before
+        runs = torch.cat([runs, logits[:, -size:].amax(-1, keepdim=True)], -1)
     start = (runs.argmax(-1) * size).clamp(max=width - size)
     value, place = logits.gather(-1, start[:, None] + torch.arange(size, device=start.device)).max(-1)
     return start + place, value
