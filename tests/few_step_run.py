@@ -10,8 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from tiny import tiny_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tide_hf import IDLMConfig, IDLMTrainer
@@ -36,9 +39,13 @@ def tiny_few_step(output_dir, model=None, rows=None, eval_dataset=None, peft_con
         "use_cpu": True,
         **overrides,
     }
+    args = IDLMConfig(**values)
+    if args.fsdp:
+        # accelerate shards where it sees accelerators; its code and torch's run on CPUs as well
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return IDLMTrainer(
         model=tiny_model() if model is None else model,
-        args=IDLMConfig(**values),
+        args=args,
         train_dataset=sorting_rows(16, seed=3, wrong=0.3) if rows is None else rows,
         eval_dataset=eval_dataset,
         processing_class=build_tokenizer(),
@@ -60,13 +67,28 @@ def main() -> None:
         "ema_decay": 0.5,
         "save_strategy": "steps",
         "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
         # five rows do not divide by two processes: the repeated row must not count
         "eval_dataset": sorting_rows(5, seed=9),
         "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM") if kind == "lora" else None,
     }
+    sharded = kind == "fsdp" and world_size > 1
+    if sharded:
+        options["fsdp"] = True
+        options["fsdp_config"] = {
+            "fsdp_version": 2,
+            "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
+            "state_dict_type": "FULL_STATE_DICT",
+            "cpu_ram_efficient_loading": False,
+        }
     trainer = tiny_few_step(output, **options)
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
+    assert (trainer.accelerator.distributed_type == DistributedType.FSDP) == sharded
     trainer.train()
+    if sharded:
+        of_fake = [value for group in trainer.fake_optimizer.param_groups for value in group["params"]]
+        assert all(isinstance(value, DTensor) for value in (*of_fake, *trainer.ema.weights.values()))
     if resumes:
         trainer = tiny_few_step(output, **options)
         trainer.train(resume_from_checkpoint=f"{output}/checkpoint-2")

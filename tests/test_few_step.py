@@ -303,10 +303,11 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "fsdp"])
 def test_number_of_processes_changes_nothing(tmp_path, kind):
-    """Catches local counts, times or masks that depend on the rank, and a fake whose gradients are not shared: one and
-    two processes give the same run, interrupted or not."""
+    """Catches local counts, times or masks that depend on the rank, a fake whose gradients are not shared, shards that
+    are saved as if they were whole, and a step that runs on the average's weights because an evaluation left them
+    gathered: one and two processes give the same run, interrupted or not."""
     results = []
     for world_size, accumulation, resumes in [(1, 1, 0), (2, 1, 0), (2, 2, 0), (2, 1, 1)]:
         output = tmp_path / f"{world_size}x{accumulation}x{resumes}"

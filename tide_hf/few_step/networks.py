@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel, set_seed
@@ -70,7 +71,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
-        self.decay, self.weights = decay, trained(model)
+        self.decay, self.model, self.weights = decay, model, trained(model)
         self.average = {name: _full_precision(value) for name, value in self.weights.items()}
 
     @torch.no_grad()
@@ -94,6 +95,9 @@ class WeightAverage:
     def _write(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
             self.weights[name].copy_(value)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a forward without a backward leaves gathered copies, which are old now
 
 
 def _full_precision(value: torch.Tensor) -> torch.Tensor:

@@ -203,7 +203,8 @@ class IDLMTrainer(DiffusionTrainer):
             self._fake_sums[0] += loss.detach()
         parameters = list(trained(fake).values())
         limit = args.for_fake("max_grad_norm")
-        norm = accelerator.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
+        # accelerate's own finds its way by comparing the parameters of the networks it knows, which fails with two
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
         self._fake_sums[1] += norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self._fake_sums[2] += 1
         self.fake_optimizer.step()
