@@ -10,10 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig
-from tiny import tiny_model
+from tiny import FSDP2, shard_on_cpus, tiny_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -40,9 +39,7 @@ def tiny_few_step(output_dir, model=None, rows=None, eval_dataset=None, peft_con
         **overrides,
     }
     args = IDLMConfig(**values)
-    if args.fsdp:
-        # accelerate shards where it sees accelerators; its code and torch's run on CPUs as well
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    shard_on_cpus(args)
     return IDLMTrainer(
         model=tiny_model() if model is None else model,
         args=args,
@@ -75,13 +72,7 @@ def main() -> None:
     }
     sharded = kind == "fsdp" and world_size > 1
     if sharded:
-        options["fsdp"] = True
-        options["fsdp_config"] = {
-            "fsdp_version": 2,
-            "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
-            "state_dict_type": "FULL_STATE_DICT",
-            "cpu_ram_efficient_loading": False,
-        }
+        options |= FSDP2
     trainer = tiny_few_step(output, **options)
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     assert (trainer.accelerator.distributed_type == DistributedType.FSDP) == sharded

@@ -1,6 +1,8 @@
 """Tiny networks and runs that several tests share."""
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from tide_hf import TIDEConfig, TIDETrainer
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
@@ -19,6 +21,23 @@ SHAPE = dict(
     max_position_embeddings=128,
     initializer_range=0.3,
 )
+# training arguments of a run whose parameters are sharded
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+    },
+}
+
+
+def shard_on_cpus(args) -> None:
+    """Lets accelerate shard, if the arguments say so: it does where it sees accelerators, and its code and torch's run
+    on CPUs as well."""
+    if args.fsdp:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def tiny_model(seed: int = 0, hidden: int = 32, dtype=torch.float64, config_class=TIDEQwen3Config, **overrides):
@@ -61,10 +80,12 @@ def tiny_trainer(output_dir, rows=None, model=None, teacher=None, trainer_kwargs
         "use_cpu": True,
         **overrides,
     }
+    args = TIDEConfig(**values)
+    shard_on_cpus(args)
     return TIDETrainer(
         model=tiny_model() if model is None else model,
         teacher=teacher,
-        args=TIDEConfig(**values),
+        args=args,
         train_dataset=sorting_rows(16, seed=3, wrong=0.3) if rows is None else rows,
         **{"processing_class": build_tokenizer(), **(trainer_kwargs or {})},
     )
