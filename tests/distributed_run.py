@@ -1,6 +1,6 @@
 """Trains the tiny run in however many processes torchrun started, and saves what the test compares.
 
-torchrun --nproc_per_node 2 tests/distributed_run.py OUTPUT WORLD_SIZE ACCUMULATION TEACHER TIED SHARDED
+torchrun --nproc_per_node 2 tests/distributed_run.py OUTPUT WORLD_SIZE ACCUMULATION TEACHER TIED SHARDS
 """
 
 import os
@@ -10,23 +10,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from tiny import FSDP2, tiny_model, tiny_trainer
+from tiny import FSDP2, ZERO3, tiny_model, tiny_trainer
 from torch.distributed.tensor import DTensor
 
 from tide_hf.demo.sorting import sorting_rows
 
 
 def main() -> None:
-    output, world_size, accumulation, with_teacher, tied, sharded = sys.argv[1], *map(int, sys.argv[2:7])
+    output, world_size, accumulation, with_teacher, tied = sys.argv[1], *map(int, sys.argv[2:6])
+    sharding = {"none": {}, "fsdp2": FSDP2, "zero3": ZERO3}[sys.argv[6]]
+    dtype = torch.float32 if "deepspeed" in sharding else torch.float64
     torch.set_num_threads(1)
     trainer = tiny_trainer(
         output,
-        model=tiny_model(tie_word_embeddings=bool(tied)),
-        teacher=tiny_model(seed=1) if with_teacher else None,
+        model=tiny_model(tie_word_embeddings=bool(tied), dtype=dtype),
+        teacher=tiny_model(seed=1, dtype=dtype) if with_teacher else None,
         per_device_train_batch_size=8 // (world_size * accumulation),
         gradient_accumulation_steps=accumulation,
         eval_noise_levels=[0.5],
-        **(FSDP2 if sharded else {}),
+        **sharding,
     )
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     trainer.train()
@@ -34,7 +36,7 @@ def main() -> None:
     metrics = trainer.evaluate(trainer._prepare("eval", sorting_rows(5, seed=9), trainer.args))
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     held = [value for group in trainer.optimizer.param_groups for value in group["params"]]
-    assert all(isinstance(value, DTensor) == bool(sharded) for value in held)
+    assert all(isinstance(value, DTensor) == ("fsdp" in sharding) for value in held)
     if trainer.accelerator.is_main_process:
         losses = [entry for entry in trainer.state.log_history if "loss" in entry]
         torch.save({"weights": weights, "losses": losses, "metrics": metrics}, output + "/result.pt")

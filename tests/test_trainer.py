@@ -179,26 +179,30 @@ def test_accumulation_changes_nothing(tmp_path, normalization):
                     assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
+def distributed_results(folder, layouts, with_teacher, tied) -> list[dict]:
+    """What `distributed_run.py` saves, per (processes, accumulation, sharding)."""
+    results = []
+    for index, (world_size, accumulation, sharding) in enumerate(layouts):
+        output = folder / str(index)
+        output.mkdir()
+        script = [str(Path(__file__).parent / "distributed_run.py"), str(output)]
+        script += [*(str(number) for number in (world_size, accumulation, with_teacher, tied)), sharding]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
+        launcher += ["--master_port", str(29600 + 10 * index + with_teacher)]
+        subprocess.run([*(launcher if world_size > 1 else [sys.executable]), *script], check=True, timeout=300)
+        results.append(torch.load(output / "result.pt", weights_only=False))
+    return results
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("with_teacher", "tied"), [(0, 0), (1, 1)])
 def test_number_of_processes_changes_nothing(tmp_path, with_teacher, tied):
     """Catches local counts, masks that depend on the rank, evaluation that counts repeated rows twice, and a head read
     outside the forward that gathers it: in the last layout accelerate's FSDP2 gives each process half of every
     parameter."""
-    results = {}
-    for world_size, accumulation, sharded in ((1, 1, 0), (2, 1, 0), (2, 2, 0), (4, 1, 0), (2, 1, 1)):
-        output = tmp_path / f"{world_size}x{accumulation}x{sharded}"
-        output.mkdir()
-        script = [str(Path(__file__).parent / "distributed_run.py"), str(output)]
-        numbers = [str(number) for number in (world_size, accumulation, with_teacher, tied, sharded)]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
-        launcher += ["--master_port", str(29600 + world_size * 10 + accumulation + 5 * sharded)]
-        subprocess.run(
-            [*(launcher if world_size > 1 else [sys.executable]), *script, *numbers], check=True, timeout=300
-        )
-        results[output.name] = torch.load(output / "result.pt", weights_only=False)
-    reference = results["1x1x0"]
-    for result in results.values():
+    layouts = [(1, 1, "none"), (2, 1, "none"), (2, 2, "none"), (4, 1, "none"), (2, 1, "fsdp2")]
+    reference, *results = distributed_results(tmp_path, layouts, with_teacher, tied)
+    for result in results:
         assert_close(result["weights"], reference["weights"], rtol=1e-6, atol=1e-7)
         for ours, theirs in zip(result["losses"], reference["losses"], strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -206,6 +210,22 @@ def test_number_of_processes_changes_nothing(tmp_path, with_teacher, tied):
         for name, value in reference["metrics"].items():
             if "runtime" not in name and "second" not in name:
                 assert result["metrics"][name] == pytest.approx(value, rel=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [0, 1])
+def test_zero3_changes_nothing(tmp_path, tied):
+    """Catches what DeepSpeed's ZeRO-3, in float32, would read before it is gathered."""
+    pytest.importorskip("deepspeed")
+    layouts = [(1, 1, "none"), (2, 1, "zero3"), (2, 2, "zero3")]
+    reference, *results = distributed_results(tmp_path, layouts, 1, tied)
+    for result in results:
+        for name, value in reference["weights"].items():
+            assert_close(result["weights"][name].double(), value, rtol=1e-4, atol=1e-4, msg=name)
+        for ours, theirs in zip(result["losses"], reference["losses"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        for name in ("eval_loss", "eval_ce"):
+            assert result["metrics"][name] == pytest.approx(reference["metrics"][name], rel=1e-4), name
 
 
 def test_resume_goes_on_exactly(tmp_path):

@@ -21,7 +21,7 @@ SHAPE = dict(
     max_position_embeddings=128,
     initializer_range=0.3,
 )
-# training arguments of a run whose parameters are sharded
+# training arguments of runs whose parameters are sharded
 FSDP2 = {
     "fsdp": True,
     "fsdp_config": {
@@ -31,13 +31,29 @@ FSDP2 = {
         "cpu_ram_efficient_loading": False,
     },
 }
+ZERO3 = {
+    "use_cpu": False,  # accelerate takes DeepSpeed alone where it may look for an accelerator
+    "ddp_backend": "gloo",
+    "deepspeed": {
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    },
+}
 
 
 def shard_on_cpus(args) -> None:
-    """Lets accelerate shard, if the arguments say so: it does where it sees accelerators, and its code and torch's run
-    on CPUs as well."""
+    """Lets accelerate shard, if the arguments say so: it does where it sees accelerators, and its code, torch's and
+    DeepSpeed's run on CPUs as well."""
+    state = PartialState._shared_state
     if args.fsdp:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        state["distributed_type"] = DistributedType.MULTI_GPU
+    elif args.deepspeed:
+        state["num_processes"] = torch.distributed.get_world_size()
+        state["process_index"] = state["local_process_index"] = torch.distributed.get_rank()
 
 
 def tiny_model(seed: int = 0, hidden: int = 32, dtype=torch.float64, config_class=TIDEQwen3Config, **overrides):
