@@ -78,7 +78,7 @@ def main() -> None:
     assert (trainer.accelerator.distributed_type == DistributedType.FSDP) == sharded
     trainer.train()
     if sharded:
-        of_fake = [value for group in trainer.fake_optimizer.param_groups for value in group["params"]]
+        of_fake = [value for group in trainer.fake_training.optimizer.param_groups for value in group["params"]]
         assert all(isinstance(value, DTensor) for value in (*of_fake, *trainer.ema.weights.values()))
     if resumes:
         trainer = tiny_few_step(output, **options)

@@ -125,7 +125,7 @@ def test_step_equals_a_straightforward_one(tmp_path, objective):
     for seed, network in ((5, fake), (6, teacher)):
         network.load_state_dict(tiny_model(seed, objective=objective).state_dict())
     rows, (fake_batches,), student_batches = noised_step(trainer, 8, 2)
-    trainer.fake_wrapped = fake
+    trainer.fake_training.wrapped = fake
     inverse = trainer.inverse
     got_fake = sum(inverse.fake_loss(student, fake, batch, batch["total_rows"]) for batch in fake_batches)
     got_fake.backward()
@@ -151,7 +151,6 @@ def test_student_stands_still_where_fake_equals_teacher(tmp_path):
     """Catches a student that moves although it makes just what the teacher expects: at the start fake = teacher."""
     trainer = tiny_few_step(tmp_path)
     _, _, (batch,) = noised_step(trainer)
-    trainer.fake_wrapped = trainer.fake
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     assert loss == 0 and all((value.grad == 0).all() for value in trainer.model.parameters())
@@ -188,7 +187,6 @@ def test_packing_changes_nothing(tmp_path):
     """Catches a packed layout that drops a block somebody sees, and a drawn token put into a wrong column."""
     trainer = tiny_few_step(tmp_path)
     trainer.fake.load_state_dict(tiny_model(5).state_dict())
-    trainer.fake_wrapped = trainer.fake
     losses = []
     for pack in (True, False):
         trainer.noising = InverseNoising(trainer.noising.spec, pack=pack)
@@ -212,7 +210,6 @@ def test_chunks_of_the_head_change_nothing(tmp_path):
 def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):
     """Catches a step that holds a network's logits at all masked positions: memory grows with the vocabulary."""
     trainer = tiny_few_step(tmp_path, head_chunk_size=2)
-    trainer.fake_wrapped = trainer.fake
     vocabulary, hidden = trainer.model.lm_head.weight.shape
     _, ((fake_batch,),), (batch,) = noised_step(trainer)
     assert min(len(fake_batch["soft"]), len(batch["soft"]), len(batch["drawn_from"])) > 4
@@ -236,7 +233,6 @@ def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):
 def test_nothing_masked_trains(tmp_path):
     """Catches a crash, NaN or a missing gradient where no position is masked, or the student was shown everything."""
     trainer = tiny_few_step(tmp_path)
-    trainer.fake_wrapped = trainer.fake
     batch = trainer.data_collator([trainer.train_dataset[0]])
     nothing, half = torch.ones(1, 16), torch.full((1, 16), 0.4)
     for student_mask, mask in ((nothing, nothing), (nothing, half), (half, nothing)):

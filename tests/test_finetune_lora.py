@@ -33,14 +33,14 @@ def test_the_example_measures_what_it_saved(tmp_path, monkeypatch):
     """Catches figures of networks in memory, an adapter that is not on its base, and a merge that changes answers."""
     measured = []
 
-    def exact_match(model, tokenizer, rows):
+    def decode_and_match(model, tokenizer, rows):
         first, answer = rows[0]["messages"]
         measured.append(
             (model.name_or_path, type(model).__name__, answer["content"] == "".join(sorted(first["content"])))
         )
         return 0.25, 1.0
 
-    monkeypatch.setattr(adapter, "exact_match", exact_match)
+    monkeypatch.setattr(adapter, "decode_and_match", decode_and_match)
     tiny = Network(hidden=16, layers=1, heads=2, steps=2)
     results = run_adapter_demo(tmp_path, base=tiny, adapter_steps=2, num_held_out=4)
     assert {name: list(result) for name, result in results.items()} == {

@@ -2,7 +2,7 @@
 
 from .comparison import RowResult, Task, TaskData, run_comparison
 from .copying import build_case_tokenizer, copying_rows
-from .decoding import complete, exact_match, show_denoising
+from .decoding import complete, show_denoising
 from .few_step import copying_task, sorting_few_step_task
 from .few_step_report import run_and_show_few_step, show_few_step
 from .networks import Network
@@ -20,7 +20,6 @@ __all__ = [
     "copying_rows",
     "copying_task",
     "dense_task",
-    "exact_match",
     "format_table",
     "moe_task",
     "python_stdlib_task",

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ..config import TIDEConfig
 from ..trainer import TIDETrainer
-from .decoding import exact_match
+from .decoding import decode_and_match
 from .networks import Network, build_network
 from .sorting import build_tokenizer, held_out_rows, sorting_rows
 
@@ -55,7 +55,7 @@ def run_adapter_demo(
     results = {}
     for name, folder in folders.items():
         model = (AutoPeftModelForCausalLM if name == "adapter" else AutoModelForCausalLM).from_pretrained(folder)
-        results[name] = {order: exact_match(model, tokenizer, task)[0] for order, task in tasks.items()}
+        results[name] = {order: decode_and_match(model, tokenizer, task)[0] for order, task in tasks.items()}
     return results
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..config import TIDEConfig
 from ..trainer import TIDETrainer
-from .decoding import complete, exact_match
+from .decoding import complete, decode_and_match
 from .networks import Network, build_network
 
 NUM_WORKERS = 2
@@ -193,7 +193,7 @@ def train_row(job: Job) -> RowResult:
     )
     trainer.remove_callback(PrinterCallback)
     if task.decodes:
-        callback.measure = lambda: exact_match(trainer.model, tokenizer, data.held_out_rows)[0]
+        callback.measure = lambda: decode_and_match(trainer.model, tokenizer, data.held_out_rows)[0]
         callback.every = task.curve_every
     if network.steps:
         trainer.train()
@@ -201,7 +201,7 @@ def train_row(job: Job) -> RowResult:
     model = AutoModelForCausalLM.from_pretrained(path)
     metrics = {}
     if task.decodes:
-        metrics["exact_match"], tokens_per_second = exact_match(model, tokenizer, data.held_out_rows)
+        metrics["exact_match"], tokens_per_second = decode_and_match(model, tokenizer, data.held_out_rows)
     else:
         prompts = data.held_out_rows.select(range(min(NUM_TIMED_PROMPTS, len(data.held_out_rows))))
         _, tokens_per_second = complete(model, tokenizer, prompts, task.num_completion_tokens)

@@ -5,6 +5,8 @@ import time
 import torch
 from datasets import Dataset
 
+from ..evaluation import exact_match
+
 
 def complete(
     model, tokenizer, rows: Dataset, max_new_tokens: int | None = None, **settings
@@ -40,12 +42,10 @@ def complete(
     return tokenizer.batch_decode(new_ids, skip_special_tokens=True), num_tokens / max(seconds, 1e-9)
 
 
-def exact_match(model, tokenizer, rows: Dataset) -> tuple[float, float]:
+def decode_and_match(model, tokenizer, rows: Dataset) -> tuple[float, float]:
     """Share of held-out answers decoded exactly, and generated tokens per CPU second."""
     answers, tokens_per_second = complete(model, tokenizer, rows)
-    expected = [messages[-1]["content"] for messages in rows["messages"]]
-    hits = sum(answer == reference for answer, reference in zip(answers, expected, strict=True))
-    return hits / len(expected), tokens_per_second
+    return exact_match(answers, [messages[-1]["content"] for messages in rows["messages"]]), tokens_per_second
 
 
 class DenoisingLines:

@@ -18,7 +18,7 @@ from transformers import (
 from ..config import TIDEConfig
 from ..models import convert_to_diffusion
 from ..trainer import TIDETrainer
-from .decoding import exact_match
+from .decoding import decode_and_match
 from .sorting import build_tokenizer, held_out_rows, sorting_rows
 
 HIDDEN, LAYERS, HEADS = 64, 2, 4
@@ -66,7 +66,7 @@ def run_from_autoregressive(
     tokenizer.save_pretrained(ar_folder)
     convert = partial(convert_to_diffusion, tokenizer=tokenizer, objective=objective, block_size=4)
     results = {"autoregressive": _exact_match_left_to_right(ar_model, tokenizer, held_out)}
-    results["converted"] = exact_match(convert(ar_model)[0], tokenizer, held_out)[0]
+    results["converted"] = decode_and_match(convert(ar_model)[0], tokenizer, held_out)[0]
     for name, start in (("from random weights", _network(tokenizer, seed)), ("converted and trained", ar_model)):
         args = TIDEConfig(
             **{**arguments, "output_dir": str(output_dir), "max_steps": sft_steps}, preset="ce", max_length=16
@@ -74,7 +74,7 @@ def run_from_autoregressive(
         trainer = TIDETrainer(convert(start)[0], args=args, train_dataset=rows, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        results[name] = exact_match(trainer.model, tokenizer, held_out)[0]
+        results[name] = decode_and_match(trainer.model, tokenizer, held_out)[0]
     trainer.save_model()
     return results
 

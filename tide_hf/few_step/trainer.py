@@ -1,19 +1,19 @@
 """IDLMTrainer: transformers.Trainer that turns a diffusion LM into a few-step student by inverse distillation.
 
 Trainer's own loop trains the student. Before each of its steps the fake network takes its updates, on the same rows
-with noise of their own; its optimizer, schedule, clipping and checkpoint are here.
+with noise of their own.
 """
 
-import copy
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, gather_object
-from transformers import PreTrainedModel, Trainer, TrainerCallback, get_scheduler, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -21,7 +21,8 @@ from ..data import DistillationCollator, RowPreparation
 from ..diffusion import LayoutSpec, row_uniforms
 from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, refuse_data_parallel
 from .config import IDLMConfig
-from .networks import WeightAverage, like, restore, three_networks, trained, whole
+from .fake import FakeTraining
+from .networks import WeightAverage, restore, three_networks, trained, whole
 from .noising import Draws, InverseNoising, stratified_times
 from .step import InverseStep
 
@@ -64,6 +65,7 @@ class IDLMTrainer(DiffusionTrainer):
 
     Attributes:
         teacher, fake (`PreTrainedModel`): the other two networks; `model` is the student.
+        fake_training ([`FakeTraining`]): the fake's optimizer, schedule and wrapped network.
         objective ([`InverseObjective`]): what the run optimises.
         ema ([`WeightAverage`], *optional*): from the start of training on.
 
@@ -100,9 +102,8 @@ class IDLMTrainer(DiffusionTrainer):
         train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
         self.noising, self.inverse = self._make_step(config, args)
         model, self.fake, self.teacher = three_networks(model, peft_config, revision, args.seed)
-        self.fake_wrapped = self.fake_optimizer = self.fake_scheduler = self.ema = None
+        self.fake_training, self.ema = FakeTraining(self.fake, args), None
         self._fake_batches = []  # noised, one list of micro-batches per update
-        self._fake_sums = [0.0, 0.0, 0]  # loss, gradient norm and number of updates since the last log
         set_seed(args.seed)
         super().__init__(
             model=model,
@@ -183,88 +184,38 @@ class IDLMTrainer(DiffusionTrainer):
         """The fake's updates before the first micro-batch of a step; then the student's share."""
         updates, self._fake_batches = self._fake_batches, []
         for batches in updates:
-            self._update_fake(model, batches)
+            model.train()
+            self.fake_training.update(batches, partial(self._fake_loss, model))
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _update_fake(self, model, batches) -> None:
-        """One optimizer step of the fake over all micro-batches."""
-        accelerator, fake, args = self.accelerator, self.fake_wrapped, self.args
-        model.train()
-        fake.train()
-        was_syncing = accelerator.sync_gradients
-        accelerator.gradient_state._set_sync_gradients(True)
-        for index, batch in enumerate(batches):
-            batch = self._prepare_inputs(batch)
-            is_last = index == len(batches) - 1
-            with nullcontext() if is_last else accelerator.no_sync(fake), self.compute_loss_context_manager():
-                loss = self.inverse.fake_loss(model, fake, batch, batch["total_rows"])
-                # DDP averages gradients over processes; the loss is already divided by global counts
-                accelerator.backward(loss * accelerator.num_processes)
-            self._fake_sums[0] += loss.detach()
-        parameters = list(trained(fake).values())
-        limit = args.for_fake("max_grad_norm")
-        # accelerate's own finds its way by comparing the parameters of the networks it knows, which fails with two
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
-        self._fake_sums[1] += norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._fake_sums[2] += 1
-        self.fake_optimizer.step()
-        self._fake_learning_rate = self.fake_scheduler.get_last_lr()[0]
-        self.fake_scheduler.step()
-        self.fake_optimizer.zero_grad()
-        accelerator.gradient_state._set_sync_gradients(was_syncing)
+    def _fake_loss(self, model, batch) -> torch.Tensor:
+        """L(f, q), the sum over the rows of a micro-batch over the number of rows everywhere."""
+        batch = self._prepare_inputs(batch)
+        with self.compute_loss_context_manager():
+            return self.inverse.fake_loss(model, self.fake_training.wrapped, batch, batch["total_rows"])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """L(f*, q) − L(f, q), the sum over the rows here over the number of rows everywhere."""
-        loss = self.inverse.student_loss(model, self.teacher, self.fake_wrapped, inputs, inputs["total_rows"])
+        fake = self.fake_training.wrapped
+        loss = self.inverse.student_loss(model, self.teacher, fake, inputs, inputs["total_rows"])
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
     def log(self, logs, start_time=None):
         """Adds the fake's loss and gradient norm, means over its updates since the last log, and its learning rate."""
-        if "loss" in logs and self._fake_sums[2]:
-            loss, norm, count = self._fake_sums
-            loss = self.accelerator.reduce(torch.as_tensor(loss, device=self.args.device), reduction="sum")
-            logs |= {"fake_loss": loss.item() / count, "fake_grad_norm": float(norm) / count}
-            logs["fake_learning_rate"] = self._fake_learning_rate
-            self._fake_sums = [0.0, 0.0, 0]
+        if "loss" in logs:
+            logs |= self.fake_training.pop_logs()
         super().log(logs, start_time)
 
     # -- set-up and resume --------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        args = self.args
-        if self.fake_wrapped is None:
-            self.fake_wrapped, self.fake_optimizer = self.accelerator.prepare(self.fake, self._create_fake_optimizer())
-        num_updates = max_steps * args.fake_steps_per_student_step
-        warmup = args.for_fake("warmup_steps")
-        self.fake_scheduler = get_scheduler(
-            args.for_fake("lr_scheduler_type"),
-            optimizer=self.fake_optimizer,
-            num_warmup_steps=int(warmup) if warmup >= 1 else round(warmup * num_updates),
-            num_training_steps=num_updates,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
-        )
-        self.ema = WeightAverage(self.accelerator.unwrap_model(self.model), args.ema_decay)
+        self.fake_training.prepare(self.accelerator, max_steps, set(self.get_decay_parameter_names(self.fake)))
+        self.ema = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint) / STATE_FILE)
         return prepared
-
-    def _create_fake_optimizer(self) -> torch.optim.Optimizer:
-        """As Trainer makes the student's, with the fake's settings."""
-        args = self.args
-        settings = copy.copy(args)
-        settings.optim, settings.learning_rate = args.for_fake("optim"), args.for_fake("learning_rate")
-        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(settings, self.fake)
-        decayed = set(self.get_decay_parameter_names(self.fake))
-        groups = [
-            {
-                "params": [value for name, value in trained(self.fake).items() if (name in decayed) == decays],
-                "weight_decay": args.for_fake("weight_decay") if decays else 0.0,
-            }
-            for decays in (True, False)
-        ]
-        return optimizer_class(groups, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """Also what Trainer does not know of: fake, its optimizer and schedule, the student and its average."""
@@ -272,9 +223,7 @@ class IDLMTrainer(DiffusionTrainer):
         state = {
             "student": whole(trained(self.accelerator.unwrap_model(self.model))),
             "ema": whole(self.ema.average),
-            "fake": whole(trained(self.accelerator.unwrap_model(self.fake_wrapped))),
-            "fake_optimizer": whole(self.fake_optimizer.state_dict()),
-            "fake_scheduler": self.fake_scheduler.state_dict(),
+            **self.fake_training.state_dict(),
         }
         if self.args.should_save:
             torch.save(state, Path(output_dir) / STATE_FILE)
@@ -293,18 +242,7 @@ class IDLMTrainer(DiffusionTrainer):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         restore(self.ema.weights, saved["student"], "student")
         restore(self.ema.average, saved["ema"], "average")
-        fake = trained(self.accelerator.unwrap_model(self.fake_wrapped))
-        restore(fake, saved["fake"], "fake")
-        state = saved["fake_optimizer"]
-        parameters = [value for group in self.fake_optimizer.param_groups for value in group["params"]]
-        for index, moments in state["state"].items():
-            target = parameters[index]
-            state["state"][index] = {
-                name: like(value, target) if torch.is_tensor(value) and value.shape == target.shape else value
-                for name, value in moments.items()
-            }
-        self.fake_optimizer.load_state_dict(state)
-        self.fake_scheduler.load_state_dict(saved["fake_scheduler"])
+        self.fake_training.load_state_dict(saved)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -335,7 +273,7 @@ class IDLMTrainer(DiffusionTrainer):
         knows it; and `fake_loss`, L(f, q).
         """
         student = self.model_wrapped if self.ema is not None else self.model.to(self.args.device)
-        fake = self.fake if self.fake_wrapped is None else self.fake_wrapped
+        fake = self.fake_training.wrapped
         modes = [(network, network.training) for network in (student, fake)]
         totals, num_rows = 0.0, 0
         with self._saved_weights():

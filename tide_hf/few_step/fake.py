@@ -1,0 +1,138 @@
+"""The fake network's training, which transformers.Trainer knows nothing of."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, Trainer, get_scheduler
+
+from .config import IDLMConfig
+from .networks import like, restore, trained, whole
+
+
+class FakeTraining:
+    """Optimizer, schedule, clipping, logged numbers and checkpoint of the fake network.
+
+    Args:
+        network (`PreTrainedModel`): the fake.
+        args ([`IDLMConfig`]): settings, see [`IDLMConfig.for_fake`].
+
+    Attributes:
+        wrapped (`torch.nn.Module`): the network as accelerate prepared it; before that the network itself.
+        optimizer, scheduler: from `prepare` on.
+    """
+
+    def __init__(self, network: PreTrainedModel, args: IDLMConfig):
+        self.network = self.wrapped = network
+        self.args = args
+        self.accelerator = self.optimizer = self.scheduler = None
+        self._reset_sums()
+
+    def prepare(self, accelerator: Accelerator, max_steps: int, decayed: set[str]) -> None:
+        """Makes what training needs; a second call makes a new schedule alone.
+
+        Args:
+            max_steps (`int`): steps of the student.
+            decayed (`set[str]`): names of the parameters that weight decay applies to.
+        """
+        args = self.args
+        if self.optimizer is None:
+            self.accelerator = accelerator
+            self.wrapped, self.optimizer = accelerator.prepare(self.network, self._create_optimizer(decayed))
+        num_updates = max_steps * args.fake_steps_per_student_step
+        warmup = args.for_fake("warmup_steps")
+        self.scheduler = get_scheduler(
+            args.for_fake("lr_scheduler_type"),
+            optimizer=self.optimizer,
+            num_warmup_steps=int(warmup) if warmup >= 1 else round(warmup * num_updates),
+            num_training_steps=num_updates,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},
+        )
+
+    def _create_optimizer(self, decayed: set[str]) -> torch.optim.Optimizer:
+        """As Trainer makes the student's, with the fake's settings."""
+        args = self.args
+        settings = copy.copy(args)
+        settings.optim, settings.learning_rate = args.for_fake("optim"), args.for_fake("learning_rate")
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(settings, self.network)
+        groups = [
+            {
+                "params": [value for name, value in trained(self.network).items() if (name in decayed) == decays],
+                "weight_decay": args.for_fake("weight_decay") if decays else 0.0,
+            }
+            for decays in (True, False)
+        ]
+        return optimizer_class(groups, **kwargs)
+
+    def update(self, batches: list[dict], loss_of: Callable[[dict], torch.Tensor]) -> None:
+        """One optimizer step over all micro-batches.
+
+        Args:
+            loss_of (`Callable`): a micro-batch -> its share of the loss, already divided by global counts.
+        """
+        accelerator = self.accelerator
+        self.wrapped.train()
+        was_syncing = accelerator.sync_gradients
+        accelerator.gradient_state._set_sync_gradients(True)
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
+                loss = loss_of(batch)
+                # DDP and FSDP average gradients over processes
+                accelerator.backward(loss * accelerator.num_processes)
+            self._loss += loss.detach()
+        limit = self.args.for_fake("max_grad_norm")
+        # accelerate's own finds its way by comparing the parameters of the networks it knows, which fails with two
+        norm = torch.nn.utils.clip_grad_norm_(trained(self.wrapped).values(), limit if limit > 0 else float("inf"))
+        self._norm += norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._num_updates += 1
+        self.optimizer.step()
+        self._learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        accelerator.gradient_state._set_sync_gradients(was_syncing)
+
+    def pop_logs(self) -> dict[str, float]:
+        """Loss and gradient norm, means over the updates since the last call, and the learning rate; on all processes
+        together. Nothing without an update."""
+        if not self._num_updates:
+            return {}
+        loss = self.accelerator.reduce(torch.as_tensor(self._loss, device=self.accelerator.device), reduction="sum")
+        logs = {
+            "fake_loss": loss.item() / self._num_updates,
+            "fake_grad_norm": float(self._norm) / self._num_updates,
+            "fake_learning_rate": self._learning_rate,
+        }
+        self._reset_sums()
+        return logs
+
+    def _reset_sums(self) -> None:
+        self._loss, self._norm, self._num_updates = 0.0, 0.0, 0
+
+    def state_dict(self) -> dict:
+        """Everything to go on from, whole and on the host; on all processes together."""
+        return {
+            "fake": whole(trained(self.accelerator.unwrap_model(self.wrapped))),
+            "fake_optimizer": whole(self.optimizer.state_dict()),
+            "fake_scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Goes on from a `state_dict`.
+
+        Raises:
+            ValueError: if it is of another network.
+        """
+        restore(trained(self.accelerator.unwrap_model(self.wrapped)), saved["fake"], "fake")
+        state = saved["fake_optimizer"]
+        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
+        for index, moments in state["state"].items():
+            target = parameters[index]
+            state["state"][index] = {
+                name: like(value, target) if torch.is_tensor(value) and value.shape == target.shape else value
+                for name, value in moments.items()
+            }
+        self.optimizer.load_state_dict(state)
+        self.scheduler.load_state_dict(saved["fake_scheduler"])
