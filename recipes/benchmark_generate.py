@@ -19,7 +19,7 @@ more at any of its steps than the block before it did at the same step, per step
 (`prompt`, `batch`, `setting`, `forward_passes`, `plain_seconds`, `library_seconds`, `ratio`, `ratio_to_one_per_step`);
 `memory` of `library` and `plain` for the last prompt length and batch (`peak_bytes`, `growth_per_step_bytes`).
 
-Hardware: any CPU; some ten minutes with one thread, seconds with `--quick`. Nothing is downloaded.
+Hardware: any CPU; eighteen minutes on 2 cores, seconds with `--quick`. Nothing is downloaded.
 
     python recipes/benchmark_generate.py --output outputs/benchmark_generate.json
 """

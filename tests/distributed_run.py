@@ -1,6 +1,6 @@
 """Trains the tiny run in however many processes torchrun started, and saves what the test compares.
 
-torchrun --nproc_per_node 2 tests/distributed_run.py OUTPUT WORLD_SIZE ACCUMULATION TEACHER TIED SHARDS
+torchrun --nproc_per_node 2 tests/distributed_run.py OUTPUT WORLD_SIZE ACCUMULATION TEACHER TIED ADAPTER SHARDS
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from peft import LoraConfig
 from tiny import FSDP2, ZERO3, tiny_model, tiny_trainer
 from torch.distributed.tensor import DTensor
 
@@ -17,8 +18,9 @@ from tide_hf.demo.sorting import sorting_rows
 
 
 def main() -> None:
-    output, world_size, accumulation, with_teacher, tied = sys.argv[1], *map(int, sys.argv[2:6])
-    sharding = {"none": {}, "fsdp2": FSDP2, "zero3": ZERO3}[sys.argv[6]]
+    output, world_size, accumulation, with_teacher, tied, adapter = sys.argv[1], *map(int, sys.argv[2:7])
+    sharding = {"none": {}, "fsdp2": FSDP2, "zero3": ZERO3}[sys.argv[7]]
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     dtype = torch.float32 if "deepspeed" in sharding else torch.float64
     torch.set_num_threads(1)
     trainer = tiny_trainer(
@@ -28,6 +30,7 @@ def main() -> None:
         per_device_train_batch_size=8 // (world_size * accumulation),
         gradient_accumulation_steps=accumulation,
         eval_noise_levels=[0.5],
+        trainer_kwargs={"peft_config": lora} if adapter else None,
         **sharding,
     )
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes

@@ -367,6 +367,16 @@ def test_resume_from_another_trainers_checkpoint_is_refused(tmp_path):
         tiny_few_step(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_resume_from_another_start_is_refused(tmp_path, adapters):
+    """Catches a run that goes on towards a teacher it did not begin with; an adapter alone does not tell."""
+    lora = LoraConfig(**LORA) if adapters else None
+    tiny_few_step(tmp_path, peft_config=lora, max_steps=1, save_strategy="steps", save_steps=1).train()
+    other = tiny_few_step(tmp_path, model=tiny_model(7), peft_config=lora)
+    with pytest.raises(ValueError, match="distilled from another teacher"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_fake_and_student_each_have_their_settings(tmp_path, monkeypatch):
     """Catches one learning rate, clipping or ratio used for both, and updates out of turn."""
     trainer = tiny_few_step(
@@ -593,13 +603,20 @@ def test_models_that_cannot_be_three_networks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "version", "message"),
-    [("DEEPSPEED", None, "one optimizer per engine"), ("FSDP", 1, "set fsdp_version: 2"), ("FSDP", 2, None)],
+    ("kind", "version", "adapters", "message"),
+    [
+        ("DEEPSPEED", None, False, "one optimizer per engine"),
+        ("FSDP", 1, False, "set fsdp_version: 2"),
+        ("FSDP", 2, False, None),
+        ("FSDP", 2, True, "train adapters with plain data parallelism"),
+    ],
 )
-def test_engines_that_run_one_network_are_refused(kind, version, message):
+def test_engines_that_run_one_network_are_refused(kind, version, adapters, message):
     """Catches a run whose fake is silently left out of the engine, deep in the first step."""
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(distributed_type=DistributedType[kind], state=state))
+    fake = three_networks(tiny_model(0), LoraConfig(**LORA) if adapters else None, None, 0)[1]
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], state=state)
+    trainer = SimpleNamespace(accelerator=accelerator, fake=fake)
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         IDLMTrainer._refuse_engines(trainer)
 

@@ -69,8 +69,19 @@ def test_step_costs_are_those_of_the_report():
     for row in json.loads((ROOT / "recipes" / "reports" / "benchmark_step.json").read_text())["rows"]:
         ratios = f"| {row['plain_time_ratio']:.1f} × | {row['library_bytes'] / 2**20:.0f} MiB |"
         assert f"| {row['library_s']:.2f} s {ratios} {row['plain_memory_ratio']:.1f} × |" in README
-    for row in json.loads((ROOT / "recipes" / "reports" / "benchmark_step_costs.json").read_text())["rows"]:
-        assert f"| {row['library_s']:.1f} s | {row['library_bytes'] / 2**20:.0f} MiB |" in README
+    for row in json.loads((ROOT / "recipes" / "reports" / "benchmark_step_sweep.json").read_text())["rows"]:
+        time, memory = f"{row['library_s']:.1f} s", f"{row['library_bytes'] / 2**20:.0f} MiB"
+        ratios = [f"{row[name]:.1f} ×" for name in ("plain_time_ratio", "plain_memory_ratio")]
+        assert f"| {time} | {ratios[0]} | {memory} | {ratios[1]} |" in README
+
+
+def test_generation_ratios_are_those_of_the_report():
+    """Catches a ratio that the benchmark did not measure."""
+    rows = json.loads((ROOT / "recipes" / "reports" / "benchmark_generate.json").read_text())["rows"]
+    for one, four, _ in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        ratios = [f"{value:.1f} ×" for value in (one["ratio"], four["ratio"], four["ratio_to_one_per_step"])]
+        line = [str(one["prompt"]), str(one["batch"]), f"{one['library_seconds']:.1f} s", *ratios]
+        assert f"| {' | '.join(line)} |" in README
 
 
 def test_ci_calls_the_test_command():

@@ -62,6 +62,12 @@ def trained(model: torch.nn.Module) -> dict[str, Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def total_weight(model: torch.nn.Module) -> float:
+    """Σ|w| over all parameters, in float64: the same for equal networks, and hardly for others."""
+    norms = [torch.linalg.vector_norm(value.detach(), 1, dtype=torch.float64) for value in model.parameters()]
+    return float(torch.stack(norms).sum())
+
+
 class WeightAverage:
     """Exponential moving average of a network's trained weights, in float32 at least, sharded as they are.
 

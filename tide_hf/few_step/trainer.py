@@ -5,6 +5,7 @@ with noise of their own.
 """
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -22,7 +24,7 @@ from ..diffusion import LayoutSpec, row_uniforms
 from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, refuse_data_parallel
 from .config import IDLMConfig
 from .fake import FakeTraining
-from .networks import WeightAverage, restore, three_networks, trained, whole
+from .networks import WeightAverage, restore, three_networks, total_weight, trained, whole
 from .noising import Draws, InverseNoising, stratified_times
 from .step import InverseStep
 
@@ -147,6 +149,11 @@ class IDLMTrainer(DiffusionTrainer):
             )
         if kind == DistributedType.FSDP and plugin.fsdp_version != 2:
             raise ValueError("Inverse distillation shards with FSDP2: set fsdp_version: 2 in the accelerate config.")
+        if kind == DistributedType.FSDP and isinstance(self.fake, PeftModel):
+            raise ValueError(
+                "Two adapters and the teacher share the tensors of one base, which FSDP would shard for one of them "
+                "alone: train adapters with plain data parallelism, or whole networks (no peft_config) with FSDP."
+            )
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -221,6 +228,7 @@ class IDLMTrainer(DiffusionTrainer):
         """Also what Trainer does not know of: fake, its optimizer and schedule, the student and its average."""
         super()._save_optimizer_and_scheduler(output_dir)
         state = {
+            "teacher_weight": total_weight(self.teacher),
             "student": whole(trained(self.accelerator.unwrap_model(self.model))),
             "ema": whole(self.ema.average),
             **self.fake_training.state_dict(),
@@ -240,6 +248,13 @@ class IDLMTrainer(DiffusionTrainer):
                 "another trainer, or with save_only_model=True. Give a checkpoint of IDLMTrainer."
             )
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        weight = total_weight(self.teacher)
+        if not math.isclose(weight, saved["teacher_weight"], rel_tol=1e-6):
+            raise ValueError(
+                f"The checkpoint {path.parent} was distilled from another teacher (its weights sum to "
+                f"{saved['teacher_weight']:.8g}, this one's to {weight:.8g}): resume with the model the run started "
+                "from."
+            )
         restore(self.ema.weights, saved["student"], "student")
         restore(self.ema.average, saved["ema"], "average")
         self.fake_training.load_state_dict(saved)

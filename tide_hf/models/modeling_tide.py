@@ -112,6 +112,8 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
         )
         hidden_BLH = outputs.last_hidden_state
         if head_fn is not None:
+            if hasattr(self.lm_head, "unshard"):
+                self.lm_head.unshard()  # FSDP2 gathers the weights of a module that is called, which the head is not
             loss, terms = head_fn(hidden_BLH, self.lm_head.weight)
             return MaskedDiffusionOutput(loss=loss, terms=terms)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
