@@ -361,8 +361,9 @@ def measure(case: Case, sides: list[str], rounds: int, with_memory: bool) -> dic
     bench, row = Bench(case), dataclasses.asdict(case)
     if "plain" in sides:
         row["largest_difference"] = difference = largest_difference(bench)
-        # float32 sums in another order; a bfloat16 teacher rounds its logits, which depend on how many rows are run
-        tolerance = 1e-5 if case.teacher_dtype == "float32" else 5e-2
+        # both sides sum in float32, in their own order, each within 1e-5 of float64; a bfloat16 teacher rounds its
+        # logits, which depend on how many rows are run
+        tolerance = 2e-5 if case.teacher_dtype == "float32" else 5e-2
         if difference > tolerance:
             sys.exit(f"{case}: the library's step differs from the plain one by {difference:.1e} of its scale.")
     else:
