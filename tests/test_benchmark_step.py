@@ -35,6 +35,14 @@ def test_both_pipelines_are_compared_and_written(recipe, tmp_path, capsys, dtype
     assert len(lines) == 2
 
 
+def test_the_exact_step_is_the_same_step(recipe):
+    """Catches a comparison in float64 that leaves the networks there, or is of other losses."""
+    bench = recipe.Bench(recipe.Case("cross", vocab=97, length=64, hidden=64, layers=1, teacher_hidden=64))
+    before = [value.clone() for value in bench.student.parameters()]
+    assert 0 < recipe.largest_difference(bench, exact=True) < 1e-5
+    assert all(torch.equal(old, new) for old, new in zip(before, bench.student.parameters(), strict=True))
+
+
 def test_another_gradient_stops_it(recipe, monkeypatch):
     """Catches a benchmark of a step that is fast and wrong."""
     step = recipe.Bench.step
