@@ -200,9 +200,10 @@ def complementary_split(masked, uniform, ratio: float) -> tuple[np.ndarray, np.n
 # ---- inverse distillation ----
 
 
-def keyed_uniforms(seed: int, epoch: int, row_id: int, count: int, stream: int) -> np.ndarray:
+def keyed_uniforms(seed: int, epoch: int, row_key: int, count: int, stream: int) -> np.ndarray:
     """The first draws of a row's numbered stream."""
-    return np.random.default_rng([seed, row_id, epoch + 1, stream + 1]).random(count, dtype=np.float32)
+    low, high = row_key % 2**32, row_key // 2**32 % 2**32
+    return np.random.default_rng([seed, low, high, epoch + 1, stream + 1]).random(count, dtype=np.float32)
 
 
 def clean_distribution(logits, mask) -> torch.Tensor:

@@ -70,7 +70,7 @@ def naive_logits(model, noised, clean) -> torch.Tensor:
 def naive_losses(trainer, student, teacher, fake, rows, update):
     """Both losses of one update, row by row and position by position; every choice made a second time."""
     mask_id, fake_total, student_total = student.config.mask_token_id, 0.0, 0.0
-    all_ids = [row["row_id"] for row in rows]
+    all_ids = [row["row_key"] for row in rows]
     times = {}
     for name, stream in (("student", 2 * update), ("t", 2 * update + 1)):
         draws = [float(references.keyed_uniforms(trainer.args.seed, 0, i, 1, stream)[0]) for i in all_ids]
@@ -79,7 +79,7 @@ def naive_losses(trainer, student, teacher, fake, rows, update):
         for rank, i in enumerate(order):
             times[name, all_ids[i]] = 1e-3 + (1 - 1e-3) * (rank + offset) / len(rows)
     for row in rows:
-        clean, labels, row_id = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), row["row_id"]
+        clean, labels, row_id = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), row["row_key"]
         length = len(clean)
         shown_draws = references.keyed_uniforms(trainer.args.seed, 0, row_id, 2 * length + 1, 2 * update)
         draws = references.keyed_uniforms(trainer.args.seed, 0, row_id, 2 * length + 1, 2 * update + 1)

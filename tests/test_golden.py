@@ -310,7 +310,7 @@ class Step:
             assert valid.sort(descending=True).values.equal(valid), "recorded padding is on the right"
             rows.append(
                 {
-                    "row_id": index,
+                    "row_key": index,
                     "input_ids": self.student_ids[index].tolist(),
                     "labels": self.labels[index].tolist(),
                     "chunk_ids": self.chunk_ids[index].tolist(),

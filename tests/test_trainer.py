@@ -87,7 +87,7 @@ def test_step_equals_a_straightforward_one(tmp_path, preset):
     student.zero_grad()
     for row in rows:
         clean, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-        u_time, u_mask, u_demo = row_uniforms(trainer.args.seed, 0, [row["row_id"]], len(clean))
+        u_time, u_mask, u_demo = row_uniforms(trainer.args.seed, 0, [row["row_key"]], len(clean))
         t = 1e-3 + (1 - 1e-3) * u_time[0]
         masked = (u_mask[0] < t) & (labels != -100)
         num_trained, num_masked = num_trained + int((labels != -100).sum()), num_masked + int(masked.sum())

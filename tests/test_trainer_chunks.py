@@ -69,7 +69,7 @@ def test_chunk_step_equals_a_straightforward_one(tmp_path, preset, merged, weigh
         teacher_clean = torch.tensor(row["teacher_input_ids"])
         teacher_chunk = torch.tensor(row["teacher_chunk_ids"])
         u_time, u_mask, u_demo = row_uniforms(
-            trainer.args.seed, 0, [row["row_id"]], max(len(r["labels"]) for r in rows)
+            trainer.args.seed, 0, [row["row_key"]], max(len(r["labels"]) for r in rows)
         )
         t = float(1e-3 + (1 - 1e-3) * u_time[0])
         masked = (u_mask[0][: len(clean)] < t) & (labels != -100)

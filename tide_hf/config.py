@@ -85,7 +85,7 @@ class DiffusionTrainingArguments(TrainingArguments):
     model_init_kwargs: dict | str | None = _knob(
         None, "from_pretrained arguments of the student (JSON on a command line)."
     )
-    remove_unused_columns: bool | None = _knob(False, "Kept False: the step needs row_id and the chunk columns.")
+    remove_unused_columns: bool | None = _knob(False, "Kept False: the step needs row_key and the chunk columns.")
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012  (transformers')
 
@@ -97,7 +97,7 @@ class DiffusionTrainingArguments(TrainingArguments):
                 "row would be cut short. Choose a block_size that divides max_length."
             )
         if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop row_id, which keys the noise; leave it False.")
+            raise ValueError("remove_unused_columns=True would drop row_key, which keys the noise; leave it False.")
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # a streaming dataset is read by every process: noise is drawn on the host, nothing is broadcast

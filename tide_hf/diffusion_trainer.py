@@ -3,14 +3,24 @@
 The batch of a step is noised on the host, before any network runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
+from accelerate.utils import gather_object
+from datasets import IterableDataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 
-from .data import is_prepared, prepare_dataset, require_same_preparation
+from .data import RowStream, StreamLoader, is_prepared, prepare_dataset, require_same_preparation, without_weight
 from .hub import HubTrainerMixin
 from .models.masked_diffusion import block_visibility
 from .teachers import resolve_mask_token_id
@@ -26,6 +36,12 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
     loss_is_scaled_for_ga = True
     # what `config.objective` of a model may be
     OBJECTIVES = ("block", "full")
+    _train_stream: StreamLoader | None = None  # what training reads, if that is a stream
+    _pass = 0  # over the training rows
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_StreamEpoch(self))
 
     def _refuse_other_objectives(self, model) -> None:
         """Says which models this trainer does not know the noise of."""
@@ -82,6 +98,10 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
             if report is not None:
                 self.preparation_reports[name] = report
             return dataset
+        if isinstance(dataset, IterableDataset):
+            stream = RowStream(dataset, self._preparation)
+            self.preparation_reports[name] = stream.report  # grows as the stream is read
+            return stream
         with args.main_process_first(desc=f"preparing the {name} dataset"):
             dataset, self.preparation_reports[name] = prepare_dataset(
                 dataset, self._preparation, num_proc=args.dataset_num_proc
@@ -89,23 +109,103 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
         return dataset
 
     @contextmanager
-    def _host_batches(self):
-        """Data loaders made inside leave batches on the host, where the noise is drawn."""
+    def _host_batches(self, is_training: bool):
+        """Data loaders made inside leave batches on the host, where the noise is drawn; no held-out row is dropped."""
         placement, self.accelerator.device_placement = self.accelerator.device_placement, False
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
         try:
             yield
         finally:
-            self.accelerator.device_placement = placement
+            self.accelerator.device_placement, self.args.dataloader_drop_last = placement, drop_last
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        with self._host_batches():
-            return super()._get_dataloader(dataset, *args, **kwargs)
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+        """A table's loader is accelerate's; a stream is read by the library's own."""
+        if isinstance(dataset, IterableDataset):
+            dataset = RowStream(dataset)
+        loader = None
+        if isinstance(dataset, RowStream):
+            loader = self._stream_loader(dataset, batch_size, is_training)
+        if is_training:
+            self._train_stream = loader
+        if loader is not None:
+            return loader
+        with self._host_batches(is_training):
+            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+
+    def _stream_loader(self, stream: RowStream, batch_size: int, is_training: bool) -> StreamLoader:
+        args, num_processes = self.args, self.accelerator.num_processes
+        return StreamLoader(
+            stream,
+            self.data_collator,
+            batch_size,
+            num_batches=args.gradient_accumulation_steps if is_training else 1,
+            num_processes=num_processes,
+            process_index=self.accelerator.process_index,
+            gather=gather_object if num_processes > 1 else list,
+            drop_last=args.dataloader_drop_last and is_training,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            start_method=args.dataloader_multiprocessing_context,
+        )
+
+    # -- which rows a step sees ---------------------------------------------------------------------------------------
+
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        """Where to go on: a stream is read up to there, since nobody knows how long its passes are."""
+        epoch, num_batches = super()._init_training_state(*args, **kwargs)
+        if self._train_stream is None or self.args.ignore_data_skip:
+            return epoch, num_batches
+        return self._train_stream.seek(self.state.global_step)[0], 0
+
+    def _run_epoch(self, **kwargs):
+        """Counts the pass: `state.epoch` lags behind it on streams and after an epoch that was cut short."""
+        self._pass = kwargs["epoch"]
+        return super()._run_epoch(**kwargs)
+
+    def _next_batches(self, iterator: Iterator, num_batches: int) -> list[dict[str, torch.Tensor]]:
+        """The micro-batches of an optimizer step; none at the end of a pass."""
+        if self._train_stream is not None:
+            return list(islice(iterator, num_batches))
+        state = self.accelerator.gradient_state
+        return [self._counted_once(batch, state) for batch in islice(iterator, num_batches)]
+
+    def _counted_once(self, batch: dict[str, torch.Tensor], loader) -> dict[str, torch.Tensor]:
+        """The batch in which rows that accelerate repeated, to fill the last one of a table, weigh nothing.
+
+        Args:
+            loader: what knows `end_of_dataloader` and `remainder`, the rows of the last batch of all processes: an
+                accelerate loader, or the gradient state, which asks the active one.
+        """
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+            return batch
+        num_rows = len(batch["row_key"])
+        first = loader.remainder - accelerator.process_index * num_rows
+        return batch if first >= num_rows else without_weight(batch, max(first, 0))
+
+    def _evaluation_batches(self, loader) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches in which every row of the dataset counts once."""
+        for batch in loader:
+            yield batch if isinstance(loader, StreamLoader) else self._counted_once(batch, loader)
 
     def _save(self, output_dir=None, state_dict=None):
         """Beside an adapter also the generation settings of the run, which its base may not have."""
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel):
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
+
+
+class _StreamEpoch(TrainerCallback):
+    """Says how far a stream is as an uninterrupted run would: Trainer counts the steps since the last resume."""
+
+    def __init__(self, trainer: DiffusionTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stream = self.trainer._train_stream
+        if stream is not None:
+            state.epoch = stream.epoch + stream.window / state.max_steps
 
 
 def refuse_data_parallel(args) -> None:

@@ -110,7 +110,7 @@ def _run(arguments: Arguments, make_trainer: Callable) -> DiffusionTrainer:
         peft_config=get_peft_config(model),
     )
     for name, report in trainer.preparation_reports.items():
-        trainer.accelerator.print(f"{name}: {report}" if report else f"{name}: prepared while streaming")
+        trainer.accelerator.print(f"{name}: {report}" if report.num_rows else f"{name}: prepared while streaming")
     trainer.set_data_sources([part.path for part in mixture.datasets] or [script.dataset_name])
     try:
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -7,7 +7,6 @@ forward.
 
 import json
 from dataclasses import replace
-from itertools import islice
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
@@ -141,14 +140,15 @@ class TIDETrainer(DiffusionTrainer):
 
     def _noise(self, batch, epoch: int | None, t: float | None = None) -> dict:
         """One micro-batch, noised by draws keyed by (seed, epoch, row)."""
-        uniforms = row_uniforms(self.args.seed, epoch, batch["row_id"].tolist(), batch["labels"].shape[1])
+        uniforms = row_uniforms(self.args.seed, epoch, batch["row_key"].tolist(), batch["labels"].shape[1])
         return self.noising(batch, uniforms, t)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of an optimizer step and makes their counts global."""
+        batches = [self._noise(batch, self._pass) for batch in self._next_batches(epoch_iterator, num_batches)]
+        if not batches:
+            return [], None
         self._term_steps += 1
-        epoch = int(self.state.epoch or 0)
-        batches = [self._noise(batch, epoch) for batch in islice(epoch_iterator, num_batches)]
         counts = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
             counts += batch["counts"]
@@ -220,11 +220,10 @@ class TIDETrainer(DiffusionTrainer):
             objective, divergence="none", ce_weighting="uniform", loss_normalization="token", chunk_weighting="paper"
         )
         totals = 0.0
-        for batch in dataloader:
+        for batch in self._evaluation_batches(dataloader):
             sums = [self._evaluate_rows(model, self._noise(batch, None), self.objective)]
             sums += [self._evaluate_rows(model, self._noise(batch, None, t), likelihood) for t in levels]
-            # rows that a data loader repeats to fill the last batch are cut off by gather_for_metrics
-            rows = self.accelerator.gather_for_metrics(torch.cat(sums, dim=1))
+            rows = self.accelerator.gather(torch.cat(sums, dim=1))
             totals = totals + rows.double().sum(0)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
@@ -245,6 +244,7 @@ class TIDETrainer(DiffusionTrainer):
         """Sums and counts of each row, (B, 7): trained, pairs, chunks, masked tokens, 1, ce, distill."""
         batch = self._prepare_inputs(batch)
         ones_B = torch.ones_like(batch["t"])
+        counts_once_B = (batch["row_tokens"] > 0).to(ones_B)
         terms = self._run_student(model, batch, torch.ones(4, device=ones_B.device), objective).terms
         num_pairs = len(batch.get("pair_chunk", ()))
         columns = [
@@ -252,7 +252,7 @@ class TIDETrainer(DiffusionTrainer):
             _count_rows(batch["row"][:num_pairs], ones_B),
             _count_rows(batch.get("chunk_row", batch["row"][:0]), ones_B),
             _count_rows(batch["row"], ones_B),
-            ones_B,
+            counts_once_B,
             terms["ce"],
             terms.get("distill", torch.zeros_like(ones_B)),
         ]

@@ -1,12 +1,13 @@
 """From conversations to the tensors of a step: preparation, collation, noise."""
 
-from .collator import DistillationCollator
+from .collator import DistillationCollator, without_weight
 from .dataset import is_prepared, prepare_dataset
 from .noising import Noising
-from .preparation import COLUMNS, EOS_FILLS, TRAINED_TURNS, RowPreparation, RowSkipped
+from .preparation import COLUMNS, EOS_FILLS, TRAINED_TURNS, RowPreparation, RowSkipped, row_key
 from .record import PreparationRecord, require_same_preparation, tokenizer_fingerprint
 from .report import PreparationReport
 from .shards import write_prepared
+from .streams import RowStream, StreamLoader
 
 __all__ = [
     "COLUMNS",
@@ -18,9 +19,13 @@ __all__ = [
     "PreparationReport",
     "RowPreparation",
     "RowSkipped",
+    "RowStream",
+    "StreamLoader",
     "is_prepared",
     "prepare_dataset",
     "require_same_preparation",
+    "row_key",
     "tokenizer_fingerprint",
+    "without_weight",
     "write_prepared",
 ]

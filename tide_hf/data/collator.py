@@ -12,7 +12,9 @@ class DistillationCollator:
     Args:
         pad_token_id, teacher_pad_token_id (`int`): fill ids of the two sides.
 
-    A call returns `row_id (B,)`; `input_ids`, `labels`, `chunk_ids` and `attention_mask (B, L)`; and, where rows have
+    A row without a trained-on token weighs nothing: it is in no count, whatever a network makes of it.
+
+    A call returns `row_key (B,)`; `input_ids`, `labels`, `chunk_ids` and `attention_mask (B, L)`; and, where rows have
     a teacher side, `teacher_input_ids`, `teacher_chunk_ids` and `teacher_attention_mask (B, L_T)`.
     """
 
@@ -21,7 +23,7 @@ class DistillationCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = {
-            "row_id": torch.tensor([row["row_id"] for row in rows]),
+            "row_key": torch.tensor([row["row_key"] for row in rows]),
             "input_ids": _pad([row["input_ids"] for row in rows], self.pad_token_id),
             "labels": _pad([row["labels"] for row in rows], -100),
             "chunk_ids": _pad([row["chunk_ids"] for row in rows], -1),
@@ -34,6 +36,27 @@ class DistillationCollator:
                 "teacher_attention_mask": _pad([[1] * len(row["teacher_input_ids"]) for row in rows], 0),
             }
         return batch
+
+    def empty_row(self) -> dict:
+        """A row of one token that weighs nothing, for a process that has none left."""
+        return {
+            "row_key": 0,
+            "input_ids": [self.pad_token_id],
+            "labels": [-100],
+            "chunk_ids": [-1],
+            "teacher_input_ids": [self.teacher_pad_token_id],
+            "teacher_chunk_ids": [-1],
+        }
+
+
+def without_weight(batch: dict[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
+    """The same batch in which the rows from `first` on weigh nothing: repeated to fill it, they count elsewhere."""
+    batch = dict(batch)
+    for name, nothing in (("labels", -100), ("chunk_ids", -1), ("teacher_chunk_ids", -1)):
+        if name in batch:
+            batch[name] = batch[name].clone()
+            batch[name][first:] = nothing
+    return batch
 
 
 def _pad(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ def prepare_dataset(
     if isinstance(dataset, IterableDataset):
         removed = _removed_columns(dataset)
         features = None if dataset.column_names is None else _features(PreparationRecord.of(preparation))
-        prepared = dataset.map(preparation, with_indices=True, remove_columns=removed, features=features)
+        prepared = dataset.map(preparation, remove_columns=removed, features=features)
         return prepared.filter(partial(_keep_and_log, Counter()), input_columns=[STATUS]).remove_columns(
             [STATUS, COVERAGE]
         ), None
@@ -61,27 +61,39 @@ def prepare_table(
         preparation.prepare_batch,
         batched=True,
         batch_size=100,
-        with_indices=True,
         remove_columns=_removed_columns(dataset),
         features=_features(PreparationRecord.of(preparation)),
         num_proc=num_proc,
         desc="Preparing rows",
         **caching,
     )
-    status_of_rows = prepared[STATUS][:]
-    statuses = Counter(status_of_rows)
-    kept = [index for index, status in enumerate(status_of_rows) if status in ("kept", "truncated")]
-    report = PreparationReport(
-        num_rows=len(prepared),
+    report, kept = PreparationReport(), []
+    for batch in prepared.select_columns([STATUS, COVERAGE]).iter(1000):
+        indices, part = report_of(batch[STATUS], batch[COVERAGE])
+        kept += [report.num_rows + index for index in indices]
+        report.add(part)
+    return prepared.select(kept).remove_columns([STATUS, COVERAGE]), report
+
+
+def report_of(statuses: list[str], coverages: list[list[int]]) -> tuple[list[int], PreparationReport]:
+    """What became of some rows.
+
+    Args:
+        statuses (`list[str]`), coverages (`list[list[int]]`): the columns `STATUS` and `COVERAGE` of prepared rows.
+
+    Returns:
+        the indices of the rows that train, and the report.
+    """
+    kept = [index for index, status in enumerate(statuses) if status in ("kept", "truncated")]
+    dropped = Counter(status for status in statuses if status not in ("kept", "truncated"))
+    counts = np.sum(coverages, axis=0, dtype=np.int64).tolist()  # those of dropped rows are 0
+    return kept, PreparationReport(
+        num_rows=len(statuses),
         num_kept=len(kept),
-        num_truncated=statuses["truncated"],
-        dropped={status: count for status, count in statuses.items() if status not in ("kept", "truncated")},
+        num_truncated=statuses.count("truncated"),
+        dropped=dict(dropped),
+        **dict(zip(COVERAGE_COUNTS, counts, strict=True)),
     )
-    prepared = prepared.select(kept)
-    for batch in prepared.select_columns([COVERAGE]).iter(1000):
-        for name, count in zip(COVERAGE_COUNTS, np.sum(batch[COVERAGE], axis=0), strict=True):
-            setattr(report, name, getattr(report, name) + int(count))
-    return prepared.remove_columns([STATUS, COVERAGE]), report
 
 
 def is_prepared(dataset) -> bool:

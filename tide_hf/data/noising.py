@@ -67,7 +67,7 @@ class Noising:
             the position behind each chunk. Teacher: `teacher_input_ids, teacher_position_ids, teacher_stream,
             teacher_block (B, P_T)`; of its positions in active chunks, in the same order, `teacher_asked`,
             `teacher_targets`, `teacher_pair_chunk (M_T,)`. `counts (4,)`: trained-on tokens, pairs, active chunks,
-            rows; `row_tokens (B,)`: trained-on tokens of each row.
+            rows that have any; `row_tokens (B,)`: trained-on tokens of each row.
         """
         time_B, mask_BL, demo_BL = uniforms
         labels, chunk_ids = batch["labels"], batch["chunk_ids"]
@@ -120,7 +120,8 @@ class Noising:
             "chunk_tokens": _trained_chunk_tokens(labels, chunk_ids, num_chunks).flatten()[position],
         }
         trained = int(out["row_tokens"].sum())
-        out["counts"] = torch.tensor([trained, num_pairs, num_active, len(labels)], dtype=torch.float64)
+        num_rows = int((out["row_tokens"] > 0).sum())
+        out["counts"] = torch.tensor([trained, num_pairs, num_active, num_rows], dtype=torch.float64)
         return out
 
     def _teacher_masks(self, batch, hit_BC, demo_BL) -> list[torch.Tensor]:

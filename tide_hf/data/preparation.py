@@ -1,5 +1,6 @@
 """Conversations -> aligned token rows: rendering, tokenising, truncation, EOS fill, chunk numbers."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +21,24 @@ from ..alignment import (
     require_fast,
 )
 
-COLUMNS = ("row_id", "input_ids", "labels", "teacher_input_ids", "chunk_ids", "teacher_chunk_ids")
-RAW_COLUMNS = ("row_id", "messages", "prompt", "completion", "text")
+COLUMNS = ("row_key", "input_ids", "labels", "teacher_input_ids", "chunk_ids", "teacher_chunk_ids")
+RAW_COLUMNS = ("messages", "prompt", "completion", "text")
 EOS_FILLS = ("none", "block", "end")
 ALIGNMENTS = ("token", "chunk")
 TRAINED_TURNS = ("all", "last")
 STATUS, COVERAGE = "preparation_status", "preparation_coverage"
 # what COVERAGE holds for each row; names of fields of the report
 COVERAGE_COUNTS = ("num_trained_tokens", "num_aligned_tokens", "num_chunks", "num_answer_bytes", "num_aligned_bytes")
+
+
+def row_key(input_ids: list[int], labels: list[int]) -> int:
+    """What a row's noise is keyed by: a 64-bit hash of its student tokens and labels, signed, as Arrow stores it.
+
+    A row has the same key wherever it is read: in a table or a stream, in any shard, split or mixture, by any worker
+    or process. Rows that are equal share their key, and so their noise within one pass; from pass to pass it differs.
+    """
+    content = np.array([input_ids, labels], dtype="<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 class RowSkipped(ValueError):
@@ -129,20 +140,20 @@ class RowPreparation:
             teacher_mask_token_id=None if teacher is None else teacher[1],
         )
 
-    def __call__(self, row: dict, index: int) -> dict:
+    def __call__(self, row: dict) -> dict:
         """Columns of [`COLUMNS`], the row's status ("kept", "truncated", or why it is dropped) and its coverage."""
-        row_id = row.get("row_id", index)
         try:
             columns, truncated, coverage = self._prepare(row)
         except RowSkipped as reason:
             empty = {name: [] for name in COLUMNS[1:]}
-            return {"row_id": row_id, **empty, STATUS: str(reason), COVERAGE: [0] * len(COVERAGE_COUNTS)}
-        return {"row_id": row_id, **columns, STATUS: "truncated" if truncated else "kept", COVERAGE: coverage}
+            return {"row_key": 0, **empty, STATUS: str(reason), COVERAGE: [0] * len(COVERAGE_COUNTS)}
+        key = row_key(columns["input_ids"], columns["labels"])
+        return {"row_key": key, **columns, STATUS: "truncated" if truncated else "kept", COVERAGE: coverage}
 
-    def prepare_batch(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+    def prepare_batch(self, batch: dict[str, list]) -> dict[str, list]:
         """The same for many rows as columns, which `Dataset.map` takes in at a fraction of its cost per row."""
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-        prepared = [self(row, index) for row, index in zip(rows, indices, strict=True)]
+        prepared = [self(row) for row in rows]
         return {name: [row[name] for row in prepared] for name in (*COLUMNS, STATUS, COVERAGE)}
 
     def prepare(self, row: dict) -> tuple[dict[str, list[int]], bool]:

@@ -1,6 +1,6 @@
 """What a dataset was prepared with, carried by the dataset itself.
 
-The record stands as JSON in the `id` of the feature `row_id`. Of all that belongs to a dataset, only its features
+The record stands as JSON in the `id` of the feature `row_key`. Of all that belongs to a dataset, only its features
 survive selecting, shuffling, splitting, filtering and concatenating, `save_to_disk` as well as Parquet files and the
 Hub; and datasets of different features, so of different records, are not concatenated.
 """
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from .preparation import RowPreparation
 from .report import PreparationReport
 
-CARRIER = "row_id"
-VERSION = 1
+CARRIER = "row_key"
+VERSION = 2  # 1 numbered the rows instead of hashing them
 # setting -> how a message calls it, and whether it concerns the teacher's side alone
 SETTINGS = {
     "tokenizer": ("student tokenizer", False),

@@ -41,13 +41,16 @@ class PreparationReport:
         reasons = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items())
         return f"{text}. {reasons}" if reasons else text
 
+    def add(self, part: "PreparationReport") -> None:
+        """Takes in what became of further rows."""
+        self.dropped = dict(Counter(self.dropped) + Counter(part.dropped))
+        for name in (part.name for part in fields(self) if part.name != "dropped"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+
     @classmethod
     def total(cls, reports: Iterable["PreparationReport"]) -> "PreparationReport":
         """The report of several parts of one dataset."""
-        whole, dropped = cls(), Counter()
+        whole = cls()
         for report in reports:
-            dropped.update(report.dropped)
-            for name in (part.name for part in fields(cls) if part.name != "dropped"):
-                setattr(whole, name, getattr(whole, name) + getattr(report, name))
-        whole.dropped = dict(dropped)
+            whole.add(report)
         return whole

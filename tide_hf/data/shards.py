@@ -47,8 +47,8 @@ def write_prepared(
             memory.
 
     Returns:
-        `DatasetDict`: as [`prepare_dataset`] gives it, `row_id` being a row's place in its split. It carries a
-        [`PreparationRecord`] with the reports of all splits; both also stand in its `preparation.json`.
+        `DatasetDict`: as [`prepare_dataset`] gives it. It carries a [`PreparationRecord`] with the reports of all
+        splits; both also stand in its `preparation.json`.
 
     Raises:
         ValueError: for an output or parts of something else, with what differs; for a split without any row left.
@@ -135,7 +135,7 @@ def _parts(
             folder = next(folders)
         bar.update(min(done, total) if total is not None else done)
         for raw in _raw_parts(rows, done, rows_per_part):
-            _write_part(folder, raw, done, preparation, num_proc)
+            _write_part(folder, raw, preparation, num_proc)
             yield _read_part(folder)
             done += rows_per_part
             folder = next(folders)
@@ -155,10 +155,8 @@ def _raw_parts(rows: Dataset | IterableDataset, first: int, size: int) -> Iterat
         yield Dataset.from_dict({name: [row.get(name) for row in batch] for name in names or batch[0]})
 
 
-def _write_part(folder: Path, raw: Dataset, first: int, preparation: RowPreparation, num_proc: int | None) -> None:
+def _write_part(folder: Path, raw: Dataset, preparation: RowPreparation, num_proc: int | None) -> None:
     """Prepares one table; the folder gets its name when all of it is written."""
-    if "row_id" not in raw.column_names:
-        raw = raw.add_column("row_id", list(range(first, first + len(raw))))
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     scratch = unfinished / "scratch"

@@ -12,16 +12,17 @@ from ..models.masked_diffusion import TIME_EPSILON, loss_weight, masked_probabil
 
 
 def row_uniforms(
-    seed: int, epoch: int | None, row_ids: Sequence[int], length: int, stream: int | None = None
+    seed: int, epoch: int | None, row_keys: Sequence[int], length: int, stream: int | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Uniform draws in [0, 1), keyed by (seed, epoch, row id): the same on any machine, in any batch, after a resume.
+    """Uniform draws in [0, 1), keyed by (seed, epoch, row key): the same on any machine, in any batch, after a resume.
 
     Each row draws its positions in order, so its first numbers do not depend on how far the batch is padded.
 
     Args:
         seed (`int`): of the run.
-        epoch (`int`, *optional*): None for evaluation, whose noise is the same in every epoch.
-        row_ids (`Sequence[int]`): one per row, of the prepared dataset.
+        epoch (`int`, *optional*): number of the pass over the data, from 0; None for evaluation, whose noise is the
+            same in every epoch and is that of no training epoch.
+        row_keys (`Sequence[int]`): 64-bit integers, one per row: see [`~tide_hf.data.row_key`].
         length (`int`): L, columns of the padded batch.
         stream (`int`, *optional*): number of an independent set of draws, for methods that noise a row more than once.
 
@@ -29,12 +30,12 @@ def row_uniforms(
         three float32 tensors: time draws `(B,)`, mask draws `(B, L)`, CompDemo draws `(B, L)`. A cross-tokenizer split
         uses the first C of the last.
     """
-    draws = np.empty((len(row_ids), 2 * length + 1), dtype=np.float32)
-    for index, row_id in enumerate(row_ids):
-        key = [seed, int(row_id)] if epoch is None else [seed, int(row_id), epoch]
-        if stream is not None:  # a key's missing numbers count as 0: the fourth must not be
-            key = [seed, int(row_id), 0 if epoch is None else epoch + 1, stream + 1]
-        generator = np.random.default_rng(key)
+    draws = np.empty((len(row_keys), 2 * length + 1), dtype=np.float32)
+    # numpy reads missing numbers as 0, so every key has five, and 0 stands for "none"
+    purpose = [0 if epoch is None else epoch + 1, 0 if stream is None else stream + 1]
+    for index, row_key in enumerate(row_keys):
+        low, high = int(row_key) & 0xFFFFFFFF, int(row_key) >> 32 & 0xFFFFFFFF
+        generator = np.random.default_rng([seed, low, high, *purpose])
         # position by position (mask, demo), so that padding at the end leaves the draws of real positions alone
         draws[index] = generator.random(2 * length + 1, dtype=np.float32)
     draws = torch.from_numpy(draws)

@@ -48,10 +48,10 @@ class Draws:
     token: torch.Tensor
 
     @classmethod
-    def of_rows(cls, seed: int, epoch: int | None, row_ids: Sequence[int], length: int, update: int) -> "Draws":
+    def of_rows(cls, seed: int, epoch: int | None, row_keys: Sequence[int], length: int, update: int) -> "Draws":
         """Keyed by (seed, epoch, row, update of the step): see [`~tide_hf.diffusion.row_uniforms`]."""
-        student_time, student_mask, token = row_uniforms(seed, epoch, row_ids, length, stream=2 * update)
-        time, mask, _ = row_uniforms(seed, epoch, row_ids, length, stream=2 * update + 1)
+        student_time, student_mask, token = row_uniforms(seed, epoch, row_keys, length, stream=2 * update)
+        time, mask, _ = row_uniforms(seed, epoch, row_keys, length, stream=2 * update + 1)
         return cls(student_time, time, student_mask, mask, token)
 
 

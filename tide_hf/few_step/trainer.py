@@ -9,7 +9,6 @@ import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -159,33 +158,34 @@ class IDLMTrainer(DiffusionTrainer):
 
     def _noise(self, batch, epoch: int | None, update: int, times: dict | None = None) -> dict:
         """One micro-batch, noised by draws keyed by (seed, epoch, row, update of the step)."""
-        row_ids = batch["row_id"].tolist()
-        draws = Draws.of_rows(self.args.seed, epoch, row_ids, batch["labels"].shape[1], update)
+        keys = batch["row_key"].tolist()
+        draws = Draws.of_rows(self.args.seed, epoch, keys, batch["labels"].shape[1], update)
         if times is not None:
-            draws = Draws(**{**vars(draws), **{name: values[row_ids] for name, values in times.items()}})
+            draws = Draws(**{**vars(draws), **{name: values[keys] for name, values in times.items()}})
         return self.noising(batch, draws)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of a step, for the fake's updates and the student's, the last."""
-        epoch = int(self.state.epoch or 0)
-        batches = list(islice(epoch_iterator, num_batches))
-        local = [row for batch in batches for row in batch["row_id"].tolist()]
+        batches = self._next_batches(epoch_iterator, num_batches)
+        if not batches:
+            return [], None
+        local = [key for batch in batches for key in batch["row_key"][(batch["labels"] != -100).any(1)].tolist()]
         everywhere = gather_object(local) if self.accelerator.num_processes > 1 else local
         num_updates = self.args.fake_steps_per_student_step + 1
         noised = []
         for update in range(num_updates):
-            times = self._times(epoch, everywhere, update) if self.args.stratified_times else None
-            noised.append([self._noise(batch, epoch, update, times) for batch in batches])
+            times = self._times(self._pass, everywhere, update) if self.args.stratified_times else None
+            noised.append([self._noise(batch, self._pass, update, times) for batch in batches])
             for batch in noised[-1]:
                 batch["total_rows"] = torch.tensor(float(max(len(everywhere), 1)))
         *self._fake_batches, student_batches = noised
         return student_batches, len(everywhere)
 
-    def _times(self, epoch: int, row_ids: list[int], update: int) -> dict:
+    def _times(self, epoch: int, row_keys: list[int], update: int) -> dict:
         """Times of the rows of a global batch, spread evenly."""
         names = ("student_time", "time")
-        draws = [row_uniforms(self.args.seed, epoch, row_ids, 0, stream=2 * update + i)[0] for i in range(2)]
-        return {name: _ByRow(row_ids, stratified_times(uniform)) for name, uniform in zip(names, draws, strict=True)}
+        draws = [row_uniforms(self.args.seed, epoch, row_keys, 0, stream=2 * update + i)[0] for i in range(2)]
+        return {name: _ByRow(row_keys, stratified_times(uniform)) for name, uniform in zip(names, draws, strict=True)}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The fake's updates before the first micro-batch of a step; then the student's share."""
@@ -290,25 +290,26 @@ class IDLMTrainer(DiffusionTrainer):
         student = self.model_wrapped if self.ema is not None else self.model.to(self.args.device)
         fake = self.fake_training.wrapped
         modes = [(network, network.training) for network in (student, fake)]
-        totals, num_rows = 0.0, 0
+        totals = 0.0
         with self._saved_weights():
             for network, _ in modes:
                 network.eval()
-            for batch in dataloader:
+            for batch in self._evaluation_batches(dataloader):
+                counts_once = (batch["labels"] != -100).any(1)
                 batch = self._prepare_inputs(self._noise(batch, None, 0))
                 losses = [
                     self.inverse.student_loss(student, self.teacher, fake, batch, 1.0, by_row=True),
                     self.inverse.fake_loss(student, fake, batch, 1.0, by_row=True),
                 ]
-                # rows that a data loader repeats to fill the last batch are cut off by gather_for_metrics
-                rows = self.accelerator.gather_for_metrics(torch.stack(losses, 1))
-                totals, num_rows = totals + rows.double().sum(0), num_rows + len(rows)
+                rows = torch.stack([counts_once.to(losses[0]), *losses], 1)
+                totals = totals + self.accelerator.gather(rows).double().sum(0)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         for network, was_training in modes:
             network.train(was_training)
-        metrics = dict(zip(("loss", "fake_loss"), (totals / max(num_rows, 1)).tolist(), strict=True))
+        num_rows, *sums = totals.tolist()
+        metrics = {name: value / max(num_rows, 1) for name, value in zip(("loss", "fake_loss"), sums, strict=True)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(num_rows))
 
 
 class _AverageWeights(TrainerCallback):
@@ -322,11 +323,11 @@ class _AverageWeights(TrainerCallback):
 
 
 class _ByRow:
-    """Values found by row id."""
+    """Values found by row key; rows that weigh nothing get 0, which no loss reads."""
 
-    def __init__(self, row_ids: list[int], values: torch.Tensor):
-        self.index = {row: index for index, row in enumerate(row_ids)}
-        self.values = values
+    def __init__(self, row_keys: list[int], values: torch.Tensor):
+        self.index = {key: index for index, key in enumerate(row_keys)}
+        self.values = torch.cat([values, values.new_zeros(1)])
 
-    def __getitem__(self, row_ids: list[int]) -> torch.Tensor:
-        return self.values[[self.index[row] for row in row_ids]]
+    def __getitem__(self, row_keys: list[int]) -> torch.Tensor:
+        return self.values[[self.index.get(key, -1) for key in row_keys]]

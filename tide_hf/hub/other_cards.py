@@ -164,9 +164,9 @@ from datasets import load_dataset
 rows = load_dataset("{repo_id}", split="{next(iter(reports), "train")}")
 ```
 
-`TIDETrainer` takes it as `train_dataset` as it stands. Columns: `row_id` keys the noise; `input_ids` and `labels`
-(−100 = not trained on); `teacher_input_ids`; `chunk_ids` and `teacher_chunk_ids`, the number of the span of
-equal bytes that a token belongs to, −1 for none.
+`TIDETrainer` takes it as `train_dataset` as it stands. Columns: `row_key`, a hash of the row, keys the noise;
+`input_ids` and `labels` (−100 = not trained on); `teacher_input_ids`; `chunk_ids` and `teacher_chunk_ids`, the number
+of the span of equal bytes that a token belongs to, −1 for none.
 
 ## What became of the rows
 

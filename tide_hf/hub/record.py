@@ -170,7 +170,9 @@ def update_record(record: RunRecord, trainer) -> None:
     """Brings progress, logs, preparation and the evaluations a trainer has made up to date."""
     record.step, record.max_steps = trainer.state.global_step, trainer.state.max_steps
     record.log_history = list(trainer.state.log_history)
-    record.preparation = {name: vars(report) for name, report in trainer.preparation_reports.items() if report}
+    record.preparation = {
+        name: vars(report) for name, report in trainer.preparation_reports.items() if report.num_rows
+    }
     given = [result for result in record.results if not result.harness.endswith(_HARNESS)]
     record.results = given + _evaluations(trainer)
 

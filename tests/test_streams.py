@@ -1,0 +1,334 @@
+"""Streams against tables: the same rows in the same order train, log, evaluate and resume alike."""
+
+import random
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from tiny import tiny_model, tiny_trainer
+from torch.testing import assert_close
+from transformers import TrainerCallback
+
+from tide_hf.data import DistillationCollator, RowPreparation, RowStream, StreamLoader, prepare_dataset, row_key
+from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+
+EMPTY = {"messages": [{"role": "user", "content": "1"}]}  # no answer: dropped
+
+
+def rows_with_gaps(num_kept: int, seed: int = 3) -> list[dict]:
+    """Sorting rows, a row that cannot train behind every third."""
+    rows = []
+    for index, row in enumerate(sorting_rows(num_kept, seed=seed, wrong=0.3)):
+        rows += [row, EMPTY] if index % 3 == 2 else [row]
+    return rows
+
+
+def as_stream(rows: list[dict], num_shards: int = 1) -> IterableDataset:
+    return Dataset.from_list(rows).to_iterable_dataset(num_shards=num_shards)
+
+
+def preparation() -> RowPreparation:
+    tokenizer = build_tokenizer()
+    return RowPreparation(tokenizer, None, 16, 16, 4, mask_token_id=tokenizer.mask_token_id)
+
+
+def history(trainer) -> list[dict]:
+    """What was logged, without times; a stream cannot know which share of a pass is over."""
+    timed = ("runtime", "per_second", "flos")
+    return [
+        {name: value for name, value in entry.items() if not any(part in name for part in timed) and name != "epoch"}
+        for entry in trainer.state.log_history
+    ]
+
+
+# -- the key of a row -------------------------------------------------------------------------------------------------
+
+
+def test_a_row_has_one_key_wherever_it_is_read():
+    """Catches keys that follow from where a row stands: in a table, another order, a shard, a stream, a part."""
+    rows = rows_with_gaps(9)
+    table, _ = prepare_dataset(Dataset.from_list(rows), preparation())
+    keys = table["row_key"][:]
+    assert len(set(keys)) == 9
+    backwards, _ = prepare_dataset(Dataset.from_list(rows[::-1]), preparation())
+    assert backwards["row_key"][:] == keys[::-1]
+    streamed, _ = prepare_dataset(as_stream(rows, 4), preparation())
+    assert [row["row_key"] for row in streamed] == keys
+    assert [row["row_key"] for row in RowStream(as_stream(rows, 2), preparation())] == keys
+
+
+def test_row_key_is_a_hash_of_tokens_and_labels():
+    """Catches a key that ignores what is trained on, that two columns can trade numbers, or that changes by version:
+    prepared datasets on disk would draw other noise."""
+    assert row_key([1, 2, 3], [-100, 2, 3]) == -2456045214900947487
+    others = [row_key([1, 2, 3], [-100, -100, 3]), row_key([2, 1, 3], [-100, 2, 3]), row_key([-100, 2, 3], [1, 2, 3])]
+    assert len({row_key([1, 2, 3], [-100, 2, 3]), *others}) == 4
+    assert all(-(2**63) <= key < 2**63 for key in others)
+
+
+# -- windows ----------------------------------------------------------------------------------------------------------
+
+
+class Lockstep:
+    """`gather` of several threads that stand for processes."""
+
+    def __init__(self, num_processes: int):
+        self.parts, self.barrier = [None] * num_processes, threading.Barrier(num_processes, timeout=20)
+
+    def of(self, index: int):
+        def gather(part: list) -> list:
+            self.parts[index] = part
+            self.barrier.wait()
+            everything = [item for own in self.parts for item in own]
+            self.barrier.wait()
+            return everything
+
+        return gather
+
+
+def run_processes(num_processes: int, work) -> list:
+    """Results of `work(index, gather)` in as many threads; an exception stands as the result."""
+    lockstep, results = Lockstep(num_processes), [None] * num_processes
+
+    def run(index):
+        try:
+            results[index] = work(index, lockstep.of(index))
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(num_processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "a process waits for ever"
+    return results
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_windows_are_those_of_a_sequential_table(case):
+    """Catches rows lost, doubled, reordered or left to the next window, for random numbers of rows, dropped rows,
+    shards, processes, rows per batch and batches per step; and processes with unequal numbers of batches."""
+    draw = random.Random(case)
+    rows = [
+        EMPTY if draw.random() < 0.25 else row for row in sorting_rows(draw.randint(1, 40), seed=case, wrong=0.3)
+    ] + list(sorting_rows(1, seed=100))
+    num_processes, batch_size, accumulation = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 3)
+    num_shards, drop_last, num_passes = draw.randint(1, min(5, len(rows))), draw.random() < 0.3, 2
+    expected, _ = prepare_dataset(Dataset.from_list(rows), preparation())
+    expected = expected["row_key"][:]
+    if drop_last:
+        expected = expected[: len(expected) // (batch_size * num_processes) * batch_size * num_processes]
+
+    def work(index, gather):
+        loader = StreamLoader(
+            RowStream(as_stream(rows, num_shards), preparation()), DistillationCollator(0), batch_size, accumulation,
+            num_processes, index, gather, drop_last,
+        )  # fmt: skip
+        passes = []
+        for epoch in range(num_passes):
+            loader.set_epoch(epoch)
+            passes.append([batch["row_key"][(batch["labels"] != -100).any(1)].tolist() for batch in loader])
+        return passes
+
+    results = run_processes(num_processes, work)
+    for epoch in range(num_passes):
+        batches = [result[epoch] for result in results]
+        assert len({len(own) for own in batches}) == 1
+        assert len(batches[0]) % accumulation == 0
+        assert [key for together in zip(*batches, strict=True) for own in together for key in own] == expected
+        full = [sum(map(len, together)) for together in zip(*batches, strict=True)]
+        assert all(later <= earlier for earlier, later in pairwise(full)), "only the last window may be short"
+
+
+def test_an_error_of_one_process_reaches_all():
+    """Catches processes that wait for ever for one that failed to read its rows."""
+
+    def rows(index):
+        yield sorting_rows(1, seed=0)[0]
+        if index:
+            raise OSError("the connection was reset")
+
+    def work(index, gather):
+        stream = RowStream(IterableDataset.from_generator(rows, gen_kwargs={"index": index}), preparation())
+        return list(StreamLoader(stream, DistillationCollator(0), 1, 1, 2, index, gather))
+
+    for result in run_processes(2, work):
+        assert isinstance(result, OSError) and "connection was reset" in str(result)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_workers_prepare_in_order(num_shards):
+    """Catches rows of parallel workers in another order, read twice, or not at all."""
+    rows = rows_with_gaps(21)
+    batches = []
+    for num_workers in (0, 3):
+        stream = RowStream(as_stream(rows, num_shards), preparation())
+        loader = StreamLoader(stream, DistillationCollator(0), 4, 2, num_workers=num_workers)
+        batches.append([batch["row_key"].tolist() for batch in loader])
+        assert stream.report.num_kept == 21 and stream.report.dropped == {"no assistant message": 7}
+    assert batches[0] == batches[1]
+
+
+@pytest.mark.parametrize("num_windows", [0, 1, 4, 5, 6, 10, 13])
+def test_seek_goes_where_the_run_stood(num_windows):
+    """Catches a resume that starts a pass anew, skips into the wrong one, or finds an empty one at its edge."""
+    rows = rows_with_gaps(17)  # five windows of 2 × 2
+
+    def loader():
+        return StreamLoader(RowStream(as_stream(rows, 2), preparation()), DistillationCollator(0), 2, 2)
+
+    uninterrupted = []
+    whole = loader()
+    for epoch in range(4):
+        whole.set_epoch(epoch)
+        batches = [batch["row_key"].tolist() for batch in whole]
+        uninterrupted += [(epoch, batches[start : start + 2]) for start in range(0, len(batches), 2)]
+    resumed = loader()
+    epoch, done = resumed.seek(num_windows)
+    assert (epoch, done) == divmod(num_windows, 5)
+    found = []
+    for number in range(epoch, 4):
+        resumed.set_epoch(number)
+        batches = [batch["row_key"].tolist() for batch in resumed]
+        found += [(number, batches[start : start + 2]) for start in range(0, len(batches), 2)]
+    assert found == uninterrupted[num_windows:]
+
+
+def test_stream_that_is_split_already_is_refused():
+    """Catches half of the rows read by nobody."""
+    with pytest.raises(ValueError, match="split over processes already"):
+        RowStream(split_dataset_by_node(as_stream(rows_with_gaps(6), 2), rank=0, world_size=2))
+
+
+def test_stream_without_a_row_that_trains_is_refused(tmp_path):
+    """Catches a run that ends at step 0 as if it had trained."""
+    trainer = tiny_trainer(tmp_path, rows=as_stream([EMPTY] * 5))
+    with pytest.raises(ValueError, match="No row of the stream is left to train on: 0 of 5 rows kept"):
+        trainer.train()
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def both(tmp_path, rows, num_shards=1, **options):
+    """A run on the table of the rows, and one on a stream of them."""
+    options = {"train_sampling_strategy": "sequential", "teacher": tiny_model(1), **options}
+    kwargs = options.pop("trainer_kwargs", {})
+    held_out = rows_with_gaps(7, seed=11)
+    runs = []
+    for kind, make in (("table", Dataset.from_list), ("stream", lambda given: as_stream(given, num_shards))):
+        trainer = tiny_trainer(
+            tmp_path / kind, rows=make(rows), trainer_kwargs={"eval_dataset": make(held_out), **kwargs}, **options
+        )
+        trainer.train()
+        runs.append(trainer)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_shards", "options"),
+    [
+        (16, 4, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}),
+        (10, 1, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}),
+        (13, 2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dataloader_drop_last": True}),
+        (9, 3, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "dataloader_num_workers": 2}),
+    ],
+)
+def test_stream_trains_logs_and_evaluates_as_the_table(tmp_path, num_rows, num_shards, options):
+    """Catches noise of another pass, what is left over at the end of a pass joined to the next one, empty windows
+    that count as steps, and rows that are missing or doubled, over three passes."""
+    windows = -(-num_rows // (options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]))
+    if options.get("dataloader_drop_last"):
+        windows = 3
+    table, stream = both(
+        tmp_path, rows_with_gaps(num_rows), num_shards, max_steps=3 * windows, eval_strategy="steps", eval_steps=2,
+        logging_steps=2, eval_noise_levels=[0.5], **options,
+    )  # fmt: skip
+    assert stream._pass == table._pass == 2
+    assert len(history(table)) > 4
+    for ours, theirs in zip(history(stream), history(table), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-9), name
+    assert_close(stream.model.state_dict(), table.model.state_dict(), rtol=1e-12, atol=1e-12)
+    for name in ("train", "eval"):
+        assert vars(stream.preparation_reports[name]) == vars(table.preparation_reports[name])
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("step", [2, 3, 7])
+def test_stream_resumes_exactly(tmp_path, step):
+    """Catches a resumed stream that reads other rows or noise: within the first pass of three steps, at its end, and
+    in the third."""
+    options = {
+        "rows": as_stream(rows_with_gaps(10), 2), "teacher": tiny_model(1), "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "max_steps": 9, "save_strategy": "steps", "save_steps": 1,
+    }  # fmt: skip
+    whole = tiny_trainer(tmp_path / "whole", **options)
+    whole.train()
+    tiny_trainer(tmp_path / "cut", **options, trainer_kwargs={"callbacks": [_StopAt(step)]}).train()
+    resumed = tiny_trainer(tmp_path / "cut", model=tiny_model(5), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    kept = [{**entry, "epoch": whole.state.log_history[index]["epoch"]} for index, entry in enumerate(history(whole))]
+    assert history(resumed)[:-1] == history(whole)[:-1] and len(kept) == 10
+    assert [entry["epoch"] for entry in resumed.state.log_history[:-1]] == [
+        entry["epoch"] for entry in whole.state.log_history[:-1]
+    ]
+
+
+def test_shuffled_stream_changes_order_from_pass_to_pass(tmp_path):
+    """Catches a stream whose passes are all shuffled alike, or a resume that does not repeat the shuffle."""
+    rows = as_stream(rows_with_gaps(12), 3).shuffle(seed=1, buffer_size=8)
+    loader = StreamLoader(RowStream(rows, preparation()), DistillationCollator(0), 4, 1)
+    orders = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        orders.append([key for batch in loader for key in batch["row_key"].tolist()])
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    epoch, done = loader.seek(4)
+    assert (epoch, done) == (1, 1)
+    assert [key for batch in loader for key in batch["row_key"].tolist()] == orders[1][4:]
+
+
+def test_noise_follows_the_pass_when_an_epoch_is_cut_short(tmp_path):
+    """Catches a pass inferred from `state.epoch`, which stays behind where a callback ends an epoch early."""
+
+    class CutShort(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = True
+
+    trainer = tiny_trainer(tmp_path, trainer_kwargs={"callbacks": [CutShort()]}, max_steps=4, num_train_epochs=4)
+    passes, noise = [], trainer._noise
+    trainer._noise = lambda batch, epoch: passes.append(epoch) or noise(batch, epoch)
+    trainer.train()
+    assert passes == [0, 1, 2, 3][: len(passes)] and len(passes) >= 2
+
+
+def test_weightless_rows_change_nothing(tmp_path):
+    """Catches a repeated or stand-in row that reaches a term, a count or a gradient."""
+    trainer = tiny_trainer(tmp_path, teacher=tiny_model(1), loss_normalization="sequence")
+    trainer.state.max_steps = 10
+    rows = [trainer.train_dataset[index] for index in range(3)]
+    results = []
+    for given in (rows, [*rows, trainer.data_collator.empty_row()]):
+        trainer.model.zero_grad()
+        (batch,), _ = trainer.get_batch_samples(iter([trainer.data_collator(given)]), 1, torch.device("cpu"))
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        results.append((loss.detach(), batch["counts"], [p.grad.clone() for p in trainer.model.parameters()]))
+    assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+    alone = trainer._noise(trainer.data_collator([trainer.data_collator.empty_row()]), 0)
+    assert alone["counts"].tolist() == [0, 0, 0, 0]
+    assert trainer.compute_loss(trainer.model, {**alone, "counts": results[0][1]}) == 0

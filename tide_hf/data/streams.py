@@ -1,0 +1,272 @@
+"""Streams: rows that are read when they are needed, and accounted as a table of the same rows in the same order.
+
+Every process reads the whole stream, prepares every n-th chunk of it, and sends what it prepared to the others. So
+all of them know the order of the rows that train, whatever the number of shards, workers and processes, and each takes
+its share of every optimizer step.
+"""
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, count, islice
+from typing import ClassVar
+
+import torch
+from datasets import IterableDataset
+from transformers.utils import logging
+
+from .collator import DistillationCollator
+from .dataset import report_of
+from .preparation import COLUMNS, COVERAGE, STATUS, RowPreparation
+from .report import PreparationReport
+
+logger = logging.get_logger(__name__)
+PREFETCH = 2  # chunks that each worker is ahead by default, as in torch's DataLoader
+
+
+class RowStream(torch.utils.data.IterableDataset):
+    """A streaming dataset whose rows are prepared as they are read: what a trainer keeps of one.
+
+    Args:
+        dataset (`IterableDataset`): raw rows, or prepared ones.
+        preparation ([`RowPreparation`], *optional*): what to do with raw rows; None: they are prepared already.
+
+    Attributes:
+        report ([`PreparationReport`]): what became of the rows that were read so far, of the first pass alone.
+
+    Raises:
+        ValueError: for a stream that was split over processes already.
+    """
+
+    column_names: ClassVar[list[str]] = list(COLUMNS)
+
+    def __init__(self, dataset: IterableDataset, preparation: RowPreparation | None = None):
+        if getattr(dataset, "_distributed", None) is not None:
+            raise ValueError(
+                "The streaming dataset was split over processes already (split_dataset_by_node), and the trainer "
+                "splits it itself: give it the whole stream."
+            )
+        self.dataset, self.preparation = dataset, preparation
+        self.report, self._is_counted = PreparationReport(), False
+
+    @property
+    def features(self):
+        """Features of the rows as they are read; None where nobody knows them before."""
+        return self.dataset.features
+
+    def set_epoch(self, epoch: int) -> None:
+        """Number of the pass, which a shuffled stream draws its order from; any other keeps its order, as a table."""
+        if _has_random_order(self.dataset):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        for row in self.dataset:
+            yield from prepare_rows(self.preparation, [row])[0]
+
+    def begin_pass(self) -> None:
+        """Counts anew unless a whole pass has been counted."""
+        if not self._is_counted:
+            vars(self.report).update(vars(PreparationReport()))
+
+    def take_in(self, part: PreparationReport) -> None:
+        """Counts what became of a chunk, and logs each reason at its 1st, 10th, 100th, … row."""
+        if self._is_counted or self.preparation is None:
+            return
+        before = dict(self.report.dropped)
+        self.report.add(part)
+        for reason, dropped in self.report.dropped.items():
+            if len(str(dropped)) > len(str(before.get(reason, 0) or "")):
+                logger.warning(f"Streaming: {dropped:,} row(s) dropped so far: {reason}")
+
+    def end_pass(self) -> None:
+        """Stops counting.
+
+        Raises:
+            ValueError: if no row is left to train on, with the counts.
+        """
+        if self.preparation is not None and not self._is_counted:
+            logger.info(f"Prepared while streaming: {self.report}")
+            if not self.report.num_kept:
+                raise ValueError(f"No row of the stream is left to train on: {self.report}")
+        self._is_counted = True
+
+
+class StreamLoader:
+    """Batches of one process, in whole windows: what all processes together put into one optimizer step.
+
+    A window is the next `num_processes × num_batches × batch_size` rows that train, as a sequential table would hand
+    them out. The last window of a pass may be short: processes and batches without a row get one that counts nothing,
+    so that all processes make the same number of batches and every pass ends with an optimizer step.
+
+    Args:
+        stream ([`RowStream`]): read from its beginning in each pass.
+        collator ([`DistillationCollator`]): rows -> batch.
+        batch_size (`int`): rows per batch.
+        num_batches (`int`): batches per window, the steps of gradient accumulation.
+        num_processes, process_index (`int`): how many share the stream, and which one this is.
+        gather (`Callable`): a list from each process -> their concatenation in the order of the processes.
+        drop_last (`bool`): leave out the rows at the end of a pass that do not fill a batch of every process.
+        num_workers (`int`): processes that prepare rows ahead; 0 prepares in this one.
+        prefetch_factor (`int`, *optional*): chunks each worker is ahead; 2 by default.
+        start_method (`str`, *optional*): how workers are started, as in `multiprocessing`.
+
+    Attributes:
+        epoch (`int`), window (`int`): pass, and windows of it that were handed out.
+    """
+
+    def __init__(
+        self,
+        stream: RowStream,
+        collator: DistillationCollator,
+        batch_size: int,
+        num_batches: int = 1,
+        num_processes: int = 1,
+        process_index: int = 0,
+        gather: Callable[[list], list] = list,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        start_method: str | None = None,
+    ):
+        self.dataset, self.collator, self.batch_size, self.num_batches = stream, collator, batch_size, num_batches
+        self.num_processes, self.process_index, self.gather = num_processes, process_index, gather
+        self.drop_last, self.num_workers = drop_last, num_workers
+        self.prefetch_factor, self.start_method = prefetch_factor or PREFETCH, start_method
+        self.epoch = self.window = 0
+        self._found = None  # where `seek` stopped reading: pass, windows before, and those still to come
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which pass the next iteration is."""
+        self.epoch = epoch
+
+    def seek(self, num_windows: int) -> tuple[int, int]:
+        """Goes to where a run stands after so many windows; the next iteration begins there.
+
+        The rows before are read again. A pass is as long as the first one, whatever its order.
+
+        Returns:
+            pass, and windows of it that are done.
+        """
+        windows = self._windows(0)
+        skipped = sum(1 for _ in islice(windows, num_windows))
+        following = next(windows, None) if skipped == num_windows else None
+        if following is not None:
+            self.epoch, done, rest = 0, num_windows, chain([following], windows)
+        else:
+            self.epoch, done = divmod(num_windows, max(skipped, 1))
+            rest = islice(self._windows(self.epoch), done, None)
+        self._found = (self.epoch, done, rest)
+        return self.epoch, done
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        found, self._found = self._found, None
+        if found is not None and found[0] == self.epoch:
+            _, self.window, windows = found
+        else:
+            self.window, windows = 0, self._windows(self.epoch)
+        for rows in windows:
+            self.window += 1
+            for index in range(self.num_batches):
+                start = (index * self.num_processes + self.process_index) * self.batch_size
+                batch = rows[start : start + self.batch_size]
+                # what is gathered has to have the same number of rows on all processes
+                missing = self.batch_size - len(batch) if self.num_processes > 1 else not batch
+                yield self.collator(batch + [self.collator.empty_row()] * missing)
+
+    def _windows(self, epoch: int) -> Iterator[list[dict]]:
+        """Rows of all processes, one window at a time."""
+        step = self.num_processes * self.batch_size
+        size = step * self.num_batches
+        self.dataset.set_epoch(epoch)
+        self.dataset.begin_pass()
+        chunks, rows, ended = self._chunks(self.num_batches * self.batch_size), [], False
+        while True:
+            while len(rows) < size and not ended:
+                for part in self.gather([_next_or_error(chunks)]):
+                    if isinstance(part, Exception):
+                        raise part  # on all processes: none waits for another one for ever
+                    ended |= part is None
+                    if part is not None:
+                        rows += part[0]
+                        self.dataset.take_in(part[1])
+            if ended and not rows:
+                break
+            window, rows = rows[:size], rows[size:]
+            if self.drop_last:
+                window = window[: len(window) // step * step]
+            if window:
+                yield window
+        self.dataset.end_pass()
+
+    def _chunks(self, size: int) -> Iterator[tuple[list[dict], PreparationReport]]:
+        """What this process prepares: rows that train, and what became of all, of every n-th chunk of the stream."""
+        preparation = self.dataset.preparation
+        raw = self._raw_chunks(size)
+        if preparation is None or not self.num_workers:
+            yield from (prepare_rows(preparation, chunk) for chunk in raw)
+            return
+        context = multiprocessing.get_context(self.start_method)
+        pool = ProcessPoolExecutor(self.num_workers, context, _hold_preparation, (preparation,))
+        try:
+            ahead = deque()
+            for chunk in raw:
+                ahead.append(pool.submit(_prepare_in_worker, chunk))
+                if len(ahead) > self.num_workers * self.prefetch_factor:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _raw_chunks(self, size: int) -> Iterator[list[dict]]:
+        rows = iter(self.dataset.dataset)
+        for number in count():
+            chunk = list(islice(rows, size))
+            if not chunk:
+                return
+            if number % self.num_processes == self.process_index:
+                yield chunk
+
+
+def prepare_rows(preparation: RowPreparation | None, rows: list[dict]) -> tuple[list[dict], PreparationReport]:
+    """The rows that train, with the columns of [`COLUMNS`], and what became of all of them."""
+    if preparation is None:
+        kept = [{name: row[name] for name in COLUMNS} for row in rows]
+        return kept, PreparationReport(num_rows=len(rows), num_kept=len(rows))
+    prepared = [preparation(row) for row in rows]
+    kept, report = report_of([row[STATUS] for row in prepared], [row[COVERAGE] for row in prepared])
+    return [{name: prepared[index][name] for name in COLUMNS} for index in kept], report
+
+
+def _has_random_order(dataset: IterableDataset) -> bool:
+    """Whether shuffling or random interleaving is among the steps of a stream.
+
+    `set_epoch` of datasets 5 reorders the shards of any stream, whether somebody asked for an order or not.
+    """
+    steps = [dataset._ex_iterable]
+    while steps:
+        step = steps.pop()
+        if getattr(step, "generator", None) is not None:
+            return True
+        steps += [*filter(None, [getattr(step, "ex_iterable", None)]), *getattr(step, "ex_iterables", [])]
+    return False
+
+
+def _next_or_error(chunks: Iterator):
+    """The next chunk, None at the end, or what went wrong, for all processes to hear of."""
+    try:
+        return next(chunks, None)
+    except Exception as error:
+        return error
+
+
+_held: list[RowPreparation] = []  # in a worker process, what it prepares with
+
+
+def _hold_preparation(preparation: RowPreparation) -> None:
+    _held[:] = [preparation]
+
+
+def _prepare_in_worker(rows: list[dict]) -> tuple[list[dict], PreparationReport]:
+    return prepare_rows(_held[0], rows)
