@@ -1,33 +1,23 @@
 """Streams against tables: the same rows in the same order train, log, evaluate and resume alike."""
 
 import random
+import subprocess
+import sys
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from stream_run import CASES, EMPTY, as_stream, rows_with_gaps
 from tiny import tiny_model, tiny_trainer
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
 from tide_hf.data import DistillationCollator, RowPreparation, RowStream, StreamLoader, prepare_dataset, row_key
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-
-EMPTY = {"messages": [{"role": "user", "content": "1"}]}  # no answer: dropped
-
-
-def rows_with_gaps(num_kept: int, seed: int = 3) -> list[dict]:
-    """Sorting rows, a row that cannot train behind every third."""
-    rows = []
-    for index, row in enumerate(sorting_rows(num_kept, seed=seed, wrong=0.3)):
-        rows += [row, EMPTY] if index % 3 == 2 else [row]
-    return rows
-
-
-def as_stream(rows: list[dict], num_shards: int = 1) -> IterableDataset:
-    return Dataset.from_list(rows).to_iterable_dataset(num_shards=num_shards)
 
 
 def preparation() -> RowPreparation:
@@ -332,3 +322,24 @@ def test_weightless_rows_change_nothing(tmp_path):
     alone = trainer._noise(trainer.data_collator([trainer.data_collator.empty_row()]), 0)
     assert alone["counts"].tolist() == [0, 0, 0, 0]
     assert trainer.compute_loss(trainer.model, {**alone, "counts": results[0][1]}) == 0
+
+
+@pytest.mark.slow
+def test_processes_see_each_row_once(tmp_path):
+    """Catches streams that hang, lose or double rows over two processes, whatever their shards; and rows of a table
+    that are repeated to fill a batch and count: ten rows in steps of eight, five rows to evaluate."""
+    runs = []
+    for world_size, accumulation in ((1, 1), (2, 2)):
+        output = tmp_path / str(world_size)
+        output.mkdir()
+        script = [str(Path(__file__).parent / "stream_run.py"), str(output), str(world_size), str(accumulation)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29650"]
+        subprocess.run([*(launcher if world_size > 1 else [sys.executable]), *script], check=True, timeout=400)
+        runs.append(torch.load(output / "result.pt", weights_only=False))
+    for results in runs:
+        for name in CASES:
+            expected = runs[0]["idlm table" if "idlm" in name else "table"]
+            assert_close(results[name]["weights"], expected["weights"], rtol=1e-7, atol=1e-9, msg=name)
+            for ours, theirs in zip(results[name]["logs"], expected["logs"], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5), name
+            assert results[name]["metrics"] == pytest.approx(expected["metrics"], rel=1e-6), name
