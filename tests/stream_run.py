@@ -17,14 +17,15 @@ from tiny import tiny_model, tiny_trainer
 from tide_hf.demo.sorting import sorting_rows
 
 EMPTY = {"messages": [{"role": "user", "content": "1"}]}  # no answer: dropped
-# name -> shards (0: a table), workers, whether it is an inverse distillation
+# name -> shards (0: a table), workers, whether it goes on from step 1, whether it is an inverse distillation
 CASES = {
-    "table": (0, 0, False),
-    "one shard": (1, 0, False),
-    "two shards": (2, 0, False),
-    "three shards, workers": (3, 2, False),
-    "idlm table": (0, 0, True),
-    "idlm stream": (2, 0, True),
+    "table": (0, 0, False, False),
+    "table, resumed": (0, 0, True, False),
+    "one shard": (1, 0, False, False),
+    "two shards, resumed": (2, 0, True, False),
+    "three shards, workers": (3, 2, False, False),
+    "idlm table": (0, 0, False, True),
+    "idlm stream": (2, 0, False, True),
 }
 
 
@@ -42,7 +43,7 @@ def as_stream(rows: list[dict], num_shards: int = 1) -> IterableDataset:
 
 def run(name: str, output: str, world_size: int, accumulation: int) -> dict:
     """Two passes over rows that do not fill the last step, and an evaluation of rows that do not divide."""
-    num_shards, num_workers, inverse = CASES[name]
+    num_shards, num_workers, resumes, inverse = CASES[name]
     make = (lambda rows: as_stream(rows, num_shards)) if num_shards else Dataset.from_list
     options = {
         "rows": make(rows_with_gaps(10)),
@@ -51,15 +52,23 @@ def run(name: str, output: str, world_size: int, accumulation: int) -> dict:
         "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": accumulation,
         "dataloader_num_workers": num_workers,
+        "save_strategy": "steps" if resumes else "no",
+        "save_steps": 1,
     }
     held_out = make(rows_with_gaps(5, seed=9))
-    if inverse:
-        trainer = tiny_few_step(output, eval_dataset=held_out, **options)
-    else:
-        options |= {"teacher": tiny_model(1), "eval_noise_levels": [0.5]}
-        trainer = tiny_trainer(output, trainer_kwargs={"eval_dataset": held_out}, **options)
+
+    def make_trainer():
+        if inverse:
+            return tiny_few_step(output, eval_dataset=held_out, **options)
+        kwargs = {"trainer_kwargs": {"eval_dataset": held_out}, "teacher": tiny_model(1), "eval_noise_levels": [0.5]}
+        return tiny_trainer(output, **kwargs, **options)
+
+    trainer = make_trainer()
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     trainer.train()
+    if resumes:
+        trainer = make_trainer()
+        trainer.train(resume_from_checkpoint=f"{output}/checkpoint-1")
     metrics = {key: value for key, value in trainer.evaluate().items() if key != "epoch"}
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = {key for entry in logs for key in entry} - {"epoch"}

@@ -203,8 +203,8 @@ def test_block_that_does_not_fit_is_refused(config, block_size):
 
 
 def test_removing_columns_is_refused(config):
-    """Catches row_id, which keys the noise, dropped before the step."""
-    with pytest.raises(ValueError, match=r"remove_unused_columns=True would drop row_id"):
+    """Catches row_key, which keys the noise, dropped before the step."""
+    with pytest.raises(ValueError, match=r"remove_unused_columns=True would drop row_key"):
         config(remove_unused_columns=True)
 
 

@@ -11,7 +11,15 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from tide_hf.data import COLUMNS, DistillationCollator, RowPreparation, RowSkipped, is_prepared, prepare_dataset
+from tide_hf.data import (
+    COLUMNS,
+    DistillationCollator,
+    RowPreparation,
+    RowSkipped,
+    is_prepared,
+    prepare_dataset,
+    row_key,
+)
 from tide_hf.data.loading import MixtureConfig, as_messages, load_mixture, load_rows
 
 END = "<|im_end|>"
@@ -454,7 +462,7 @@ def test_mask_token_in_the_text_is_counted_out(side, place):
     if place == "behind the cut":
         assert len(prepared) == 2
     else:
-        assert prepared["row_id"][:] == [0]
+        assert len(prepared) == 1
         assert report.dropped == {f"the {side}'s mask token '<pad>' stands in the text": 1}
 
 
@@ -463,7 +471,7 @@ def test_mask_token_that_is_an_ordinary_one_is_counted_out():
     mask = build_tokenizer().convert_tokens_to_ids("hello")
     rows = Dataset.from_list([chat("Q", "A"), chat("Q", "hello"), chat("Q", "hell")])
     prepared, report = prepare_dataset(rows, preparation(mask_token_id=mask))
-    assert prepared["row_id"][:] == [0, 2] and sum(report.dropped.values()) == 1
+    assert len(prepared) == 2 and sum(report.dropped.values()) == 1
     with pytest.raises(ValueError, match=r"No row is left.*1 dropped: the student's mask token 'hello'"):
         prepare_dataset(rows.select([1]), preparation(mask_token_id=mask))
 
@@ -541,7 +549,8 @@ def test_report_counts_every_row_once():
     assert report.num_trained_tokens == report.num_aligned_tokens > 0
     assert str(report).startswith("3 of 9 rows kept (1 truncated)")
     assert all(f"dropped: {reason}" in str(report) for reason in expected)
-    assert prepared["row_id"][:] == [0, 6, 8], "row_id is the row's place in the data, whatever was dropped before it"
+    keys = map(row_key, prepared["input_ids"], prepared["labels"])
+    assert prepared["row_key"][:] == list(keys)
     assert set(prepared.column_names) == set(COLUMNS) and is_prepared(prepared)
 
 
@@ -558,21 +567,13 @@ def test_report_counts_chunks_of_several_tokens():
         assert report.num_chunks == sum(len(set(row)) for row in numbers) < report.num_aligned_tokens
 
 
-def test_given_row_ids_are_kept():
-    """Catches noise re-keyed by position where the data names its rows."""
-    rows = Dataset.from_list([{**chat("Q", "A"), "row_id": 70 + index} for index in range(3)])
-    prepared, _ = prepare_dataset(rows, preparation())
-    assert prepared["row_id"][:] == [70, 71, 72]
-    assert not is_prepared(rows)
-
-
 def test_several_processes_prepare_the_same_rows():
-    """Catches row ids that restart in each process of Dataset.map, which would repeat the noise."""
+    """Catches rows that depend on the process of Dataset.map that prepared them."""
     rows = Dataset.from_list([chat("Q", "A" * index) for index in range(1, 7)])
     alone, _ = prepare_dataset(rows, preparation())
     together, report = prepare_dataset(rows, preparation(), num_proc=2)
     assert together.to_list() == alone.to_list()
-    assert together["row_id"][:] == list(range(6)) and report.num_kept == 6
+    assert len(set(together["row_key"])) == report.num_kept == 6
 
 
 @pytest.mark.parametrize("columns_known", [True, False])
@@ -626,7 +627,7 @@ def test_unmarked_assistant_turn_is_an_error():
 def test_padding_is_never_attended_trained_on_or_aligned():
     """Catches padding that reaches the loss, the teacher or the attention."""
     short = {
-        "row_id": 7,
+        "row_key": 7,
         "input_ids": [1, 2],
         "labels": [-100, 2],
         "chunk_ids": [-1, 0],
@@ -634,7 +635,7 @@ def test_padding_is_never_attended_trained_on_or_aligned():
         "teacher_chunk_ids": [-1, -1, 0],
     }
     longer = {
-        "row_id": 9,
+        "row_key": 9,
         "input_ids": [1, 5, 6],
         "labels": [-100, 5, 6],
         "chunk_ids": [-1, 0, 1],
@@ -643,7 +644,7 @@ def test_padding_is_never_attended_trained_on_or_aligned():
     }
     batch = DistillationCollator(pad_token_id=50, teacher_pad_token_id=60)([short, longer])
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "row_id": [7, 9],
+        "row_key": [7, 9],
         "input_ids": [[1, 2, 50], [1, 5, 6]],
         "labels": [[-100, 2, -100], [-100, 5, 6]],
         "chunk_ids": [[-1, 0, -1], [-1, 0, 1]],

@@ -40,7 +40,6 @@ def logs_of(trainer, name="loss") -> list[float]:
 
 def noised_step(trainer, rows=8, micro_batches=1):
     """The fake's and the student's batches of a first step, on the host."""
-    trainer.state.epoch = 0.0
     chosen = [trainer.train_dataset[index] for index in range(rows)]
     size = rows // micro_batches
     batches = [trainer.data_collator(chosen[start : start + size]) for start in range(0, rows, size)]
@@ -203,8 +202,8 @@ def test_chunks_of_the_head_change_nothing(tmp_path):
     for size in (1024, 3):
         trainer = tiny_few_step(tmp_path, head_chunk_size=size)
         trainer.train()
-        losses.append((logs_of(trainer), logs_of(trainer, "fake_loss")))
-    assert losses[0] == losses[1]
+        losses.append(logs_of(trainer) + logs_of(trainer, "fake_loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)  # sums are taken in another order
 
 
 def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):
@@ -403,7 +402,7 @@ def test_noise_of_the_updates_of_a_step_differs(tmp_path):
     _, fake_batches, (batch,) = noised_step(trainer)
     masks = [tuple(b["student_asked"].tolist()) for b in (fake_batches[0][0], fake_batches[1][0], batch)]
     assert len(set(masks)) == 3
-    trainer.state.epoch = 1.0
+    trainer._pass = 1
     rows = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
     (later,), _ = trainer.get_batch_samples(iter([rows]), 1, torch.device("cpu"))
     assert tuple(later["student_asked"].tolist()) not in masks

@@ -47,11 +47,11 @@ class Counting(RowPreparation):
     seen: list
     stop_at: int | None
 
-    def __call__(self, row, index):
+    def __call__(self, row):
         if self.stop_at is not None and len(self.seen) == self.stop_at:
             raise KeyboardInterrupt
-        self.seen.append(index)
-        return super().__call__(row, index)
+        self.seen.append(row)
+        return super().__call__(row)
 
 
 def preparation(kind=RowPreparation, tokenizer=None, teacher=None, **overrides) -> RowPreparation:
@@ -102,7 +102,7 @@ WAYS = {
     "select": lambda rows, folder: rows.select([4, 1]),
     "shuffle": lambda rows, folder: rows.shuffle(seed=0),
     "split": lambda rows, folder: rows.train_test_split(0.5, seed=0)["test"],
-    "filter": lambda rows, folder: rows.filter(lambda row: row["row_id"] > 3),
+    "filter": lambda rows, folder: rows.filter(lambda row: row["row_key"] > 0),
     "map": lambda rows, folder: rows.map(lambda row: {"more": 1}),
     "concatenate": lambda rows, folder: concatenate_datasets([rows, rows]),
     "disk": through_disk,

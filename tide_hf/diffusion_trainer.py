@@ -167,27 +167,27 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
         """The micro-batches of an optimizer step; none at the end of a pass."""
         if self._train_stream is not None:
             return list(islice(iterator, num_batches))
-        state = self.accelerator.gradient_state
-        return [self._counted_once(batch, state) for batch in islice(iterator, num_batches)]
+        batches = islice(iterator, num_batches)
+        if self.args.dataloader_drop_last or self.args.train_sampling_strategy == "batch_rebalance":
+            return list(batches)  # nothing is repeated
+        state, dataset = self.accelerator.gradient_state, self.train_dataset
+        return [self._counted_once(batch, state.end_of_dataloader, dataset) for batch in batches]
 
-    def _counted_once(self, batch: dict[str, torch.Tensor], loader) -> dict[str, torch.Tensor]:
-        """The batch in which rows that accelerate repeated, to fill the last one of a table, weigh nothing.
-
-        Args:
-            loader: what knows `end_of_dataloader` and `remainder`, the rows of the last batch of all processes: an
-                accelerate loader, or the gradient state, which asks the active one.
-        """
-        accelerator = self.accelerator
-        if accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+    def _counted_once(self, batch: dict[str, torch.Tensor], is_last: bool, dataset) -> dict[str, torch.Tensor]:
+        """The batch in which rows that accelerate repeated, to fill the last one of a table, weigh nothing."""
+        num_rows, num_processes = len(batch["row_key"]), self.accelerator.num_processes
+        num_new = len(dataset) % (num_rows * num_processes)
+        if num_processes == 1 or not is_last or not num_new:
             return batch
-        num_rows = len(batch["row_key"])
-        first = loader.remainder - accelerator.process_index * num_rows
+        first = num_new - self.accelerator.process_index * num_rows
         return batch if first >= num_rows else without_weight(batch, max(first, 0))
 
     def _evaluation_batches(self, loader) -> Iterator[dict[str, torch.Tensor]]:
         """Batches in which every row of the dataset counts once."""
         for batch in loader:
-            yield batch if isinstance(loader, StreamLoader) else self._counted_once(batch, loader)
+            if not isinstance(loader, StreamLoader):
+                batch = self._counted_once(batch, loader.end_of_dataloader, loader.dataset)
+            yield batch
 
     def _save(self, output_dir=None, state_dict=None):
         """Beside an adapter also the generation settings of the run, which its base may not have."""
