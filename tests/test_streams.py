@@ -150,17 +150,24 @@ def test_an_error_of_one_process_reaches_all():
         assert isinstance(result, OSError) and "connection was reset" in str(result)
 
 
-@pytest.mark.parametrize("num_shards", [1, 3])
-def test_workers_prepare_in_order(num_shards):
+@pytest.mark.slow
+def test_workers_prepare_in_order():
     """Catches rows of parallel workers in another order, read twice, or not at all."""
     rows = rows_with_gaps(21)
     batches = []
-    for num_workers in (0, 3):
-        stream = RowStream(as_stream(rows, num_shards), preparation())
-        loader = StreamLoader(stream, DistillationCollator(0), 4, 2, num_workers=num_workers)
-        batches.append([batch["row_key"].tolist() for batch in loader])
+    for options in ({}, {"num_workers": 3}, {"num_workers": 2, "start_method": "spawn", "persistent_workers": True}):
+        stream = RowStream(as_stream(rows, 3), preparation())
+        loader = StreamLoader(stream, DistillationCollator(0), 4, 2, **options)
+        batches += [[batch["row_key"].tolist() for batch in loader] for _ in range(2)]
         assert stream.report.num_kept == 21 and stream.report.dropped == {"no assistant message": 7}
-    assert batches[0] == batches[1]
+        assert (loader._pool is not None) == ("persistent_workers" in options)
+    assert all(other == batches[0] for other in batches)
+
+
+def test_an_unordered_stream_is_refused(tmp_path):
+    """Catches an order of workers that is asked for and not given."""
+    with pytest.raises(ValueError, match="dataloader_in_order=False"):
+        tiny_trainer(tmp_path, rows=as_stream(rows_with_gaps(6)), dataloader_in_order=False).train()
 
 
 @pytest.mark.parametrize("num_windows", [0, 1, 4, 5, 6, 10, 13])

@@ -135,6 +135,11 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
 
     def _stream_loader(self, stream: RowStream, batch_size: int, is_training: bool) -> StreamLoader:
         args, num_processes = self.args, self.accelerator.num_processes
+        if not args.dataloader_in_order:
+            raise ValueError(
+                "dataloader_in_order=False would hand out the rows of a stream as its workers finish, and a resumed "
+                "run could not find its place: leave it True for a streaming dataset."
+            )
         return StreamLoader(
             stream,
             self.data_collator,
@@ -147,6 +152,7 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             start_method=args.dataloader_multiprocessing_context,
+            persistent_workers=args.dataloader_persistent_workers and is_training,
         )
 
     # -- which rows a step sees ---------------------------------------------------------------------------------------

@@ -110,6 +110,7 @@ class StreamLoader:
         num_workers (`int`): processes that prepare rows ahead; 0 prepares in this one.
         prefetch_factor (`int`, *optional*): chunks each worker is ahead; 2 by default.
         start_method (`str`, *optional*): how workers are started, as in `multiprocessing`.
+        persistent_workers (`bool`): keep the workers from pass to pass.
 
     Attributes:
         epoch (`int`), window (`int`): pass, and windows of it that were handed out.
@@ -128,11 +129,13 @@ class StreamLoader:
         num_workers: int = 0,
         prefetch_factor: int | None = None,
         start_method: str | None = None,
+        persistent_workers: bool = False,
     ):
         self.dataset, self.collator, self.batch_size, self.num_batches = stream, collator, batch_size, num_batches
         self.num_processes, self.process_index, self.gather = num_processes, process_index, gather
         self.drop_last, self.num_workers = drop_last, num_workers
         self.prefetch_factor, self.start_method = prefetch_factor or PREFETCH, start_method
+        self.persistent_workers, self._pool = persistent_workers, None
         self.epoch = self.window = 0
         self._found = None  # where `seek` stopped reading: pass, windows before, and those still to come
 
@@ -206,18 +209,23 @@ class StreamLoader:
         if preparation is None or not self.num_workers:
             yield from (prepare_rows(preparation, chunk) for chunk in raw)
             return
-        context = multiprocessing.get_context(self.start_method)
-        pool = ProcessPoolExecutor(self.num_workers, context, _hold_preparation, (preparation,))
+        if self._pool is None:
+            context = multiprocessing.get_context(self.start_method)
+            self._pool = ProcessPoolExecutor(self.num_workers, context, _hold_preparation, (preparation,))
+        ahead = deque()
         try:
-            ahead = deque()
             for chunk in raw:
-                ahead.append(pool.submit(_prepare_in_worker, chunk))
+                ahead.append(self._pool.submit(_prepare_in_worker, chunk))
                 if len(ahead) > self.num_workers * self.prefetch_factor:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            for unread in ahead:  # nobody asks for more of this pass
+                unread.cancel()
+            if not self.persistent_workers:
+                self._pool.shutdown()
+                self._pool = None
 
     def _raw_chunks(self, size: int) -> Iterator[list[dict]]:
         rows = iter(self.dataset.dataset)
