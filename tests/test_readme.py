@@ -22,12 +22,12 @@ RECIPES = (ROOT / "recipes" / "README.md").read_text()
 # what the README calls the rows of the sorting report
 SORTING_ROWS = {
     "teacher": "teacher",
-    "ce": "CE alone",
-    "ce_equal_time": "CE alone, with equal training time",
+    "ce": "CE alone, no teacher",
+    "ce_equal_time": "CE alone, equal training time",
     "tide_raw": "TIDE as published",
     "tide": "TIDE with normalised strength",
     "kl": "KL",
-    "kl_weight_3": "KL at a tuned weight",
+    "kl_weight_3": "KL at a tuned weight (3)",
 }
 
 
