@@ -1,4 +1,36 @@
-"""Every objective of the library as a function of tensors and floats (torch only)."""
+"""Every objective of the library as a function of tensors and floats (torch only).
+
+Method, equation, file under tide_hf/, test under tests/. "Golden" names a recorded result of the published
+implementation (`pytest -k golden`; `TIDE_GOLDEN_DIR` names another folder of cases), whose known defects are not
+reproduced.
+
+- Denoising loss of MDLM and BD3LM: Σ w(t)·(−log p(x0)) / N, w = −α′/(1−α).
+  losses/denoising.py; test_losses.py, golden weighted_ce
+- Forward KL, reverse KL, JSD: T² Σ KL / masked and aligned positions.
+  losses/divergence.py; test_losses.py, golden kl
+- TIDAL: KL to sg softmax(((1−λ)z_S + λz_T)/T), λ(s,t) = λ(s)(1−t).
+  losses/tidal.py; test_losses.py, golden tidal_logit
+- CALM, Reverse CALM, chunk TIDAL: Bernoulli cross-entropy of chunk likelihoods.
+  losses/calm.py; test_losses.py, golden chunk_likelihood, tidal_chunk
+- The same losses from hidden states, their gradients formed for a slice of positions at a time.
+  losses/fused.py; test_fused.py, test_fused_step.py
+- IDLM, masked: L(f*, q) − L(f, q), where L(f, q) = Σ w(t)·(−⟨q, log f⟩).
+  losses/inverse.py, few_step/; test_losses_inverse.py, test_few_step.py, test_two_modes.py
+- IDLM, uniform-state (Duo): the divergence of the discrete posteriors, through soft inputs.
+  models/uniform_diffusion.py, few_step/uniform.py; test_uniform.py
+- CompDemo: the teacher at M_B with M_A revealed, and the reverse.
+  diffusion/corruption.py, teachers/; test_diffusion.py, golden step_wiring
+- Block diffusion: who sees whom in [xt ; x0].
+  models/masked_diffusion.py; test_diffusion.py, golden block_mask
+- Chunks of two tokenizations: cut wherever both have a boundary.
+  alignment/; test_alignment.py, golden chunk_align, position_align
+- Entropy bound, guidance, block grids: see `TIDEGenerationConfig`.
+  models/decoding_tide.py; test_decoding.py, against a naive sampler
+- Cards, pushes, faults: one state, one commit; a push that fails is reported.
+  hub/; test_hub_*.py, against a Hub on loopback
+- The whole step: both halves in full, loops over rows.
+  trainer.py; test_trainer.py, test_trainer_chunks.py
+"""
 
 from .calm import (
     PROBABILITY_CEILING,
