@@ -46,6 +46,8 @@ def naive_generate(
 ):
     """One row from the definition: blocks from absolute position 0, a full forward of [prefix ; block] each step.
 
+    Of the last block only what is returned is denoised; the rest stays masked.
+
     Returns the new ids, cut behind EOS, and the number of denoising steps of each block.
     """
     ids, length = list(prompt_ids), len(prompt_ids)
@@ -56,7 +58,7 @@ def naive_generate(
     for block in range(length // size, -(-(length + max_new_tokens) // size)):
         start, end = block * size, (block + 1) * size
         ids = ids + [MASK] * (end - len(ids))
-        masked = [position for position in range(max(start, length), end)]
+        masked = list(range(max(start, length), min(end, length + max_new_tokens)))
         quota = published_split(len(masked), steps_per_block or len(masked))
         number = torch.arange(end) // size
         visible = (number[:, None] >= number[None, :])[None, None]
