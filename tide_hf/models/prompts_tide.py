@@ -35,8 +35,9 @@ def padding_mask(
 ) -> torch.BoolTensor:
     """True at tokens `(B, L)`; the ids there are those of the network.
 
-    Without an attention mask the `pad_token_id`s at either end of a row are padding, if nothing else can stand there
-    (EOS, BOS and [MASK] can). A token that a mask hides between others is left out, as if it had not been given.
+    Without an attention mask the `pad_token_id`s at either end of a row are padding, unless they are EOS or [MASK] as
+    well; one that is BOS as well is left in front of each row. A token that a mask hides between others is left out,
+    as if it had not been given.
 
     Raises:
         ValueError: a mask of another shape or with other values than 0 and 1, a row without any token, an id that
@@ -86,7 +87,12 @@ def _without_padding(ids: torch.LongTensor, settings, name: str) -> torch.BoolTe
     at_the_left = is_pad.long().cumprod(-1).bool()
     at_the_right = is_pad.long().flip(-1).cumprod(-1).flip(-1).bool()
     is_edge = at_the_left | at_the_right
-    if pad not in (*eos, settings.bos_token_id, settings.mask_token_id):
+    if pad not in (*eos, settings.mask_token_id):
+        if pad == settings.bos_token_id and ids.shape[1]:
+            # the longest row has no padding: where even that begins with BOS, they all do
+            num_left = at_the_left.sum(-1, keepdim=True)
+            column = torch.arange(ids.shape[1], device=ids.device)
+            is_edge &= ~((column == num_left - 1) & (num_left.min() > 0))
         return ~is_edge
     if len(ids) > 1 and pad in eos and bool(is_edge.any()):
         logger.warning_once(

@@ -144,6 +144,38 @@ REFUSED = {
     "cache": (_CACHE,),
     "past_key_values": (_CACHE,),
 }
+# values of settings that are read elsewhere and ask for nothing, or for what is done anyway
+NEUTRAL = OFF_WARPERS | {
+    "temperature": 1.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_return_sequences": 1,
+    "guidance_scale": 1,
+    "use_cache": True,
+    "disable_compile": True,
+}
+
+
+def _unread(names: tuple, reason: str) -> dict:
+    """Entries as in [`REFUSED`] for settings that another method or model reads."""
+    return {name: (reason, NEUTRAL.get(name)) for name in names}
+
+
+REFUSED_FOR_INFILL = (
+    REFUSED
+    | _unread(FOR_ANSWERS, "a hole neither grows nor ends a text, and has no prompt")
+    | _unread(("guidance_scale",), "a text with holes has no negative prompt to lead away from")
+)
+# a uniform-state diffusion LM draws whole answers, and reads little
+FOR_UNIFORM = ("max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "do_sample")
+REFUSED_FOR_UNIFORM = REFUSED | _unread(
+    tuple(name for name in READ if name not in FOR_UNIFORM),
+    "the whole answer is drawn from the reverse process of uniform noise, which num_steps and greedy_tail set",
+)
 # attributes of a GenerationConfig that say nothing about decoding, beside those that begin with an underscore
 NO_SETTINGS = ("transformers_version", "extra_output_flags")
 
@@ -236,6 +268,15 @@ class MergedSettings:
         value = self.values.get(name)
         is_default = name == "top_k" and value == 50 and self.where(name) != KEYWORD
         return value is not None and value != OFF_WARPERS[name] and not is_default
+
+    def check_steps(self) -> None:
+        """Refuses `steps_per_block` beside, or nearer than, a setting that decides in its place."""
+        for name in ("confidence_threshold", "entropy_bound"):
+            if self.where(name) >= 0 and self.where("steps_per_block") >= self.where(name):
+                raise ValueError(
+                    f"{OWNERS[self.where(name)]}{name}={self.values[name]} decides how many tokens a pass reveals, so "
+                    f"steps_per_block={self.values['steps_per_block']} would be ignored: set one of them to None."
+                )
 
     def answer_length(self, num_columns: int, default: int) -> int:
         """New tokens at most: `max_new_tokens`, or `max_length` less the prompt's columns; the nearer of the two.
