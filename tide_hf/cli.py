@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--temperature",
         type=float,
-        help="to draw tokens at; 0, unless the model says otherwise, takes the most probable",
+        help="to draw tokens at; 0 takes the most probable, and is the usual default",
     )
     command.add_argument("--top_p", type=float, help="sample among the most probable tokens of this total probability")
     command.add_argument("--top_k", type=int, help="sample among this many tokens; 0 is off")

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
-from .canvas_tide import Canvas, answer_canvas, infill_canvas
+from .canvas_tide import answer_canvas, infill_canvas
 from .decoding_tide import Decoder
 from .generation_config_tide import TIDEGenerationConfig
 from .infilling_tide import TextInfillingMixin
@@ -112,10 +112,8 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         if copies > 1:
             prompts = [[part.repeat_interleave(copies, 0) for part in pair] for pair in prompts]
             prompt_ids = prompts[0][0]
-        if streamer is not None:
-            if len(prompt_ids) > 1:
-                raise ValueError(f"A streamer shows one row, got {len(prompt_ids)} prompts.")
-            streamer.put(prompt_ids.cpu())
+        if streamer is not None and len(prompt_ids) > 1:
+            raise ValueError(f"A streamer shows one row, got {len(prompt_ids)} prompts.")
         full = self.config.objective == "full"
         canvas = answer_canvas(*prompts[0], settings, full, *(prompts[1] if len(prompts) > 1 else ()))
         if settings.max_time is not None and full and len(canvas.windows) == 1:
@@ -123,7 +121,10 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
                 f"max_time={settings.max_time} is asked for behind each block, and this full-sequence student "
                 "denoises its answer as one: set block_size, or leave max_time out."
             )
-        rules = self._rules(canvas, settings, ~prompts[0][1], tokenizer, logits_processor, stopping_criteria)
+        given = logits_processor, stopping_criteria
+        rules = transformers_rules(self, settings, canvas.prompt_ids, (~prompts[0][1]).sum(-1), tokenizer, *given)
+        if streamer is not None:
+            streamer.put(prompt_ids.cpu())
         decoder = Decoder(self, canvas, settings, generator, streamer, rules)
         self._run_in_eval_mode(decoder)
         if streamer is not None:
@@ -172,7 +173,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         settings.pad_token_id = _filling(settings)
         canvas = infill_canvas(input_ids, valid, settings, full=self.config.objective == "full")
         num_masked = canvas.masked.sum(-1)
-        rules = self._rules(canvas, settings, valid[:, :0], processors=logits_processor)
+        rules = transformers_rules(self, settings, canvas.prompt_ids, processors=logits_processor)
         decoder = Decoder(self, canvas, settings, generator, rules=rules)
         self._run_in_eval_mode(decoder)
         filled = input_ids.clone()
@@ -187,12 +188,6 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             decoder.run()
         finally:
             self.train(was_training)
-
-    def _rules(self, canvas: Canvas, settings, is_padding, tokenizer=None, processors=None, criteria=None):
-        """What transformers' code makes of the settings, over the canvas's prompts."""
-        return transformers_rules(
-            self, settings, canvas.prompt_ids, is_padding.sum(-1), tokenizer, processors, criteria
-        )
 
     def _answer_settings(self, inputs, generation_config, kwargs) -> tuple[TIDEGenerationConfig, torch.LongTensor]:
         """Settings of `generate`, and its prompts `(B, P)`."""
@@ -221,10 +216,8 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             raise ValueError("exponential_decay_length_penalty raises the score of EOS: pass eos_token_id.")
         return settings, prompt_ids
 
-    def _negative_prompt(
-        self, settings, num_rows: int, ids, attention_mask
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Negative prompts and their masks as `generate` takes them, or nothing without guidance."""
+    def _negative_prompt(self, settings, num_rows: int, ids, attention_mask) -> list[tuple]:
+        """Negative prompts `(B, P′)` and their masks, or nothing without guidance."""
         if (settings.guidance_scale in (None, 1)) != (ids is None):
             raise ValueError(
                 "Guidance needs both negative_prompt_ids and a guidance_scale other than 1, got "
@@ -253,7 +246,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         defaults = {name: value for name, value in values.items() if name not in ("eos_token_id", "pad_token_id")}
         values |= merged.values
         values |= {name: value for name, value in defaults.items() if values[name] is None}
-        values["temperature"] = merged.temperature() or 0.0
+        values["temperature"] = merged.temperature()
         settings = TIDEGenerationConfig.from_dict(values)
         if settings.mask_token_id is None:
             raise ValueError(f"{method} needs a mask token: pass mask_token_id=tokenizer.mask_token_id.")

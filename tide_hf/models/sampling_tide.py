@@ -34,28 +34,27 @@ class Rules:
 
 
 def transformers_rules(
-    model, settings, prompt_ids: torch.LongTensor, num_padding: torch.LongTensor, tokenizer, processors, criteria
+    model, settings, prompt_ids: torch.LongTensor, num_padding=None, tokenizer=None, processors=None, criteria=None
 ) -> Rules:
     """The rules that transformers' own code makes of the settings, with those given by the caller.
 
     Args:
         model: a `GenerationMixin`.
         settings ([`TIDEGenerationConfig`]): of the call.
-        prompt_ids (`torch.LongTensor` of shape `(B, P)`): each behind its padding.
-        num_padding (`torch.LongTensor` of shape `(B,)`): columns of padding.
+        prompt_ids (`torch.LongTensor` of shape `(B, P)`): each behind its padding; no columns for a text with holes.
+        num_padding (`torch.LongTensor` of shape `(B,)`, *optional*): columns of padding.
         tokenizer (*optional*): for `stop_strings`.
         processors (*optional*), criteria (*optional*): lists given by the caller; one of the kind that a setting also
             asks for takes its place, as in transformers.
     """
-    columns = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
-    options = {
-        # a text with holes has no prompt, which transformers would warn of
-        "input_ids_seq_length": 1 if settings.max_length is None else len(columns),
-        "encoder_input_ids": prompt_ids,
-        "device": prompt_ids.device,
-        "model_kwargs": {"attention_mask": (columns >= num_padding[:, None]).long()} if len(columns) else {},
-    }
-    eos = settings.eos_token_id
+    columns, eos, options = torch.arange(prompt_ids.shape[1], device=prompt_ids.device), settings.eos_token_id, {}
+    if num_padding is None:  # a text with holes: nothing ends it, and its beginning is no missing prompt
+        eos, num_columns = None, 1
+    else:
+        num_columns = len(columns)
+        options["encoder_input_ids"] = prompt_ids
+        options["model_kwargs"] = {"attention_mask": (columns >= num_padding[:, None]).long()} if num_columns else {}
+    options |= {"input_ids_seq_length": num_columns, "device": prompt_ids.device}
     eos = None if eos is None else torch.tensor(eos, dtype=torch.long, device=prompt_ids.device).reshape(-1)
     asked = _part(settings, (*PROCESSORS, *ANSWER_PROCESSORS, "max_length"), _eos_token_tensor=eos)
     narrowed = _part(settings, OFF_WARPERS, do_sample=True)

@@ -226,7 +226,8 @@ class MergedSettings:
             alone = (level == MODEL and name in left_alone) or (level != KEYWORD and name in TOKEN_IDS)
             if not alone and (asks or reason is None):
                 raise ValueError(_refusal(method, name, value, level, reason, off, read))
-            del self.values[name]
+            if name not in TOKEN_IDS:
+                del self.values[name]
 
     def where(self, name: str) -> int:
         """The place a setting comes from, −1 where it is not set."""
