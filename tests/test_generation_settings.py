@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from naive_sampler import EOS, PAD, naive_generate, prompt, tiny
+from real_tokenizers import sentencepiece
 from tiny import BLOCK, MASK, VOCAB, tiny_model
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, GenerationMixin, pipeline
 from transformers.generation import (
@@ -161,8 +162,8 @@ READING = {
     "max_new_tokens": (5, {"max_new_tokens": None}),
     "max_length": (11, {"max_new_tokens": None}),
     "bos_token_id": (3, {"inputs": None}),
-    "eos_token_id": (0, {}),
-    "pad_token_id": (3, {"eos_token_id": 21}),
+    "eos_token_id": (2, {}),
+    "pad_token_id": (3, {"eos_token_id": 2, "inputs": torch.cat([prompt(6), prompt(6, seed=2)])}),
     "mask_token_id": (2, {}),
     "block_size": (8, {}),
     "block_grid": ("prompt_aligned", {}),
@@ -177,13 +178,13 @@ READING = {
     "return_dict_in_generate": (True, {}),
     "repetition_penalty": (5.0, {}),
     "no_repeat_ngram_size": (1, {}),
-    "bad_words_ids": ([[21], [8]], {}),
+    "bad_words_ids": ([[18], [4]], {}),
     "sequence_bias": ([[[4], 9.0]], {}),
-    "suppress_tokens": ([21, 8], {}),
-    "begin_suppress_tokens": (list(range(10)), {}),
+    "suppress_tokens": ([18, 4], {}),
+    "begin_suppress_tokens": (list(range(10, 20)), {}),
     "forced_eos_token_id": (7, {}),
-    "min_length": (12, {"eos_token_id": 21}),
-    "min_new_tokens": (7, {"eos_token_id": 21}),
+    "min_length": (12, {"eos_token_id": 2}),
+    "min_new_tokens": (7, {"eos_token_id": 2}),
     "exponential_decay_length_penalty": ((1, 5.0), {"eos_token_id": 21}),
     "encoder_repetition_penalty": (9.0, {}),
     "encoder_no_repeat_ngram_size": (1, {}),
@@ -224,10 +225,8 @@ def test_what_is_read_changes_the_outcome_wherever_it_comes_from(name):
         context.pop(name)
     expected = outcome(tiny(seed=3), **context | {name: value})
     assert expected != free and "does not read" not in str(expected)
-    if name == "num_return_sequences":  # transformers' own constructor asks for more than it
-        config = with_setting(name, value)
-    else:
-        config = TIDEGenerationConfig(**{name: value})
+    # transformers' own constructor has rules of its own for several answers
+    config = with_setting(name, value) if name == "num_return_sequences" else TIDEGenerationConfig(**{name: value})
     assert outcome(tiny(seed=3), **context, generation_config=config) == expected
     model = tiny(seed=3)
     setattr(model.generation_config, name, value)
@@ -308,22 +307,31 @@ def test_no_eos_before_min_new_tokens_in_any_order():
         model.generate(prompt(6), max_new_tokens=10, min_new_tokens=11)
 
 
+def stopping():
+    """A student over a tokenizer of characters, its prompt, what it answers freely, and a character of that."""
+    tokenizer, mask = sentencepiece(), len(sentencepiece())
+    model = tiny(seed=4, vocab_size=mask + 1, mask_token_id=mask, pad_token_id=None)
+    ids = tokenizer(["the answer", "hello worl"], return_tensors="pt").input_ids
+    free = model.generate(ids, max_new_tokens=12, suppress_tokens=list(range(260)))[:, ids.shape[1] :].tolist()
+    return model, tokenizer, ids, free
+
+
 def test_stop_strings_end_a_row_in_the_middle_of_a_block():
     """Catches a stop string that is passed over, needs a tokenizer nobody asks for, or ends its neighbour."""
-    tokenizer, model = build_tokenizer(), tiny_model().eval()
-    ids = tokenizer(["312", "754"], return_tensors="pt").input_ids
-    free = model.generate(ids, max_new_tokens=12, eos_token_id=None)[:, ids.shape[1] :].tolist()
-    texts = [[tokenizer.decode(token) for token in row] for row in free]
-    stop = next(text for text in texts[0] if text and text in "0123456789")
-    ends = [row.index(stop) + 1 if stop in row else 12 for row in texts]
-    out = model.generate(
-        ids, max_new_tokens=12, eos_token_id=None, stop_strings=stop, tokenizer=tokenizer, return_dict_in_generate=True
-    )
-    new = out.sequences[:, ids.shape[1] :]
-    for row, end, expected in zip(new, ends, free, strict=True):
-        assert row[:end].tolist() == expected[:end] and (row[end:] == tokenizer.pad_token_id).all()
+    model, tokenizer, ids, free = stopping()
+    settings, ends = {"max_new_tokens": 12, "suppress_tokens": list(range(260)), "pad_token_id": 1}, set()
+    for stop in {tokenizer.convert_ids_to_tokens(token) for token in free[0]}:
+        if len(stop) > 1 or stop == "▁":
+            continue
+        out = model.generate(ids, stop_strings=stop, tokenizer=tokenizer, **settings)[:, ids.shape[1] :]
+        for row, expected in zip(out.tolist(), free, strict=True):
+            hits = [i for i, token in enumerate(expected) if stop in tokenizer.convert_ids_to_tokens(token)]
+            end = hits[0] + 1 if hits else 12
+            assert row == (expected[:end] + [1] * 12)[: out.shape[1]]
+            ends.add(end)
+    assert len(ends) > 2 and min(ends) < 12
     with pytest.raises(ValueError, match="tokenizer"):
-        model.generate(ids, max_new_tokens=12, stop_strings=stop)
+        model.generate(ids, stop_strings="x", **settings)
 
 
 def test_max_time_finishes_the_block_and_stops():
@@ -613,8 +621,8 @@ def test_infill_reads_its_settings_and_leaves_those_of_answers_alone():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"suppress_tokens": [21, 8]},
-        {"bad_words_ids": [[21], [8]]},
+        {"suppress_tokens": [9]},
+        {"bad_words_ids": [[9]]},
         {"repetition_penalty": 9.0},
         {"no_repeat_ngram_size": 1},
         {"sequence_bias": [[[4], 9.0]]},
@@ -627,7 +635,7 @@ def test_infill_reads_its_settings_and_leaves_those_of_answers_alone():
 )
 def test_infill_applies_what_it_reads(settings, recwarn):
     """Catches a setting that infill accepts and does not apply, and a warning about a prompt it does not have."""
-    model, ids = tiny(seed=3), holes(14, (1, 2, 4, 5, 6, 7, 9, 10))
+    model, ids = tiny(seed=3), holes(14, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10))
     out = model.infill(ids, generator=seeded(), **settings)
     assert not torch.equal(out, model.infill(ids)) and torch.equal(out[ids != MASK], ids[ids != MASK])
     assert torch.equal(model.infill(ids, generator=seeded(), generation_config=TIDEGenerationConfig(**settings)), out)
@@ -665,11 +673,20 @@ def test_pipeline_settings_are_read(monkeypatch):
     assert [row[0]["generated_text"] for row in batch] == [
         write(given, max_new_tokens=6, do_sample=False)[0]["generated_text"] for given in ("31025", "7")
     ]
-    stop = tokenizer.decode(model.generate(ids, max_new_tokens=6)[0, ids.shape[1] + 1])
-    stopped = write("31025", max_new_tokens=6, do_sample=False, stop_sequence=stop, return_tensors=True)
-    assert len(stopped[0]["generated_token_ids"]) <= ids.shape[1] + 2
     with pytest.raises(ValueError, match="does not read num_beams=2"):
         write("31025", num_beams=2)
+
+
+def test_a_pipelines_stop_sequence_is_read():
+    """Catches a stop sequence that a pipeline hands on and nothing reads."""
+    model, tokenizer, _, free = stopping()
+    stop = next(t for t in map(tokenizer.convert_ids_to_tokens, free[0][1:]) if len(t) == 1 and t != "▁")
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    settings = {"max_new_tokens": 12, "suppress_tokens": list(range(260)), "do_sample": False, "return_tensors": True}
+    stopped = write("the answer", stop_sequence=stop, **settings)[0]["generated_token_ids"]
+    whole = write("the answer", **settings)[0]["generated_token_ids"]
+    assert len(stopped) < len(whole) and whole[: len(stopped)] == stopped
+    assert stop in tokenizer.convert_ids_to_tokens(stopped[-1])
 
 
 # ---- prompts and masks ----
@@ -705,15 +722,15 @@ def test_a_mask_of_another_shape_is_refused(shape, method):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_found_without_a_mask(side, method):
     """Catches a padded batch without a mask whose padding is read as text."""
-    model = tiny(seed=3)
-    ids, mask = side_by_side(side, PAD)
+    model = tiny(seed=3, objective="full" if method == "infill" else "block")
+    ids, mask = side_by_side(side, PAD, lengths=(6, 9))
 
     def run(**given):
         if method == "generate":
             return model.generate(ids, max_new_tokens=9, **given)
         if method == "infill":
             holed = ids.clone()
-            holed[:, 3] = MASK
+            holed[:, 3:6] = MASK
             return model.infill(holed, **given)
         given = {f"negative_prompt_{name}": value for name, value in given.items()}
         return model.generate(
