@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from tiny import BLOCK, MASK, SHAPE
+from transformers import GenerationConfig
 
 from tide_hf.models import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
 
@@ -24,6 +25,24 @@ def tiny(seed=0, **changes) -> TIDEQwen3ForBlockDiffusion:
 
 def prompt(length, seed=1):
     return torch.randint(0, 20, (1, length), generator=torch.Generator().manual_seed(seed + length))
+
+
+def holes(length=7, columns=(2, 5)):
+    """A prompt's tokens with [MASK] in some columns."""
+    ids = prompt(length)
+    ids[0, list(columns)] = MASK
+    return ids
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def with_setting(name, value, config_class=GenerationConfig):
+    """A config as a file with this value gives it, without the checks of its constructor."""
+    config = config_class()
+    setattr(config, name, value)
+    return config
 
 
 def published_split(num_masked, steps):

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from naive_sampler import EOS, PAD, naive_generate, prompt, tiny
+from naive_sampler import holes, prompt, seeded, tiny, with_setting
 from real_tokenizers import sentencepiece
-from tiny import BLOCK, MASK, VOCAB, tiny_model
+from tiny import MASK, tiny_model
 from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, GenerationMixin, pipeline
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -28,7 +28,7 @@ from transformers.generation import (
 from transformers.utils import logging
 
 from tide_hf.demo.sorting import build_tokenizer
-from tide_hf.models import BlockDiffusionOutput, TIDEGenerationConfig, sampling_tide
+from tide_hf.models import BlockDiffusionOutput, TIDEGenerationConfig, prompts_tide, sampling_tide, settings_tide
 from tide_hf.models.generation_tide import BlockDiffusionGenerationMixin
 from tide_hf.models.settings_tide import FOR_ANSWERS, FOR_INFILL, NO_SETTINGS, OWN_FIELDS, READ, REFUSED
 
@@ -46,23 +46,6 @@ ASKING = {
     "force_words_ids": [[3]],
 }
 IS_SETTING = [name for name in REFUSED if hasattr(GenerationConfig(), name)]
-
-
-def with_setting(name, value, config_class=GenerationConfig):
-    """A config as a file with this value gives it, without the checks of its constructor."""
-    config = config_class()
-    setattr(config, name, value)
-    return config
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
-def holes(length=7, columns=(2, 5)):
-    ids = prompt(length)
-    ids[0, list(columns)] = MASK
-    return ids
 
 
 # ---- the table ----
@@ -269,22 +252,20 @@ def test_processors_are_transformers_own(settings, make, length, monkeypatch):
     assert applied
 
 
-def test_padding_is_no_repeated_token():
+@pytest.mark.parametrize(
+    ("settings", "left", "right"),
+    # transformers counts padding on the left among the n-grams; that on the right it does not know
+    [({"repetition_penalty": 1.7}, 3, 0), ({"repetition_penalty": 1.7}, 0, 3), ({"no_repeat_ngram_size": 2}, 0, 3)],
+    ids=str,
+)
+def test_padding_is_no_repeated_token(settings, left, right):
     """Catches a repetition penalty on the token that fills prompts up, or n-grams across right padding."""
-    model, alone = tiny(seed=3), prompt(5)
-    for settings in ({"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}, {"encoder_no_repeat_ngram_size": 1}):
-        expected = model.generate(alone, max_new_tokens=10, **settings)[0, 5:]
-        for left, right in ((3, 0), (0, 3)):
-            if "encoder_no_repeat_ngram_size" in settings and left + right:
-                filler = int(alone[0, 0])  # transformers counts padding there
-            else:
-                filler = int(expected[0])
-            ids = torch.nn.functional.pad(alone, (left, right), value=filler)
-            mask = torch.nn.functional.pad(torch.ones_like(alone), (left, right))
-            if "no_repeat_ngram_size" in settings and left:
-                continue  # transformers counts padding there
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=10, **settings)
-            assert torch.equal(out[0, 8:], expected)
+    model = tiny(seed=3)
+    expected = model.generate(prompt(5), max_new_tokens=10, **settings)[0, 5:]
+    ids = torch.nn.functional.pad(prompt(5), (left, right), value=int(expected[0]))
+    mask = torch.nn.functional.pad(torch.ones(1, 5, dtype=torch.long), (left, right))
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=10, **settings)
+    assert torch.equal(out[0, 8:], expected)
 
 
 def test_a_callers_processor_stands_beside_those_of_settings():
@@ -373,210 +354,6 @@ def test_use_cache_of_config_json_is_no_generation_setting(tmp_path):
         loaded.run_decoder = lambda run=run, seen=seen, **kwargs: seen.append(kwargs["use_cache"]) or run(**kwargs)
         loaded.generate(prompt(6), max_new_tokens=4)
         assert set(seen) == {True}
-
-
-# ---- length ----
-
-
-def test_max_length_counts_the_prompt():
-    """Catches max_length that is ignored (256 tokens), or counts the answer alone."""
-    model = tiny()
-    assert torch.equal(model.generate(prompt(6), max_length=15), model.generate(prompt(6), max_new_tokens=9))
-    assert model.generate(prompt(6), max_length=20).shape == (1, 20)
-    assert model.generate(prompt(6), generation_config=GenerationConfig(max_length=20)).shape == (1, 20)
-    ids = torch.nn.functional.pad(prompt(6), (4, 0), value=PAD)  # as in transformers padding counts
-    assert model.generate(ids, max_length=15).shape == (1, 15)
-    for total in (6, 3):
-        with pytest.raises(ValueError, match=rf"max_length={total} counts the prompt, whose 6 columns"):
-            model.generate(prompt(6), max_length=total)
-
-
-def test_the_nearer_length_is_taken(monkeypatch):
-    """Catches a caller's max_length that loses to the checkpoint's max_new_tokens, or the reverse."""
-    model, said = tiny(), []
-    monkeypatch.setattr("tide_hf.models.settings_tide.logger.warning", said.append)
-    model.generation_config = TIDEGenerationConfig(max_new_tokens=5, mask_token_id=MASK)
-    assert model.generate(prompt(6)).shape[1] == 11
-    assert model.generate(prompt(6), max_length=9).shape[1] == 9
-    assert model.generate(prompt(6), max_length=9, max_new_tokens=7).shape[1] == 13 and len(said) == 1
-    assert "max_new_tokens=7 and max_length=9" in said[0]
-    assert model.generate(prompt(6), max_new_tokens=None).shape[1] == 6 + 256
-    assert model.generate(prompt(6), max_new_tokens=None, max_length=9).shape[1] == 9
-    given = GenerationConfig(max_length=9)
-    assert model.generate(prompt(6), generation_config=given).shape[1] == 9
-    assert model.generate(prompt(6), generation_config=given, max_new_tokens=2).shape[1] == 8
-
-
-@pytest.mark.parametrize("name", ["mask_token_id", "block_size", "block_grid", "remasking", "temperature"])
-def test_a_keyword_none_leaves_the_default(name):
-    """Catches None that crashes far inside, or makes one block of a whole answer."""
-    model = tiny(seed=3)
-    expected = model.generate(prompt(6), max_new_tokens=9)
-    assert torch.equal(model.generate(prompt(6), max_new_tokens=9, **{name: None}), expected)
-
-
-@pytest.mark.parametrize("objective", ["block", "full"])
-@pytest.mark.parametrize("num_new", [1, 3, 6, 11, 32, 38])
-def test_passes_do_not_exceed_the_tokens_asked_for(num_new, objective):
-    """Catches a block of 32 that is denoised whole for the 6 tokens of it that are returned."""
-    model = tiny(block_size=32, objective=objective)
-    for length in (2, 29, 32):
-        for settings in ({}, {"confidence_threshold": 1.0}, {"steps_per_block": 4}):
-            out = model.generate(prompt(length), max_new_tokens=num_new, return_dict_in_generate=True, **settings)
-            assert out.sequences.shape[1] == length + num_new and MASK not in out.sequences
-            assert out.forward_passes <= num_new
-            if "steps_per_block" in settings:
-                continue
-            expected, steps = naive_generate(model, prompt(length)[0].tolist(), num_new, **settings)
-            assert out.sequences[0, length:].tolist() == expected
-            assert out.forward_passes == sum(steps) <= num_new
-
-
-def test_what_is_not_returned_is_not_shown():
-    """Catches a stream whose drafts hold the rest of the last block, which stays masked."""
-
-    class Streamer(list):
-        def put(self, value):
-            self.append(value.flatten().tolist())
-
-        def put_draft(self, value):
-            self.append(value.flatten().tolist())
-
-        def end(self):
-            pass
-
-    streamer = Streamer()
-    out = tiny().generate(prompt(4), max_new_tokens=3, streamer=streamer)
-    assert [len(ids) for ids in streamer] == [4, 3, 3, 3, 3] and streamer[-1] == out[0, 4:].tolist()
-
-
-# ---- drawing ----
-
-
-def test_do_sample_draws_at_temperature_one():
-    """Catches do_sample=True that stays greedy because no temperature is given."""
-    model = tiny(seed=3)
-    drawn = model.generate(prompt(6), max_new_tokens=14, temperature=1.0, generator=seeded())
-    assert not torch.equal(drawn, model.generate(prompt(6), max_new_tokens=14))
-    for settings in ({"do_sample": True}, {"generation_config": GenerationConfig(do_sample=True)}):
-        assert torch.equal(model.generate(prompt(6), max_new_tokens=14, generator=seeded(), **settings), drawn)
-    narrow = model.generate(prompt(6), max_new_tokens=14, do_sample=True, top_k=1, generator=seeded())
-    assert torch.equal(narrow, model.generate(prompt(6), max_new_tokens=14)), "top_k was not read"
-    model.generation_config = TIDEGenerationConfig(temperature=0.0, mask_token_id=MASK, block_size=BLOCK)
-    assert torch.equal(model.generate(prompt(6), max_new_tokens=14, do_sample=True, generator=seeded()), drawn)
-
-
-@pytest.mark.parametrize("warper", ["top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"])
-def test_narrowing_where_nothing_is_drawn_is_refused(warper):
-    """Catches top_p=0.9 that silently gives greedy answers."""
-    if not hasattr(GenerationConfig(), warper):
-        pytest.skip("not in this transformers")
-    model, value = tiny(), 3 if warper == "top_k" else 0.4
-    refused = pytest.raises(ValueError, match=rf"{warper}={value} .*pass do_sample=True or a temperature")
-    for settings in ({}, {"temperature": 0.0}, {"do_sample": False}, {"temperature": None}):
-        with refused:
-            model.generate(prompt(4), max_new_tokens=2, **{warper: value}, **settings)
-        with refused:
-            config = GenerationConfig(**{warper: value}, **settings)
-            model.generate(prompt(4), max_new_tokens=2, generation_config=config)
-        with refused:
-            model.infill(holes(), **{warper: value}, **settings)
-    model.generation_config = with_setting(warper, value)
-    with pytest.raises(ValueError, match=rf"model\.generation_config\.{warper}={value} "):
-        model.generate(prompt(4), max_new_tokens=2)
-    # a keyword takes back what the checkpoint says
-    model.generate(prompt(4), max_new_tokens=2, do_sample=False)
-    model.generate(prompt(4), max_new_tokens=2, temperature=0.0)
-    model.generate(prompt(4), max_new_tokens=2, do_sample=True)
-
-
-def test_values_that_switch_off_are_off():
-    """Catches top_k=0, transformers' way to switch it off, being an error."""
-    model, off = tiny(), {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0}
-    assert torch.equal(model.generate(prompt(6), max_new_tokens=9, **off), model.generate(prompt(6), max_new_tokens=9))
-    drawn = [model.generate(prompt(6), max_new_tokens=9, temperature=1.0, generator=seeded(), **s) for s in ({}, off)]
-    assert torch.equal(*drawn)
-    assert TIDEGenerationConfig(top_k=0).top_k == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"do_sample": False, "temperature": 0.7},
-            "do_sample=False takes the most probable token and temperature=0.7",
-        ),
-        (
-            {"do_sample": False, "temperature": 1.0},
-            "do_sample=False takes the most probable token and temperature=1.0",
-        ),
-        ({"do_sample": True, "temperature": 0.0}, "do_sample=True draws tokens and temperature=0.0"),
-        ({"steps_per_block": 2, "confidence_threshold": 0.9}, "steps_per_block=2 would be ignored"),
-        ({"steps_per_block": 2, "entropy_bound": 0.9}, "steps_per_block=2 would be ignored"),
-        ({"num_return_sequences": 2}, "num_return_sequences=2 would give equal answers"),
-        ({"exponential_decay_length_penalty": (1, 2.0)}, "pass eos_token_id"),
-        ({"top_p": 1.5, "temperature": 1.0}, r"top_p must lie in \[0, 1\], got 1.5"),
-        ({"typical_p": 1.5, "temperature": 1.0}, r"typical_p must lie in \[0, 1\], got 1.5"),
-        ({"top_k": -1, "temperature": 1.0}, "top_k must be at least 0, got -1"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0, got -1"),
-        ({"max_time": -1.0}, "max_time must be a positive number"),
-        ({"max_new_tokens": 4.0}, "max_new_tokens must be a whole number, got 4.0"),
-        ({"max_new_tokens": "4"}, "max_new_tokens must be a whole number, got '4'"),
-        ({"mask_token_id": VOCAB}, f"mask_token_id holds the token id {VOCAB}"),
-        ({"pad_token_id": VOCAB}, f"pad_token_id holds the token id {VOCAB}"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_contradictions_and_senseless_values_are_refused(settings, message):
-    """Catches one of two settings that is silently overridden by the other, and values that switch something off."""
-    with pytest.raises(ValueError, match=message):
-        tiny().generate(prompt(4), **{"max_new_tokens": 4} | settings)
-
-
-def test_the_nearer_of_flag_and_temperature_decides():
-    """Catches a few-step student that cannot be asked for greedy answers, or a temperature beaten by a checkpoint."""
-    model = tiny(seed=3)
-
-    def answer(**settings):
-        return model.generate(prompt(6), max_new_tokens=14, generator=seeded(), **settings)
-
-    greedy, one, two = answer(), answer(temperature=1.0), answer(temperature=2.0)
-    saved = TIDEGenerationConfig(do_sample=True, temperature=1.0, mask_token_id=MASK, block_size=BLOCK)
-    model.generation_config = saved
-    assert torch.equal(answer(), one) and torch.equal(answer(do_sample=True), one)
-    assert torch.equal(answer(temperature=2.0), two) and torch.equal(answer(temperature=0), greedy)
-    assert torch.equal(answer(do_sample=False), greedy)
-    assert torch.equal(answer(temperature=None), one) and torch.equal(answer(do_sample=None, temperature=None), greedy)
-    model.generation_config = GenerationConfig(do_sample=False, temperature=1.0, top_k=50)
-    assert torch.equal(answer(), greedy) and torch.equal(answer(temperature=2.0, top_k=0), two)
-    assert torch.equal(answer(do_sample=True, top_k=None), one)
-
-
-def test_steps_of_a_few_step_student_give_way_to_a_callers_threshold():
-    """Catches a saved number of steps that refuses, or overrides, what the caller asks for."""
-    model = tiny(seed=3)
-    expected = model.generate(prompt(6), max_new_tokens=14, confidence_threshold=0.3)
-    model.generation_config.steps_per_block = 2
-    assert torch.equal(model.generate(prompt(6), max_new_tokens=14, confidence_threshold=0.3), expected)
-    model.generation_config = TIDEGenerationConfig(confidence_threshold=0.3)
-    with pytest.raises(ValueError, match=r"model\.generation_config\.confidence_threshold=0.3 decides"):
-        model.generate(prompt(6), max_new_tokens=14, steps_per_block=2)
-    model.generate(prompt(6), max_new_tokens=14, steps_per_block=2, confidence_threshold=None)
-
-
-def test_several_answers_for_each_prompt():
-    """Catches answers that are equal, in another order than transformers', or beside another prompt's padding."""
-    model, ids, mask = tiny(seed=3), torch.cat([prompt(7), prompt(7, seed=2)]), torch.ones(2, 7, dtype=torch.long)
-    mask[1, :4] = 0
-    settings = {"max_new_tokens": 10, "temperature": 1.5}
-    out = model.generate(ids, attention_mask=mask, num_return_sequences=3, generator=seeded(), **settings)
-    repeated, masks = ids.repeat_interleave(3, 0), mask.repeat_interleave(3, 0)
-    assert torch.equal(out, model.generate(repeated, attention_mask=masks, generator=seeded(), **settings))
-    assert torch.equal(out[:, :7], repeated) and len({tuple(row) for row in out.tolist()}) == 6
-    guided = {"negative_prompt_ids": torch.cat([prompt(3), prompt(3, seed=2)]), "guidance_scale": 2.0}
-    out = model.generate(ids, num_return_sequences=2, generator=seeded(), **settings, **guided)
-    guided["negative_prompt_ids"] = guided["negative_prompt_ids"].repeat_interleave(2, 0)
-    assert torch.equal(out, model.generate(ids.repeat_interleave(2, 0), generator=seeded(), **settings, **guided))
 
 
 # ---- infilling ----
@@ -689,213 +466,7 @@ def test_a_pipelines_stop_sequence_is_read():
     assert stop in tokenizer.convert_ids_to_tokens(stopped[-1])
 
 
-# ---- prompts and masks ----
-
-
-def side_by_side(side, filler, lengths=(4, 7)):
-    rows, width = [prompt(length) for length in lengths], max(lengths)
-    pads = [(width - n, 0) if side == "left" else (0, width - n) for n in lengths]
-    ids = torch.cat([torch.nn.functional.pad(r, p, value=filler) for r, p in zip(rows, pads, strict=True)])
-    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), p) for r, p in zip(rows, pads, strict=True)])
-    return ids, mask
-
-
-@pytest.mark.parametrize("method", ["generate", "infill", "negative"])
-@pytest.mark.parametrize("shape", [(1, 5), (1, 9), (2, 7), (7,), (1, 1, 7)], ids=str)
-def test_a_mask_of_another_shape_is_refused(shape, method):
-    """Catches a narrower mask that cuts the prompt, and a wider one that crashes without a reason."""
-    model, mask = tiny(), torch.ones(shape, dtype=torch.long)
-    name, other = ("input_ids", "attention_mask")
-    if method == "negative":
-        name, other = ("negative_prompt_ids", "negative_prompt_attention_mask")
-    with pytest.raises(ValueError) as said:
-        if method == "generate":
-            model.generate(prompt(7), attention_mask=mask, max_new_tokens=2)
-        elif method == "infill":
-            model.infill(holes(), attention_mask=mask)
-        else:
-            model.generate(prompt(3), max_new_tokens=2, guidance_scale=2.0, **{name: prompt(7), other: mask})
-    assert f"{other} must have the shape of {name}, (1, 7), got {shape}" in str(said.value)
-
-
-@pytest.mark.parametrize("method", ["generate", "infill", "negative"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_found_without_a_mask(side, method):
-    """Catches a padded batch without a mask whose padding is read as text."""
-    model = tiny(seed=3, objective="full" if method == "infill" else "block")
-    ids, mask = side_by_side(side, PAD, lengths=(6, 9))
-
-    def run(**given):
-        if method == "generate":
-            return model.generate(ids, max_new_tokens=9, **given)
-        if method == "infill":
-            holed = ids.clone()
-            holed[:, 3:6] = MASK
-            return model.infill(holed, **given)
-        given = {f"negative_prompt_{name}": value for name, value in given.items()}
-        return model.generate(
-            prompt(3).repeat(2, 1), negative_prompt_ids=ids, guidance_scale=3.0, max_new_tokens=9, **given
-        )
-
-    expected = run(attention_mask=mask)
-    assert torch.equal(run(), expected)
-    assert torch.equal(run(attention_mask=mask.bool()), expected) and torch.equal(
-        run(attention_mask=mask.double()), expected
-    )
-    assert not torch.equal(run(attention_mask=torch.ones_like(mask)), expected), "padding did not matter"
-
-
-def test_padding_is_found_in_a_single_row_and_not_between_tokens():
-    """Catches padding of one row read as text, and a token of the text taken for padding."""
-    model = tiny(seed=3)
-    expected = model.generate(prompt(5), max_new_tokens=9)[0, 5:]
-    assert torch.equal(
-        model.generate(torch.nn.functional.pad(prompt(5), (2, 0), value=PAD), max_new_tokens=9)[0, 7:], expected
-    )
-    ids = prompt(5)
-    ids[0, 2] = PAD
-    everything = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9)
-    assert torch.equal(model.generate(ids, max_new_tokens=9), everything)
-
-
-@pytest.mark.parametrize("length", [1, 4])
-def test_a_beginning_that_is_padding_too_stays(length):
-    """Catches BOS taken for padding where both are one token, and the padding before it taken for text."""
-    bos = {"pad_token_id": 2, "bos_token_id": 2}
-    model = tiny(seed=3, **bos)
-    begun = torch.cat([torch.tensor([[2]]), prompt(length)], 1)
-    begun[0, 1:][begun[0, 1:] == 2] = 5
-    expected = model.generate(begun, attention_mask=torch.ones_like(begun), max_new_tokens=9)[0, length + 1 :]
-    assert torch.equal(model.generate(begun, max_new_tokens=9)[0, length + 1 :], expected)
-    other = torch.cat([torch.tensor([[2]]), prompt(length + 3)], 1)
-    other[0, 1:][other[0, 1:] == 2] = 5
-    batch = torch.cat([torch.nn.functional.pad(begun, (3, 0), value=2), other])
-    assert torch.equal(model.generate(batch, max_new_tokens=9)[0, length + 4 :], expected)
-    # without BOS in the longest row, the padding of the others is all of it
-    batch[:, 3] = torch.tensor([2, 7])
-    batch[1, 0] = 9
-    mask = torch.ones_like(batch)
-    mask[0, :4] = 0
-    assert torch.equal(
-        model.generate(batch, max_new_tokens=9), model.generate(batch, attention_mask=mask, max_new_tokens=9)
-    )
-    alone = torch.tensor([[2]])
-    assert torch.equal(
-        model.generate(alone, max_new_tokens=3), model.generate(alone, attention_mask=alone * 0 + 1, max_new_tokens=3)
-    )
-
-
-def test_padding_that_is_eos_is_said_once(monkeypatch):
-    """Catches padding that cannot be told from EOS being read as text without a word."""
-    said = []
-    monkeypatch.setattr("tide_hf.models.prompts_tide.logger.warning_once", said.append)
-    for own in ({"pad_token_id": EOS, "eos_token_id": EOS}, {"pad_token_id": None, "eos_token_id": [EOS, 20]}):
-        model = tiny(seed=3, **own)
-        ids, mask = side_by_side("left", EOS)
-        as_text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
-        model.generate(ids, attention_mask=mask, max_new_tokens=4)
-        model.generate(ids[1:], max_new_tokens=4)
-        assert not said
-        assert torch.equal(model.generate(ids, max_new_tokens=4), as_text)
-        assert len(said) == 1 and f"input_ids holds pad_token_id={EOS}" in said.pop()
-
-
-def test_holes_at_the_edge_are_no_padding():
-    """Catches holes that are taken for padding where [MASK] fills rows up, and so are never filled."""
-    model, ids = tiny(seed=3, pad_token_id=MASK), holes(7, (0, 6))
-    assert MASK not in model.infill(ids)
-
-
-def test_a_token_hidden_between_others_is_left_out():
-    """Catches positions that count a hidden token, so that the answer is neither with nor without it."""
-    for objective in ("block", "full"):
-        model, ids = tiny(seed=3, objective=objective), prompt(8)
-        mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 1]])
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=9, no_repeat_ngram_size=2)
-        expected = model.generate(ids[mask.bool()][None], max_new_tokens=9, no_repeat_ngram_size=2)
-        assert torch.equal(out[0, 8:], expected[0, 5:]) and torch.equal(out[:, :8], ids)
-
-
-def test_a_row_without_tokens_is_refused():
-    """Catches an inverted mask, or a row of padding, answered as if something had been asked."""
-    ids = torch.cat([prompt(5), torch.full((1, 5), PAD)])
-    for given in ({}, {"attention_mask": torch.tensor([[1] * 5, [0] * 5])}):
-        with pytest.raises(ValueError, match="Row 1 of input_ids is all padding"):
-            tiny().generate(ids, max_new_tokens=4, **given)
-        with pytest.raises(ValueError, match="Row 1 of input_ids is all padding"):
-            tiny().infill(ids, **given)
-    empty = torch.empty(1, 0, dtype=torch.long)
-    assert tiny().generate(empty, max_new_tokens=6, no_repeat_ngram_size=3).shape == (1, 6)
-
-
-def test_without_a_prompt_the_beginning_is_bos():
-    """Catches bos_token_id that is accepted and not read."""
-    model = tiny()
-    expected = model.generate(torch.tensor([[3]]), max_new_tokens=5)
-    assert torch.equal(model.generate(bos_token_id=3, max_new_tokens=5), expected)
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (torch.tensor([1, 2]), r"shape \(rows, tokens\), got \(2,\): \w+\[None\] makes one row"),
-        (torch.zeros(1, 2, 3, dtype=torch.long), r"shape \(rows, tokens\), got \(1, 2, 3\)"),
-        (torch.zeros(0, 3, dtype=torch.long), r"shape \(rows, tokens\), got \(0, 3\)"),
-        (torch.tensor([[1.0, 2.0]]), "must be integer token ids, got torch.float32"),
-        (torch.tensor([[True, False]]), "must be integer token ids, got torch.bool"),
-        ([[1, 2]], "must be a tensor of token ids, rows × tokens, got a list"),
-        ("text", "must be a tensor of token ids, rows × tokens, got a str"),
-        (
-            torch.tensor([[1, VOCAB]]),
-            f"holds the token id {VOCAB}, and the model's vocabulary has {VOCAB}, 0 to {VOCAB - 1}",
-        ),
-        (torch.tensor([[1, -100]]), "holds the token id -100, and"),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_prompts_that_are_none_are_refused(ids, message):
-    """Catches "index out of range in self" and its like, deep inside the network."""
-    for run in (
-        lambda: tiny().generate(ids, max_new_tokens=4),
-        lambda: tiny().infill(ids),
-        lambda: tiny().generate(prompt(2), negative_prompt_ids=ids, guidance_scale=2.0, max_new_tokens=4),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run()
-
-
-def test_hidden_ids_may_be_anything_and_small_integers_do():
-    """Catches ids of padding looked up in the embedding, and int32 ids that crash at the end of infilling."""
-    model, ids = tiny(), torch.nn.functional.pad(prompt(5), (2, 0), value=-100)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
-    expected = model.generate(prompt(5), max_new_tokens=5)[0, 5:]
-    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5)[0, 7:], expected)
-    assert torch.equal(model.infill(holes().int()), model.infill(holes()))
-    assert torch.equal(model.generate(prompt(5).int(), max_new_tokens=5), model.generate(prompt(5), max_new_tokens=5))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"attention_mask": torch.tensor([[0.0, -1e9, 0.0, 0.0]])}, "attention_mask must hold 1 at each token"),
-        ({"attention_mask": [[1, 1, 1, 1]]}, "attention_mask must have the shape of input_ids, .* got list"),
-        ({"negative_prompt_attention_mask": torch.ones(1, 4)}, "needs negative_prompt_ids"),
-        (
-            {"negative_prompt_ids": prompt(3).repeat(3, 1), "guidance_scale": 2.0},
-            "must have one row or 1 as the prompts",
-        ),
-    ],
-    ids=lambda value: str(value)[:20],
-)
-def test_masks_that_are_none_are_refused(arguments, message):
-    """Catches an additive mask read the wrong way round, and arguments that nothing reads."""
-    with pytest.raises(ValueError, match=message):
-        tiny().generate(prompt(4), max_new_tokens=4, **arguments)
-
-
-def test_logging_is_transformers_own():
-    """Catches warnings that transformers' verbosity does not reach."""
-    from tide_hf.models import prompts_tide, settings_tide
-
+def test_warnings_follow_transformers_verbosity():
+    """Catches warnings that transformers' own switch does not reach."""
     for module in (prompts_tide, settings_tide):
         assert module.logger is logging.get_logger(module.__name__)
