@@ -1,4 +1,4 @@
-"""How much is generated and whether it is drawn: lengths, passes, sampling, and settings that decide against one another."""
+"""How much is generated and whether it is drawn: lengths, passes, sampling, and settings that contradict others."""
 
 import pytest
 import torch

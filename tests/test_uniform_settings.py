@@ -64,7 +64,7 @@ def test_what_is_read_is_read_wherever_it_comes_from(model):
         assert torch.equal(answer(other, **settings), given)
         assert not torch.equal(given, answer(model, **settings))
     assert torch.equal(answer(model, max_new_tokens=8, do_sample=True), answer(model, max_new_tokens=8))
-    with pytest.raises(ValueError, match="do_sample=False: .*draws in each step"):
+    with pytest.raises(ValueError, match=r"do_sample=False: .*draws in each step"):
         answer(model, do_sample=False)
     with pytest.raises(ValueError, match="max_length=4 counts the prompt"):
         answer(model, max_length=4)
