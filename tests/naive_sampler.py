@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from tiny import BLOCK, MASK, SHAPE
+from transformers import GenerationConfig
 
 from tide_hf.models import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
 
@@ -26,6 +27,24 @@ def prompt(length, seed=1):
     return torch.randint(0, 20, (1, length), generator=torch.Generator().manual_seed(seed + length))
 
 
+def holes(length=7, columns=(2, 5)):
+    """A prompt's tokens with [MASK] in some columns."""
+    ids = prompt(length)
+    ids[0, list(columns)] = MASK
+    return ids
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def with_setting(name, value, config_class=GenerationConfig):
+    """A config as a file with this value gives it, without the checks of its constructor."""
+    config = config_class()
+    setattr(config, name, value)
+    return config
+
+
 def published_split(num_masked, steps):
     """Tokens per step of the published samplers: of those left, the rounded share that unmasks between two times.
 
@@ -46,6 +65,8 @@ def naive_generate(
 ):
     """One row from the definition: blocks from absolute position 0, a full forward of [prefix ; block] each step.
 
+    Of the last block only what is returned is denoised; the rest stays masked.
+
     Returns the new ids, cut behind EOS, and the number of denoising steps of each block.
     """
     ids, length = list(prompt_ids), len(prompt_ids)
@@ -56,7 +77,7 @@ def naive_generate(
     for block in range(length // size, -(-(length + max_new_tokens) // size)):
         start, end = block * size, (block + 1) * size
         ids = ids + [MASK] * (end - len(ids))
-        masked = [position for position in range(max(start, length), end)]
+        masked = list(range(max(start, length), min(end, length + max_new_tokens)))
         quota = published_split(len(masked), steps_per_block or len(masked))
         number = torch.arange(end) // size
         visible = (number[:, None] >= number[None, :])[None, None]

@@ -109,6 +109,32 @@ def test_a_model_that_cannot_chat_is_refused_in_one_sentence(missing, saved):
         main(["chat", str(saved), "--device", "cpu"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top_p", "0.9"], "top_p=0.9 narrows what tokens are drawn from"),
+        (["--no-do_sample", "--temperature", "0.7"], "do_sample=False takes the most probable token"),
+        (["--steps_per_block", "2", "--confidence_threshold", "0.9"], "steps_per_block=2 would be ignored"),
+        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_flags_that_contradict_are_refused_before_the_first_question(flags, message, saved):
+    """Catches a chat that asks for a line and then ends, or answers greedily where drawn answers were asked for."""
+    with pytest.raises(SystemExit, match=f"^tide-hf: .*{message}"):
+        main(["chat", str(saved), "--device", "cpu", *flags])
+
+
+def test_flags_reach_generate(saved, monkeypatch):
+    """Catches a flag that is parsed and not passed on."""
+    seen = []
+    monkeypatch.setattr("tide_hf.cli.chat", lambda *args, **kwargs: seen.append(kwargs))
+    flags = ["--do_sample", "--top_k", "0", "--top_p", "0.9", "--temperature", "0.5", "--max_new_tokens", "7"]
+    main(["chat", str(saved), "--device", "cpu", *flags])
+    expected = {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 0.5, "max_new_tokens": 7}
+    assert seen[0] == {"system": None, "generator": None, **expected}
+
+
 def test_mask_token_of_the_tokenizer_is_used(saved):
     """Catches published students, whose config says no mask id, being refused."""
     tiny_model(dtype=torch.float32, mask_token_id=None).save_pretrained(saved)

@@ -178,12 +178,12 @@ def test_guidance_matches_two_forwards(lengths, grid):
         # an absolute grid's last block is denoised whole and cut
         whole = end if full or grid == "prompt_aligned" else end + -(before + end) % BLOCK
         tokens = tokens[:end] + [MASK] * (whole - len(tokens[:end]))
-        for _ in range(start, whole):
+        for _ in range(start, end):
             plain, away = logits_with(ids, tokens, before), logits_with(negative, tokens, before)
             guided = away + 2.5 * (plain - away)
             guided[:, MASK] = -torch.inf
             probability, token = guided.softmax(-1).max(-1)
-            masked = [index for index in range(start, whole) if tokens[index] == MASK]
+            masked = [index for index in range(start, end) if tokens[index] == MASK]
             best = max(masked, key=lambda index: float(probability[index]))
             tokens[best] = int(token[best])
         start = end

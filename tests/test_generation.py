@@ -448,13 +448,6 @@ def test_do_sample_false_is_greedy():
     assert torch.equal(greedy, expected)
 
 
-@pytest.mark.parametrize("arguments", [{"max_length": 6}, {"num_beams": 4}, {"repetition_penalty": 1.5}], ids=str)
-def test_arguments_that_nothing_reads_are_refused(arguments):
-    """Catches settings of autoregressive decoding that are taken and ignored: max_length=6 would give 256 tokens."""
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        tiny().generate(prompt(4), **arguments)
-
-
 def test_a_model_without_mask_token_is_refused():
     """Catches a canvas filled with an arbitrary token; the argument alone is enough to go on."""
     model = tiny(mask_token_id=None)

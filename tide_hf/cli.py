@@ -31,12 +31,14 @@ def main(arguments: list[str] | None = None) -> None:
                 "steps_per_block",
                 "confidence_threshold",
                 "entropy_bound",
+                "do_sample",
                 "temperature",
                 "top_p",
                 "top_k",
             )
             if getattr(options, name) is not None
         }
+        model._generation_settings("generate", None, settings)  # refuses before the first question what it would then
         generator = None
         if options.seed is not None:
             generator = torch.Generator(model.device).manual_seed(options.seed)
@@ -141,9 +143,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--entropy_bound", type=float, help="reveal tokens while their joint entropy allows it (nats)"
     )
-    command.add_argument("--temperature", type=float, help="0 takes the most probable token")
+    command.add_argument(
+        "--do_sample",
+        action=argparse.BooleanOptionalAction,
+        help="draw tokens, at temperature 1 where none is given; or take the most probable ones",
+    )
+    command.add_argument(
+        "--temperature",
+        type=float,
+        help="to draw tokens at; 0 takes the most probable, and is the usual default",
+    )
     command.add_argument("--top_p", type=float, help="sample among the most probable tokens of this total probability")
-    command.add_argument("--top_k", type=int, help="sample among this many tokens")
+    command.add_argument("--top_k", type=int, help="sample among this many tokens; 0 is off")
     command.add_argument("--seed", type=int, help="of all random draws")
     command.add_argument("--system", help="a system message")
     command.add_argument("--device", help="cpu, cuda, mps, …; the first accelerator by default")

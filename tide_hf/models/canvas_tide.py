@@ -27,7 +27,7 @@ class Canvas:
         block_size (`int`): columns per block of the attention mask; W where everything sees everything.
         answer_column (`torch.LongTensor` of shape `(B,)`): column of each row's first answer token.
         num_answer (`int`): A, answer tokens per row at most.
-        prompt_ids (`torch.LongTensor` of shape `(B, P)`): the prompts as given.
+        prompt_ids (`torch.LongTensor` of shape `(B, P)`): the prompts, each behind its padding.
         eos_ids (`torch.LongTensor`): tokens that end an answer.
         pad_token_id (`int`): what stands behind an answer's end.
     """
@@ -75,11 +75,12 @@ class Canvas:
         return ids.masked_fill(index >= self.num_new[:, None], self.pad_token_id)
 
     def sequences(self) -> torch.Tensor:
-        """Prompts as given and their answers so far, `(B, P + A)`: what transformers calls `input_ids`."""
+        """Prompts, padded on the left, and answers so far, `(B, P + A)`: what transformers calls `input_ids`."""
         return torch.cat([self.prompt_ids, self.answer()], 1)
 
-    def end_rows(self, end: int, criteria: StoppingCriteriaList) -> None:
-        """Ends rows at an EOS, a stopping criterion or their last token, among the columns before `end`.
+    def end_rows(self, end: int, criteria: StoppingCriteriaList, is_late: bool = False) -> None:
+        """Ends rows at an EOS, a stopping criterion or their last token, among the columns before `end`; all of them
+        at `end` if it is late.
 
         Criteria are asked as in token-by-token decoding, once per answer token that has become final since the last
         call: `criteria(input_ids (B, P + n), None)`; a row's answer counts if its n-th token is final.
@@ -93,6 +94,8 @@ class Canvas:
                 stops = criteria(self.sequences()[:, : self.prompt_ids.shape[1] + n], None)
                 stops = stops & (self._num_final < n) & (n <= torch.minimum(final, self.num_new))
                 self.num_new = torch.where(stops, n, self.num_new)
+        if is_late:
+            self.num_new = torch.minimum(self.num_new, final)
         self._num_final = final
         self.finished = self.num_new <= final
         self.masked &= ~self.finished[:, None]
@@ -112,6 +115,9 @@ def answer_canvas(
     position 0 and the prompt's tail stands clean at the beginning of the first active block. On the prompt-aligned
     grid, and for full-sequence models, all answers start in one column, a block's edge. A negative prompt is padded
     so that its answer stands in the same columns as its row's; where lengths differ its first block is short.
+
+    Only answer tokens are denoised. On the absolute grid [MASK] stays in the rest of the last block, which is read as
+    a whole, as in training.
     """
     num_rows, size = len(prompt_ids), settings.block_size or settings.max_new_tokens
     lengths = prompt_mask.sum(-1)
@@ -119,8 +125,7 @@ def answer_canvas(
     tail = lengths % size if absolute else torch.zeros_like(lengths)
     prompts = [(prompt_ids, prompt_mask)]
     if negative_ids is not None:
-        negative_mask = torch.ones_like(negative_ids, dtype=torch.bool) if negative_mask is None else negative_mask
-        prompts.append((negative_ids.expand(num_rows, -1), negative_mask.bool().expand(num_rows, -1)))
+        prompts.append((negative_ids.expand(num_rows, -1), negative_mask.expand(num_rows, -1)))
     all_lengths = torch.cat([mask.sum(-1) for _, mask in prompts])
     unit = 1 if full else size
     start = -(-int((all_lengths - tail.repeat(len(prompts))).max()) // unit) * unit
@@ -128,6 +133,7 @@ def answer_canvas(
     if absolute:  # trained in whole blocks
         end = start + -(-(int(tail.max()) + settings.max_new_tokens) // size) * size
     answer_column = start + tail
+    answer_end = answer_column + settings.max_new_tokens
     offset = answer_column.repeat(len(prompts)) - all_lengths
     columns = torch.arange(end, device=prompt_ids.device)
     valid = columns >= offset[:, None]
@@ -142,12 +148,12 @@ def answer_canvas(
         ids=ids,
         position=(columns - offset[:, None]).clamp(min=0),
         valid=valid,
-        masked=columns >= answer_column[:, None],
+        masked=(columns >= answer_column[:, None]) & (columns < answer_end[:, None]),
         windows=[(column, min(column + size, end)) for column in range(start, end, size)],
         block_size=end if full else size,
         answer_column=answer_column,
         num_answer=settings.max_new_tokens,
-        prompt_ids=prompt_ids,
+        prompt_ids=prompt_ids.gather(1, prompt_mask.byte().argsort(dim=-1, stable=True)),
         eos_ids=torch.tensor([] if eos is None else eos, device=ids.device, dtype=torch.long).reshape(-1),
         pad_token_id=settings.pad_token_id,
     )

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MaxTimeCriteria, StoppingCriteriaList
 
 from .canvas_tide import Canvas
 from .sampling_tide import (
     RUN,
+    Rules,
     most_probable,
     propose_tokens,
     rank_descending,
     reveal_counts,
-    sampling_warpers,
     token_entropy,
     within_entropy_bound,
 )
@@ -64,19 +64,21 @@ class Decoder:
         settings ([`TIDEGenerationConfig`]): with every default filled in.
         generator (`torch.Generator`, *optional*): source of all random draws.
         streamer (*optional*): gets each finished window through `put`, its states through `put_draft` if it has that.
-        processors (`LogitsProcessorList`, *optional*), criteria (`StoppingCriteriaList`, *optional*): transformers'.
+        rules ([`~sampling_tide.Rules`], *optional*): transformers' processors, warpers and criteria.
     """
 
-    def __init__(self, model, canvas: Canvas, settings, generator=None, streamer=None, processors=None, criteria=None):
+    def __init__(self, model, canvas: Canvas, settings, generator=None, streamer=None, rules: Rules | None = None):
         self.model, self.canvas, self.settings = model, canvas, settings
         self.generator, self.streamer = generator, streamer
-        self.processors = LogitsProcessorList(processors or [])
-        self.criteria = StoppingCriteriaList(criteria or [])
-        self.warpers = sampling_warpers(settings.top_k, settings.top_p)
-        self.temperature = 0.0 if settings.do_sample is False else settings.temperature or 0.0
+        rules = Rules() if rules is None else rules
+        self.processors, self.warpers = rules.processors, rules.warpers
+        # the time is asked for once per block: it would cut a row behind the first token of the block just finished
+        self.deadlines = [rule for rule in rules.criteria if isinstance(rule, MaxTimeCriteria)]
+        self.criteria = StoppingCriteriaList(rule for rule in rules.criteria if rule not in self.deadlines)
+        self.temperature = settings.temperature
         self.forward_passes = 0
         self.cache = None
-        if not canvas.is_one_block:
+        if not canvas.is_one_block and settings.use_cache is not False:
             num_layers, width = model.config.num_hidden_layers, canvas.ids.shape[1]
             self.cache = Cache(layers=[BlockCacheLayer(width) for _ in range(num_layers)])
         self._span, self._visible = None, None
@@ -86,7 +88,8 @@ class Decoder:
         canvas = self.canvas
         for start, end in canvas.windows:
             self._denoise(start, end)
-            canvas.end_rows(end, self.criteria)
+            is_late = any(bool(rule(canvas.prompt_ids, None).all()) for rule in self.deadlines)
+            canvas.end_rows(end, self.criteria, is_late)
             if self.streamer is not None:
                 self.streamer.put(self._streamed(start, end))
             if bool(canvas.finished.all()):
@@ -110,8 +113,9 @@ class Decoder:
             num_left = int(canvas.masked[:, start:end].sum()) if shares is None else num_left - num_revealed
             step += 1
             if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-                first_new = max(start, int(canvas.answer_column[0]))
-                self.streamer.put_draft(canvas.ids[:1, first_new:end].cpu())
+                first_new = int(canvas.answer_column[0])
+                draft = slice(max(start, first_new), min(end, first_new + canvas.num_answer))
+                self.streamer.put_draft(canvas.ids[:1, draft].cpu())
 
     def _shares(self, num_masked: list[int], window: int) -> list[tuple[torch.Tensor, int]] | None:
         """Positions that each step reveals in each row `(B,)`, and in all; None where the network's answers decide."""
@@ -176,7 +180,8 @@ class Decoder:
         along once and are kept. Without a cache all columns run.
         """
         canvas = self.canvas
-        first, stop = (0, canvas.ids.shape[1]) if self.cache is None else (self.cache.get_seq_length(), end)
+        first = 0 if self.cache is None else self.cache.get_seq_length()
+        stop = canvas.ids.shape[1] if canvas.is_one_block else end
         if self._span != (first, stop):
             visible = canvas.visible(first, stop)
             # without a mask attention takes its fastest way, and copies no keys for the query heads that share them

@@ -13,113 +13,20 @@ from transformers.modeling_outputs import ModelOutput
 
 from .canvas_tide import answer_canvas, infill_canvas
 from .decoding_tide import Decoder
+from .generation_config_tide import TIDEGenerationConfig
 from .infilling_tide import TextInfillingMixin
-
-REMASKING = ("confidence", "random")
-BLOCK_GRIDS = ("absolute", "prompt_aligned")
-DEFAULTS = {"max_new_tokens": 256, "remasking": "confidence", "temperature": 0.0, "block_grid": "absolute"}
-TOKEN_IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-OWN_FIELDS = (
-    "mask_token_id",
-    "block_size",
-    "block_grid",
-    "steps_per_block",
-    "confidence_threshold",
-    "entropy_bound",
-    "remasking",
+from .prompts_tide import check_ids, padding_mask, token_rows
+from .sampling_tide import transformers_rules
+from .settings_tide import (
+    DEFAULTS,
+    FOR_ANSWERS,
+    FOR_INFILL,
+    READ,
+    REFUSED,
+    REFUSED_FOR_INFILL,
+    MergedSettings,
+    said_by,
 )
-# the settings this decoder reads; any other keyword would be accepted and ignored
-SETTINGS = tuple(
-    dict.fromkeys(
-        (
-            *DEFAULTS,
-            *TOKEN_IDS,
-            *OWN_FIELDS,
-            "do_sample",
-            "top_k",
-            "top_p",
-            "guidance_scale",
-            "return_dict_in_generate",
-        )
-    )
-)
-# a hole neither grows nor ends a row, and blocks of a text are counted from its beginning
-INFILL_SETTINGS = tuple(
-    name
-    for name in SETTINGS
-    if name not in ("max_new_tokens", "bos_token_id", "eos_token_id", "block_grid", "guidance_scale")
-)
-
-
-class TIDEGenerationConfig(GenerationConfig):
-    """How a student decodes.
-
-    Args:
-        max_new_tokens (`int`): tokens to generate at most, 256 by default.
-        mask_token_id (`int`, *optional*): id of [MASK]; the model's by default. It is never generated.
-        block_size (`int`, *optional*): tokens per block; the model's by default, which it was trained with. A
-            full-sequence student denoises its whole answer at once, or with this set blocks of it from left to right.
-        block_grid (`str`): where a block-diffusion student's blocks begin. `"absolute"`, the default: counted from
-            position 0 as in training, so the answer's first tokens share a block with the prompt's tail.
-            `"prompt_aligned"`: the answer starts a block and the prompt's first block is short, as in the sampler
-            published with BD3LM students by dllm and TIDE.
-        steps_per_block (`int`, *optional*): forward passes per block; one per token by default. Fewer reveal several
-            tokens at a time, divided as `sampling_tide.reveal_counts` says.
-        confidence_threshold (`float`, *optional*): reveal every token whose probability reaches it (at least one per
-            pass), in place of a fixed number of steps.
-        entropy_bound (`float`, *optional*): in nats; reveal positions in ascending order of entropy while the sum of
-            the revealed ones' entropies without the largest is at most this, in place of a fixed number of steps
-            (EB-Sampler, arXiv 2505.24857).
-        remasking (`str`): which positions are revealed first: `"confidence"` (most probable) or `"random"`.
-        temperature (`float`): 0 takes the most probable token, anything above samples. `do_sample=False` too
-            is greedy.
-        top_k (`int`, *optional*), top_p (`float`, *optional*): restrict sampling, as in transformers.
-        guidance_scale (`float`, *optional*): with a negative prompt, logits are z⁻ + scale · (z − z⁻); 1 is none.
-        eos_token_id, pad_token_id, return_dict_in_generate: as in transformers. A row ends at its first EOS; what
-            follows is padding.
-    """
-
-    def __init__(self, **kwargs):
-        for name in OWN_FIELDS:
-            setattr(self, name, kwargs.pop(name, None))
-        super().__init__(**kwargs)
-
-    def validate(self, *args, **kwargs):
-        """Checks what this decoder reads.
-
-        Raises:
-            ValueError: with the field, its value, and what it may be.
-        """
-        for name in ("max_new_tokens", "block_size", "steps_per_block", "top_k"):
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
-            raise ValueError(f"confidence_threshold must lie in (0, 1], got {self.confidence_threshold}.")
-        if self.remasking not in (None, *REMASKING):
-            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}.")
-        if self.block_grid not in (None, *BLOCK_GRIDS):
-            raise ValueError(f"block_grid must be one of {', '.join(BLOCK_GRIDS)}, got {self.block_grid!r}.")
-        if (self.temperature or 0) < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
-        if self.entropy_bound is None:
-            return
-        if self.entropy_bound < 0:
-            raise ValueError(f"entropy_bound must be 0 or more nats, got {self.entropy_bound}.")
-        for name, unread in (("confidence_threshold", None), ("remasking", "confidence")):
-            if getattr(self, name) not in (None, unread):
-                raise ValueError(
-                    f"entropy_bound={self.entropy_bound} decides by entropy which positions are revealed and how "
-                    f"many, so {name}={getattr(self, name)!r} would be ignored: set one of them to None."
-                )
-
-    @classmethod
-    def from_model_config(cls, model_config) -> "TIDEGenerationConfig":
-        """Token ids and block size of a model's config; everything else at its default."""
-        values = model_config if isinstance(model_config, dict) else model_config.to_dict()
-        # a full-sequence model has a block size in its config and was not trained in blocks
-        names = TOKEN_IDS if values.get("objective") == "full" else (*TOKEN_IDS, "block_size")
-        return cls(**{name: values[name] for name in names if values.get(name) is not None})
 
 
 @dataclass
@@ -146,7 +53,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         """Loads generation_config.json as [`TIDEGenerationConfig`]."""
         super().adjust_generation_fn(generation_config, *args, **kwargs)
         base = TIDEGenerationConfig.from_model_config(self.config)
-        self.generation_config = TIDEGenerationConfig.from_dict(_given(base) | _given(self.generation_config))
+        self.generation_config = TIDEGenerationConfig.from_dict(said_by(base) | said_by(self.generation_config))
 
     @torch.no_grad()
     def generate(
@@ -160,20 +67,24 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         streamer=None,
         generator: torch.Generator | None = None,
+        tokenizer=None,
         **kwargs,
     ) -> torch.LongTensor | BlockDiffusionOutput:
         """Denoises an answer behind each prompt.
 
         Args:
-            inputs (`torch.LongTensor` of shape `(B, P)`): prompts; also accepted as `input_ids`.
-            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 at padding, on either side.
-            generation_config ([`TIDEGenerationConfig`], *optional*): settings; keyword arguments override it.
+            inputs (`torch.LongTensor` of shape `(B, P)`): prompts; also accepted as `input_ids`. Without any, BOS.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 at padding, on either side, and at tokens
+                to leave out. Without it `pad_token_id` at the ends of a row is padding, unless that is EOS too.
+            generation_config ([`TIDEGenerationConfig`], *optional*): settings, over the model's own; keyword arguments
+                override it.
             logits_processor (`LogitsProcessorList`, *optional*): transformers' processors, called before temperature
                 once per n-th new token that is still masked, with what a token-by-token decoder would hand them:
-                `input_ids (B, P + n)`, the prompts as given and the n new tokens to the left ([MASK] where not
-                revealed yet), and float32 `scores (B, V)` (zeros in rows whose token is revealed, ignored).
+                `input_ids (B, P + n)`, the prompts, padded on the left, and the n new tokens to the left ([MASK]
+                where not revealed yet), and float32 `scores (B, V)` (zeros in rows whose token is revealed, ignored).
             stopping_criteria (`StoppingCriteriaList`, *optional*): asked after each block, once per new token n, with
-                `input_ids (B, P + n)` and None; a row ends behind the first token for which one says True.
+                `input_ids (B, P + n)` and None; a row ends behind the first token for which one says True, and all
+                of them behind the block in which a `MaxTimeCriteria` does.
             negative_prompt_ids (`torch.LongTensor` of shape `(B, P′)` or `(1, P′)`, *optional*): what guidance leads
                 away from, with `guidance_scale`; [MASK] in place of every prompt token gives the unconditional
                 guidance of the published samplers (their `cfg_scale` is `guidance_scale − 1`).
@@ -181,37 +92,40 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             streamer (*optional*): gets the prompt and each finished block through `put`, the block being denoised
                 through `put_draft` where it has that ([`~transformers.TextDiffusionStreamer`]); one row only.
             generator (`torch.Generator`, *optional*): source of all random draws.
+            tokenizer (*optional*): for `stop_strings`.
 
         Returns:
-            `torch.LongTensor` of shape `(B, P + new)`, or [`BlockDiffusionOutput`].
+            `torch.LongTensor` of shape `(B · num_return_sequences, P + new)`, or [`BlockDiffusionOutput`].
 
         Raises:
-            ValueError: unknown arguments, no prompt, no mask token, a streamer with several rows, guidance without
-                a negative prompt or the reverse.
+            ValueError: a setting that is not read or contradicts another, no prompt, no mask token, prompts or masks
+                of the wrong shape, type or vocabulary, a streamer with several rows, guidance without a negative
+                prompt or the reverse.
         """
-        prompt_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if prompt_ids is None:
-            raise ValueError("generate needs prompts: pass input_ids of shape (rows, tokens).")
-        settings = self._generation_settings(generation_config, kwargs, "generate", SETTINGS)
-        if (settings.guidance_scale in (None, 1)) != (negative_prompt_ids is None):
-            raise ValueError(
-                "Guidance needs both negative_prompt_ids and a guidance_scale other than 1, got "
-                f"negative_prompt_ids={'None' if negative_prompt_ids is None else 'given'} and "
-                f"guidance_scale={settings.guidance_scale}: pass both or neither."
-            )
-        if streamer is not None:
-            if len(prompt_ids) > 1:
-                raise ValueError(f"A streamer shows one row, got {len(prompt_ids)} prompts.")
-            streamer.put(prompt_ids.cpu())
-        canvas = answer_canvas(
-            prompt_ids,
-            _padding_mask(prompt_ids, attention_mask),
-            settings,
-            full=self.config.objective == "full",
-            negative_ids=negative_prompt_ids,
-            negative_mask=negative_prompt_attention_mask,
+        settings, prompt_ids = self._answer_settings(inputs, generation_config, kwargs)
+        prompts = [(prompt_ids, padding_mask(prompt_ids, attention_mask, settings, self.config.vocab_size))]
+        prompts += self._negative_prompt(
+            settings, len(prompt_ids), negative_prompt_ids, negative_prompt_attention_mask
         )
-        decoder = Decoder(self, canvas, settings, generator, streamer, logits_processor, stopping_criteria)
+        settings.pad_token_id = _filling(settings)
+        copies = settings.num_return_sequences or 1
+        if copies > 1:
+            prompts = [[part.repeat_interleave(copies, 0) for part in pair] for pair in prompts]
+            prompt_ids = prompts[0][0]
+        if streamer is not None and len(prompt_ids) > 1:
+            raise ValueError(f"A streamer shows one row, got {len(prompt_ids)} prompts.")
+        full = self.config.objective == "full"
+        canvas = answer_canvas(*prompts[0], settings, full, *(prompts[1] if len(prompts) > 1 else ()))
+        if settings.max_time is not None and full and len(canvas.windows) == 1:
+            raise ValueError(
+                f"max_time={settings.max_time} is asked for behind each block, and this full-sequence student "
+                "denoises its answer as one: set block_size, or leave max_time out."
+            )
+        given = logits_processor, stopping_criteria
+        rules = transformers_rules(self, settings, canvas.prompt_ids, (~prompts[0][1]).sum(-1), tokenizer, *given)
+        if streamer is not None:
+            streamer.put(prompt_ids.cpu())
+        decoder = Decoder(self, canvas, settings, generator, streamer, rules)
         self._run_in_eval_mode(decoder)
         if streamer is not None:
             streamer.end()
@@ -239,9 +153,11 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): tokens with `mask_token_id` where something is missing.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 at padding, on either side.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): as in `generate`.
             generation_config, generator, keyword arguments: as in `generate`, where they mean something; with
-                `steps_per_block` a block's masks are divided among that many passes. EOS does not end a row.
+                `steps_per_block` a block's masks are divided among that many passes. EOS does not end a row. Settings
+                about answers (their length, end, number, block grid, negative prompt) are refused, and left alone
+                in `model.generation_config`.
             logits_processor (`LogitsProcessorList`, *optional*): as in `generate`, with no prompt and the text to the
                 left as new tokens.
 
@@ -251,11 +167,14 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         Raises:
             ValueError: unknown arguments, no mask token.
         """
-        settings = self._generation_settings(generation_config, kwargs, "infill", INFILL_SETTINGS)
-        valid = _padding_mask(input_ids, attention_mask)
+        input_ids = token_rows(input_ids)
+        settings, _ = self._generation_settings("infill", generation_config, kwargs)
+        valid = padding_mask(input_ids, attention_mask, settings, self.config.vocab_size)
+        settings.pad_token_id = _filling(settings)
         canvas = infill_canvas(input_ids, valid, settings, full=self.config.objective == "full")
         num_masked = canvas.masked.sum(-1)
-        decoder = Decoder(self, canvas, settings, generator, processors=logits_processor)
+        rules = transformers_rules(self, settings, canvas.prompt_ids, processors=logits_processor)
+        decoder = Decoder(self, canvas, settings, generator, rules=rules)
         self._run_in_eval_mode(decoder)
         filled = input_ids.clone()
         filled[valid] = canvas.ids[canvas.valid]
@@ -270,33 +189,79 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         finally:
             self.train(was_training)
 
-    def _generation_settings(self, generation_config, kwargs, method: str, read: tuple) -> TIDEGenerationConfig:
-        """Keyword arguments over the given config over the model's own over the defaults."""
-        unread = [name for name in kwargs if name not in read]
-        if unread:
+    def _answer_settings(self, inputs, generation_config, kwargs) -> tuple[TIDEGenerationConfig, torch.LongTensor]:
+        """Settings of `generate`, and its prompts `(B, P)`."""
+        prompt_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        settings, merged = self._generation_settings("generate", generation_config, kwargs)
+        if prompt_ids is None and settings.bos_token_id is None:
+            raise ValueError("generate needs prompts: pass input_ids of shape (rows, tokens).")
+        if prompt_ids is None:
+            prompt_ids = torch.tensor([[settings.bos_token_id]], device=self.device)
+        prompt_ids = token_rows(prompt_ids)
+        settings.max_new_tokens = merged.answer_length(prompt_ids.shape[1], DEFAULTS["max_new_tokens"])
+        settings.max_length = prompt_ids.shape[1] + settings.max_new_tokens
+        if settings.min_new_tokens is not None:
+            settings.min_length = None  # as in transformers
+            if settings.min_new_tokens > settings.max_new_tokens:
+                raise ValueError(
+                    f"min_new_tokens={settings.min_new_tokens} is more than the {settings.max_new_tokens} tokens that "
+                    "are generated at most: raise max_new_tokens, or lower it."
+                )
+        if (settings.num_return_sequences or 1) > 1 and not settings.temperature and settings.remasking != "random":
             raise ValueError(
-                f"{method} does not read {', '.join(unread)}; block diffusion takes {', '.join(read)} "
-                "and the arguments in its signature."
+                f"num_return_sequences={settings.num_return_sequences} would give equal answers, since nothing is "
+                "drawn: pass do_sample=True or a temperature above 0, or leave it out."
             )
-        own = TIDEGenerationConfig.from_model_config(self.config)
-        values = DEFAULTS | _given(own) | _given(self.generation_config) | _given(generation_config) | kwargs
+        if settings.exponential_decay_length_penalty is not None and settings.eos_token_id is None:
+            raise ValueError("exponential_decay_length_penalty raises the score of EOS: pass eos_token_id.")
+        return settings, prompt_ids
+
+    def _negative_prompt(self, settings, num_rows: int, ids, attention_mask) -> list[tuple]:
+        """Negative prompts `(B, P′)` and their masks, or nothing without guidance."""
+        if (settings.guidance_scale in (None, 1)) != (ids is None):
+            raise ValueError(
+                "Guidance needs both negative_prompt_ids and a guidance_scale other than 1, got "
+                f"negative_prompt_ids={'None' if ids is None else 'given'} and "
+                f"guidance_scale={settings.guidance_scale}: pass both or neither."
+            )
+        if ids is None:
+            if attention_mask is not None:
+                raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids, which are not given.")
+            return []
+        ids = token_rows(ids, "negative_prompt_ids")
+        if len(ids) not in (1, num_rows):
+            raise ValueError(f"negative_prompt_ids must have one row or {num_rows} as the prompts, got {len(ids)}.")
+        mask = padding_mask(ids, attention_mask, settings, self.config.vocab_size, "negative_prompt_ids")
+        return [(ids.expand(num_rows, -1), mask.expand(num_rows, -1))]
+
+    def _generation_settings(self, method: str, given, kwargs) -> tuple[TIDEGenerationConfig, MergedSettings]:
+        """Keyword arguments over the given config over the model's own over the defaults."""
+        read, left_alone, refused = READ, (), REFUSED
+        if method == "infill":
+            read, left_alone, refused = FOR_INFILL, FOR_ANSWERS, REFUSED_FOR_INFILL
+        merged = MergedSettings(method, self.generation_config, given, kwargs, read, left_alone, refused)
+        merged.check_steps()
+        values = DEFAULTS | said_by(TIDEGenerationConfig.from_model_config(self.config))
+        # a keyword None takes back what configs say; EOS and padding may be none
+        defaults = {name: value for name, value in values.items() if name not in ("eos_token_id", "pad_token_id")}
+        values |= merged.values
+        values |= {name: value for name, value in defaults.items() if values[name] is None}
+        values["temperature"] = merged.temperature()
         settings = TIDEGenerationConfig.from_dict(values)
-        if settings.pad_token_id is None:
-            eos = settings.eos_token_id
-            settings.pad_token_id = (eos[0] if isinstance(eos, list) else eos) if eos is not None else 0
         if settings.mask_token_id is None:
             raise ValueError(f"{method} needs a mask token: pass mask_token_id=tokenizer.mask_token_id.")
-        return settings
+        for name in ("mask_token_id", "pad_token_id"):
+            if getattr(settings, name) is not None:
+                check_ids(torch.tensor(getattr(settings, name)), self.config.vocab_size, name)
+        return settings, merged
 
 
-def _given(config: GenerationConfig | None) -> dict:
-    """What a generation config says; unset fields say nothing."""
-    return {} if config is None else {k: v for k, v in config.to_diff_dict().items() if v is not None}
-
-
-def _padding_mask(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.BoolTensor:
-    """True at tokens; all of them without a mask."""
-    return torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+def _filling(settings: TIDEGenerationConfig) -> int:
+    """What stands behind an answer's end: padding, or EOS, or anything."""
+    eos = settings.eos_token_id
+    if settings.pad_token_id is not None:
+        return settings.pad_token_id
+    return 0 if eos is None else eos[0] if isinstance(eos, list) else eos
 
 
 def _output(sequences: torch.Tensor, num_new: torch.Tensor, decoder: Decoder) -> BlockDiffusionOutput:

@@ -10,10 +10,12 @@ import math
 
 import torch
 from torch import nn
-from transformers import Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3ForCausalLM
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_uniform import TIDEUniformQwen3Config
+from .prompts_tide import padding_mask, token_rows
+from .settings_tide import FOR_UNIFORM, REFUSED_FOR_UNIFORM, MergedSettings
 from .uniform_diffusion import NOISE_EPSILON, reverse_step, uniform_divergence
 
 NUM_NOISE_FEATURES = 16
@@ -107,49 +109,73 @@ class TIDEUniformQwen3ForDiffusion(Qwen3ForCausalLM):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         num_steps: int | None = None,
         greedy_tail: bool = True,
         generator: torch.Generator | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs,
     ) -> torch.LongTensor:
         """Ancestral sampling: random tokens behind the prompt, denoised together in steps of equal length in α.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left.
-            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): of them.
-            max_new_tokens (`int`): N, length of the answer.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): of them. Without it `pad_token_id` at the
+                ends of a row is padding, unless that is EOS too.
+            max_new_tokens (`int`, *optional*): N, length of the answer, 32 by default.
             num_steps (`int`, *optional*): network calls, at least 1; `config.num_steps` by default.
             greedy_tail (`bool`): the last step takes the likeliest token in place of a draw.
             generator (`torch.Generator`, *optional*): of the draws.
+            generation_config (`GenerationConfig`, *optional*), kwargs: `max_length` (P + N), `eos_token_id` and
+                `pad_token_id` as in transformers, over `model.generation_config` and the model's config.
 
         Returns:
             `torch.LongTensor` of shape `(B, P + N)`; behind an answer's first EOS stands padding (or EOS).
+
+        Raises:
+            ValueError: any other setting that is not off, in a keyword or a config; prompts or masks of the wrong
+                shape, type or vocabulary.
         """
+        given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        merged = MergedSettings(
+            "generate", self.generation_config, generation_config, kwargs | given, FOR_UNIFORM, (), REFUSED_FOR_UNIFORM
+        )
+        if merged.values.get("do_sample") is False:
+            raise ValueError(
+                "do_sample=False: a uniform-state diffusion LM begins with random tokens and draws in each step but "
+                "the last, with greedy_tail=True. Set do_sample to None, and pass a generator for a repeatable answer."
+            )
+        input_ids = token_rows(input_ids)
+        rows, prompt_length = input_ids.shape
+        max_new_tokens = merged.answer_length(prompt_length, default=32)
         num_steps = self.config.num_steps if num_steps is None else num_steps
         if num_steps < 1 or max_new_tokens < 1:
             raise ValueError(f"generate needs num_steps and max_new_tokens ≥ 1, got {num_steps}, {max_new_tokens}.")
-        rows, prompt_length = input_ids.shape
+        ids = {name: merged.values.get(name, getattr(self.config, name)) for name in ("eos_token_id", "pad_token_id")}
+        special = GenerationConfig(bos_token_id=self.config.bos_token_id, mask_token_id=None, **ids)
+        valid = padding_mask(input_ids, attention_mask, special, self.config.vocab_size)
         options = {"device": input_ids.device, "generator": generator}
         answer = torch.randint(self.config.vocab_size, (rows, max_new_tokens), **options)
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask, torch.ones_like(answer)], 1)
+        attention_mask = None if bool(valid.all()) else torch.cat([valid.long(), torch.ones_like(answer)], 1)
+        prompts = input_ids.masked_fill(~valid, 0)  # padding may be an id without a row in the embedding
         noise_level = torch.zeros(rows, prompt_length + max_new_tokens, device=input_ids.device)
         for step in range(num_steps):
             alpha, next_alpha = step / num_steps, (step + 1) / num_steps
             noise_level[:, prompt_length:] = 1 - alpha
-            logits = self(torch.cat([input_ids, answer], 1), attention_mask, noise_level).logits[:, prompt_length:]
+            logits = self(torch.cat([prompts, answer], 1), attention_mask, noise_level).logits[:, prompt_length:]
             predicted = logits.flatten(0, 1).float().softmax(-1)
             law = reverse_step(predicted, answer.flatten(), alpha, next_alpha)
             last = greedy_tail and step == num_steps - 1
             drawn = law.argmax(-1) if last else torch.multinomial(law, 1, generator=generator)[:, 0]
             answer = drawn.view_as(answer)
-        return torch.cat([input_ids, self._padded_behind_eos(answer)], 1)
+        return torch.cat([input_ids, _padded_behind_eos(answer, **ids)], 1)
 
-    def _padded_behind_eos(self, answer: torch.Tensor) -> torch.Tensor:
-        eos = self.config.eos_token_id
-        if eos is None:
-            return answer
-        is_eos = torch.isin(answer, torch.tensor(eos, device=answer.device))
-        behind = is_eos.cumsum(1) - is_eos.long() > 0
-        first_eos = eos[0] if isinstance(eos, list) else eos
-        return answer.masked_fill(behind, first_eos if self.config.pad_token_id is None else self.config.pad_token_id)
+
+def _padded_behind_eos(answer: torch.Tensor, eos_token_id, pad_token_id: int | None) -> torch.Tensor:
+    """What stands behind a row's first EOS becomes padding, or EOS where there is none."""
+    if eos_token_id is None:
+        return answer
+    is_eos = torch.isin(answer, torch.tensor(eos_token_id, device=answer.device))
+    behind = is_eos.cumsum(1) - is_eos.long() > 0
+    first_eos = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+    return answer.masked_fill(behind, first_eos if pad_token_id is None else pad_token_id)

@@ -1,17 +1,77 @@
 """What one denoising step reveals: a token for each masked position, and the positions that keep theirs (SPEC §1).
 
-Functions of tensors. This file travels with checkpoints: it imports torch and transformers alone.
+This file travels with checkpoints: it imports its siblings, torch and transformers.
 
 Shapes: B rows, K columns being denoised, N masked positions among them (row by row, left to right), V vocabulary.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from transformers.generation import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+from .settings_tide import ANSWER_PROCESSORS, CRITERIA, OFF_WARPERS, PROCESSORS
 
 RUN = 128  # logits that are searched for the largest one by one
+
+
+@dataclass
+class Rules:
+    """What transformers' objects decide while decoding.
+
+    Args:
+        processors (`LogitsProcessorList`): change the logits of a masked token, before temperature.
+        warpers (`LogitsProcessorList`): narrow what is drawn, behind temperature.
+        criteria (`StoppingCriteriaList`): end rows.
+    """
+
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    warpers: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+
+
+def transformers_rules(
+    model, settings, prompt_ids: torch.LongTensor, num_padding=None, tokenizer=None, processors=None, criteria=None
+) -> Rules:
+    """The rules that transformers' own code makes of the settings, with those given by the caller.
+
+    Args:
+        model: a `GenerationMixin`.
+        settings ([`TIDEGenerationConfig`]): of the call.
+        prompt_ids (`torch.LongTensor` of shape `(B, P)`): each behind its padding; no columns for a text with holes.
+        num_padding (`torch.LongTensor` of shape `(B,)`, *optional*): columns of padding.
+        tokenizer (*optional*): for `stop_strings`.
+        processors (*optional*), criteria (*optional*): lists given by the caller; one of the kind that a setting also
+            asks for takes its place, as in transformers.
+    """
+    columns, eos, options = torch.arange(prompt_ids.shape[1], device=prompt_ids.device), settings.eos_token_id, {}
+    if num_padding is None:  # a text with holes: nothing ends it, and its beginning is no missing prompt
+        eos, num_columns = None, 1
+    else:
+        num_columns = len(columns)
+        options["encoder_input_ids"] = prompt_ids
+        options["model_kwargs"] = {"attention_mask": (columns >= num_padding[:, None]).long()} if num_columns else {}
+    options |= {"input_ids_seq_length": num_columns, "device": prompt_ids.device}
+    eos = None if eos is None else torch.tensor(eos, dtype=torch.long, device=prompt_ids.device).reshape(-1)
+    asked = _part(settings, (*PROCESSORS, *ANSWER_PROCESSORS, "max_length"), _eos_token_tensor=eos)
+    narrowed = _part(settings, OFF_WARPERS, do_sample=True)
+    stops = _part(settings, CRITERIA, _eos_token_tensor=None)  # EOS and the last token end rows without asking
+    return Rules(
+        model._get_logits_processor(asked, logits_processor=LogitsProcessorList(processors or []), **options),
+        model._get_logits_processor(narrowed, logits_processor=LogitsProcessorList(), **options),
+        model._get_stopping_criteria(stops, StoppingCriteriaList(criteria or []), tokenizer=tokenizer),
+    )
+
+
+def _part(settings, names: Iterable[str], **changes) -> GenerationConfig:
+    """A generation config with some of the settings, in the form that `generate` of transformers hands on."""
+    part = GenerationConfig()
+    for name, value in ({name: getattr(settings, name) for name in names} | changes).items():
+        setattr(part, name, value)
+    return part
 
 
 @lru_cache(maxsize=1024)
@@ -33,16 +93,6 @@ def reveal_counts(num_masked: int, steps: int) -> tuple[int, ...]:
         counts.append(min(round(left * (1 - probability)), left))
         left -= counts[-1]
     return tuple(count for count in counts if count)
-
-
-def sampling_warpers(top_k: int | None, top_p: float | None) -> LogitsProcessorList:
-    """transformers' top-k and top-p, in this order, where set."""
-    warpers = LogitsProcessorList()
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    return warpers
 
 
 def propose_tokens(

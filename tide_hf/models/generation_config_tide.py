@@ -1,0 +1,113 @@
+"""How a student decodes: the settings of `generate` and `infill`.
+
+This file travels with checkpoints: it imports its siblings and transformers alone.
+"""
+
+from numbers import Integral
+
+from transformers import GenerationConfig
+
+from .settings_tide import OWN_FIELDS, TOKEN_IDS
+
+REMASKING = ("confidence", "random")
+BLOCK_GRIDS = ("absolute", "prompt_aligned")
+# integers by their least value, and shares between 0 and 1
+AT_LEAST = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "block_size", "steps_per_block", "num_return_sequences"), 1),
+    **dict.fromkeys(("top_k", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+}
+SHARES = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+class TIDEGenerationConfig(GenerationConfig):
+    """How a student decodes.
+
+    Args:
+        max_new_tokens (`int`): tokens to generate at most, 256 by default. Only these are denoised: where they end
+            inside a block, the rest of it stays [MASK], and without `steps_per_block` there are as many passes as
+            tokens.
+        max_length (`int`, *optional*): as in transformers the same with the prompt's columns. Of the two the nearer
+            (keyword, given config, model's config) is taken, and `max_new_tokens` where both come from one place.
+        mask_token_id (`int`, *optional*): id of [MASK]; the model's by default. It is never generated.
+        block_size (`int`, *optional*): tokens per block; the model's by default, which it was trained with. A
+            full-sequence student denoises its whole answer at once, or with this set blocks of it from left to right.
+        block_grid (`str`): where a block-diffusion student's blocks begin. `"absolute"`, the default: counted from
+            position 0 as in training, so the answer's first tokens share a block with the prompt's tail.
+            `"prompt_aligned"`: the answer starts a block and the prompt's first block is short, as in the sampler
+            published with BD3LM students by dllm and TIDE.
+        steps_per_block (`int`, *optional*): forward passes per block; one per token by default. Fewer reveal several
+            tokens at a time, divided as `sampling_tide.reveal_counts` says.
+        confidence_threshold (`float`, *optional*): reveal every token whose probability reaches it (at least one per
+            pass), in place of a fixed number of steps.
+        entropy_bound (`float`, *optional*): in nats; reveal positions in ascending order of entropy while the sum of
+            the revealed ones' entropies without the largest is at most this, in place of a fixed number of steps
+            (EB-Sampler, arXiv 2505.24857).
+        remasking (`str`): which positions are revealed first: `"confidence"` (most probable) or `"random"`.
+        temperature (`float`): 0, the default, takes the most probable token, anything above draws.
+        do_sample (`bool`, *optional*): True draws at the temperature given, at 1 without one; False does not draw.
+        top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, top_h (*optional*): narrow what is drawn, as in
+            transformers; refused where nothing is drawn.
+        guidance_scale (`float`, *optional*): with a negative prompt, logits are z⁻ + scale · (z − z⁻); 1 is none.
+        num_return_sequences (`int`, *optional*): answers drawn for each prompt, one behind the other.
+        max_time (`float`, *optional*): seconds, asked for behind each block, which is finished.
+        use_cache (`bool`, *optional*): False runs the columns before a block again in each pass.
+        kwargs: transformers' further settings. Processors of logits (`repetition_penalty`, `no_repeat_ngram_size`,
+            `suppress_tokens`, `min_new_tokens`, …) and `stop_strings` are transformers' own objects and are applied as
+            those given to `generate`. A pass reveals tokens in any order: rules about single tokens and places hold
+            exactly, rules about what stands to the left (`repetition_penalty`, n-grams, words of several tokens) know
+            what has been revealed there; with `block_size=1` that is everything. Every other setting is refused by
+            `generate` and `infill` unless it is off: `settings_tide.py` says why for each. It may be loaded and saved.
+        eos_token_id, pad_token_id, return_dict_in_generate: as in transformers. A row ends at its first EOS; what
+            follows is padding. bos_token_id: the prompt where none is given.
+    """
+
+    def __init__(self, **kwargs):
+        for name in OWN_FIELDS:
+            setattr(self, name, kwargs.pop(name, None))
+        super().__init__(**kwargs)
+
+    def validate(self, *args, **kwargs):
+        """Checks what this decoder reads.
+
+        Raises:
+            ValueError: with the field, its value, and what it may be.
+        """
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name, None)
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        for name in SHARES:
+            value = getattr(self, name, None)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}.")
+        if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold must lie in (0, 1], got {self.confidence_threshold}.")
+        if self.remasking not in (None, *REMASKING):
+            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}.")
+        if self.block_grid not in (None, *BLOCK_GRIDS):
+            raise ValueError(f"block_grid must be one of {', '.join(BLOCK_GRIDS)}, got {self.block_grid!r}.")
+        if (self.temperature or 0) < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
+        if self.max_time is not None and self.max_time <= 0:
+            raise ValueError(f"max_time must be a positive number of seconds, got {self.max_time}.")
+        if self.entropy_bound is None:
+            return
+        if self.entropy_bound < 0:
+            raise ValueError(f"entropy_bound must be 0 or more nats, got {self.entropy_bound}.")
+        for name, unread in (("confidence_threshold", None), ("remasking", "confidence")):
+            if getattr(self, name) not in (None, unread):
+                raise ValueError(
+                    f"entropy_bound={self.entropy_bound} decides by entropy which positions are revealed and how "
+                    f"many, so {name}={getattr(self, name)!r} would be ignored: set one of them to None."
+                )
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "TIDEGenerationConfig":
+        """Token ids and block size of a model's config; everything else at its default."""
+        values = model_config if isinstance(model_config, dict) else model_config.to_dict()
+        # a full-sequence model has a block size in its config and was not trained in blocks
+        names = TOKEN_IDS if values.get("objective") == "full" else (*TOKEN_IDS, "block_size")
+        return cls(**{name: values[name] for name in names if values.get(name) is not None})
