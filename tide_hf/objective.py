@@ -8,7 +8,7 @@ hidden sizes, V and U vocabularies.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -110,6 +110,12 @@ class Objective:
     def distills(self) -> bool:
         """Whether a teacher is needed."""
         return self.divergence != "none" and self.distill_weight != 0
+
+    @property
+    def evaluated(self) -> "Objective":
+        """What evaluation reports: TIDAL at λ = 1, ω = 1 and no scale is its divergence to the teacher, which does not
+        move while the weights stand still."""
+        return replace(self, tidal=False, tidal_scale=1.0)
 
     def to_dict(self) -> dict:
         """Plain values, for logs and cards."""
@@ -268,12 +274,13 @@ def _by_row(values: torch.Tensor, rows: torch.Tensor, t_B: torch.Tensor) -> torc
     return values.new_zeros(len(t_B)).index_add_(0, rows, values)
 
 
-def resolve_objective(config, alignment: str) -> Objective:
+def resolve_objective(config, alignment: str, schedule: str = "linear") -> Objective:
     """Fills every None of a configuration from its preset, for one pipeline.
 
     Args:
         config ([`TIDEConfig`]): given fields win over the preset's.
         alignment (`str`): `"token"` (shared tokenizer) or `"chunk"` (two tokenizers).
+        schedule (`str`): the student's own `noise_schedule`, where the configuration gives none.
 
     Raises:
         ValueError: for fields that do not go together, with the reason.
@@ -303,15 +310,16 @@ def resolve_objective(config, alignment: str) -> Objective:
     objective = Objective(
         preset=config.preset,
         alignment=alignment,
-        schedule=config.schedule,
+        schedule=config.schedule or schedule,
         ce_weighting=config.ce_weighting,
         chunk_weighting=config.chunk_weighting,
         loss_normalization=config.loss_normalization,
         **values,
     )
+    _check_weights(objective)
     if objective.tidal and objective.tidal_normalization == "expected":
         strength = expected_tidal_strength(
-            partial(masked_probability, schedule=config.schedule),
+            partial(masked_probability, schedule=objective.schedule),
             lambda_init=objective.lambda_init,
             lambda_max=objective.lambda_max,
             growth=objective.lambda_growth,
@@ -319,8 +327,24 @@ def resolve_objective(config, alignment: str) -> Objective:
             weight=objective.timestep_weight,
             time_epsilon=config.time_epsilon,
         )
-        objective = Objective(**{**objective.to_dict(), "tidal_scale": 1 / strength})
+        objective = replace(objective, tidal_scale=1 / strength)
     return objective
+
+
+def _check_weights(objective: Objective) -> None:
+    """Something must be learned."""
+    axes = objective.lambda_axes
+    is_still = objective.lambda_max == 0 and (objective.lambda_init == 0 or axes == "time")
+    if objective.distills and objective.tidal and is_still:
+        raise ValueError(
+            f"lambda_init={objective.lambda_init} and lambda_max=0 with lambda_axes={axes!r} make TIDAL's target the "
+            "student itself at every step, so that the teacher would teach nothing: raise lambda_max."
+        )
+    if objective.ce_weight == 0 and not objective.distills:
+        raise ValueError(
+            f"ce_weight=0 and no distillation term (divergence={objective.divergence!r}, distill_weight="
+            f"{objective.distill_weight}) leave nothing to train on: set one of the weights."
+        )
 
 
 def _check_tidal(divergence: str, allow_reverse: bool) -> None:
