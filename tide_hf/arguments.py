@@ -86,6 +86,8 @@ AT_CONSTRUCTION = _names("""
     parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
     ddp_timeout fsdp fsdp_config deepspeed skip_memory_metrics load_best_model_at_end
     """)
+# read when the repository is made, which is then where push_to_hub is set
+BY_THE_HUB = _names("hub_model_id hub_token hub_private_repo hub_revision hub_always_push")
 # read when the optimizer is made, at the first call of train()
 BY_THE_OPTIMIZER = _names(
     "learning_rate optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules"
@@ -167,6 +169,21 @@ def _check_parts(args) -> None:
             f"optim_target_modules={args.optim_target_modules!r} is read by the GaLore and APOLLO optimizers alone, "
             f"and optim is {optim!r}: leave it out, or choose one of them."
         )
+
+
+def refuse_unread(args, unread: Mapping[str, str], who: str) -> None:
+    """Refuses the library's own fields that one trainer does not read.
+
+    Args:
+        unread (`Mapping[str, str]`): field -> why.
+
+    Raises:
+        ValueError: naming the field, its value and the reason.
+    """
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in unread and not _is_default(value, field):
+            raise ValueError(f"{who} does not read {field.name}={value!r}: {unread[field.name]}.")
 
 
 def check_trainer_arguments(given: Mapping, refused: Mapping[str, str] = {}, who: str = "The trainer") -> None:

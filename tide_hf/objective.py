@@ -193,14 +193,15 @@ class Objective:
             teacher_head (`Callable`, *optional*): hidden states to logits, without gradient.
 
         Returns:
-            the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`.
+            the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`; where the batch
+            has `is_fill (N,)`, also `ce_answer`, which leaves those positions out.
         """
         precision = torch.promote_types(hidden_NH.dtype, torch.float32)
         weights_N, num_items = self._denoising_weights(batch, counts)
         weights_N = weights_N.to(precision) / num_items.clamp(min=1)
         if not self.distills:
             loss, nll_N, _ = fused_loss(hidden_NH, weight_VH, batch["targets"], self.ce_weight * weights_N)
-            return loss, {"ce": _by_row(nll_N * weights_N, batch["row"], batch["t"])}
+            return loss, _denoising_terms(nll_N * weights_N, batch)
         rows, weights, strength, num_items = self._distillation_weights(batch, counts, lambda_progress)
         weights = weights.to(precision) / num_items.clamp(min=1)
         if self.by_token:
@@ -227,7 +228,7 @@ class Objective:
             term = ChunkTerm(chunk_values, batch["pair_chunk"], batch["chunk_ends"], self.distill_weight * weights)
         loss, nll_N, values = fused_loss(hidden_NH, weight_VH, batch["targets"], self.ce_weight * weights_N, term)
         return loss, {
-            "ce": _by_row(nll_N * weights_N, batch["row"], batch["t"]),
+            **_denoising_terms(nll_N * weights_N, batch),
             "distill": _by_row(values * weights, rows, batch["t"]),
         }
 
@@ -267,6 +268,14 @@ class Objective:
         else:
             loss = CHUNK_DIVERGENCES[self.divergence]
         return partial(loss, temperature=self.temperature)
+
+
+def _denoising_terms(values_N: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The denoising loss of each row, of all its positions and of those that are no fill."""
+    terms = {"ce": _by_row(values_N, batch["row"], batch["t"])}
+    if "is_fill" in batch:
+        terms["ce_answer"] = _by_row(values_N * ~batch["is_fill"], batch["row"], batch["t"])
+    return terms
 
 
 def _by_row(values: torch.Tensor, rows: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:

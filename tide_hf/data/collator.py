@@ -11,6 +11,7 @@ class DistillationCollator:
 
     Args:
         pad_token_id, teacher_pad_token_id (`int`): fill ids of the two sides.
+        vocab_size, teacher_vocab_size (`int`, *optional*): rows of the two embeddings; a token beyond them is refused.
 
     A call returns `row_id (B,)`; `input_ids`, `labels`, `chunk_ids` and `attention_mask (B, L)`; and, where rows have
     a teacher side, `teacher_input_ids`, `teacher_chunk_ids` and `teacher_attention_mask (B, L_T)`.
@@ -18,6 +19,8 @@ class DistillationCollator:
 
     pad_token_id: int
     teacher_pad_token_id: int = 0
+    vocab_size: int | None = None
+    teacher_vocab_size: int | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = {
@@ -33,6 +36,12 @@ class DistillationCollator:
                 "teacher_chunk_ids": _pad([row["teacher_chunk_ids"] for row in rows], -1),
                 "teacher_attention_mask": _pad([[1] * len(row["teacher_input_ids"]) for row in rows], 0),
             }
+        for name, size in (("input_ids", self.vocab_size), ("teacher_input_ids", self.teacher_vocab_size)):
+            if size is not None and name in batch and int(batch[name].max()) >= size:
+                raise ValueError(
+                    f"A row's {name} hold the token id {int(batch[name].max())}, and the network's embedding has "
+                    f"{size} rows, ids 0 to {size - 1}: the rows were prepared with another tokenizer than its own."
+                )
         return batch
 
 
