@@ -88,8 +88,8 @@ def refuse_own_teacher(model, teacher, adapts: bool) -> None:
     shared = teacher is model or any(value.data_ptr() in own for value in teacher.parameters() if value.numel())
     if shared:
         raise ValueError(
-            "Teacher and student share parameters, so that the teacher would change with the student: load the teacher "
-            "a second time, or give its name."
+            "Teacher and student share parameters, so that the teacher would change with the student: load the "
+            "teacher a second time, or give its name."
         )
 
 

@@ -89,8 +89,8 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
         if foreign:
             raise ValueError(
                 f"{foreign} of the {len(held)} parameters of the optimizer are none that this run trains (those of "
-                "another model, or of an adapter's frozen base): give optimizer_cls_and_kwargs in place of optimizers, "
-                "or make it from the model that is trained."
+                "another model, or of an adapter's frozen base): give optimizer_cls_and_kwargs in place of "
+                "optimizers, or make it from the model that is trained."
             )
 
     def _refuse_other_objectives(self, model) -> None:
