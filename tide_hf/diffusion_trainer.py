@@ -67,6 +67,8 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
         refuse_unread(args, self.UNREAD, who)
         refuse_data_parallel(args)
         check_trainer_arguments(kwargs, self.REFUSED_ARGUMENTS, who)
+        for name in [name for name, value in kwargs.items() if value is None]:
+            del kwargs[name]  # one that is refused may be given as not given
         require_rows("train_dataset", train_dataset)
         for name, rows in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
             require_rows(f"eval_dataset{name and f'[{name!r}]'}", rows)

@@ -104,8 +104,8 @@ class IDLMConfig(DiffusionTrainingArguments):
     }
 
     def check_own_fields(self) -> None:
-        check_fields(self, CHOICES, RANGES)
         super().check_own_fields()
+        check_fields(self, CHOICES, RANGES)
         optim, schedule = OptimizerNames(self.for_fake("optim")), SchedulerType(self.for_fake("lr_scheduler_type"))
         if optim.value.startswith(_REFUSED_OPTIMIZERS):
             raise ValueError(

@@ -262,7 +262,7 @@ class IDLMTrainer(DiffusionTrainer):
     # -- set-up and resume --------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        if self.model.is_gradient_checkpointing:
+        if self.args.gradient_checkpointing:
             self._checkpoint_activations_of_the_fake()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.fake_training.prepare(self.accelerator, max_steps, set(self.get_decay_parameter_names(self.fake)))
