@@ -53,7 +53,7 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
         check_engine(self.accelerator)
         self._refuse_other_optimizer()
         self._optimizer_is_given = self.optimizer is not None
-        self._given = snapshot(args)
+        self._args_before = snapshot(args)
 
     def _check_given(self, args, kwargs: dict, train_dataset, eval_dataset) -> None:
         """Refuses, before anything is loaded, what could not be honoured."""

@@ -33,7 +33,7 @@ class LaterChangesMixin:
         Raises:
             ValueError: naming what was changed and cannot be honoured.
         """
-        args, before = self.args, self._given
+        args, before = self.args, self._args_before
         changed = changed_since(args, before)
         if not changed:
             return
@@ -57,12 +57,12 @@ class LaterChangesMixin:
         if changed & self.RESOLVED:
             self._resolve_again()
         logger.info(f"Changed since the trainer was made: {', '.join(sorted(changed))}")
-        self._given = snapshot(args)
+        self._args_before = snapshot(args)
 
     def _renew_optimizer(self, changed: set[str]) -> None:
         """The next training makes its optimizer anew."""
         if self.optimizer is not None and self._optimizer_is_given:
-            refuse_changes(changed, self.args, self._given)
+            refuse_changes(changed, self.args, self._args_before)
         self.optimizer = None
 
     def _resolve_again(self) -> None:

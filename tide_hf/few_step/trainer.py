@@ -166,9 +166,9 @@ class IDLMTrainer(DiffusionTrainer):
         self.noising, self.inverse = self._make_step(model.config, self.args)
 
     def _honour_changes(self) -> None:
-        changed = changed_since(self.args, self._given)
+        changed = changed_since(self.args, self._args_before)
         if self.fake_training.optimizer is not None:
-            refuse_changes(changed & (OF_THE_FAKES_OPTIMIZER | BY_THE_OPTIMIZER), self.args, self._given)
+            refuse_changes(changed & (OF_THE_FAKES_OPTIMIZER | BY_THE_OPTIMIZER), self.args, self._args_before)
         super()._honour_changes()
         if changed:
             self.objective = self._decide_objective(self.accelerator.unwrap_model(self.model).config, self.args)
