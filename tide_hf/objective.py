@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
+from transformers.utils import logging
 
 from .diffusion import chunk_loss_weight
 from .losses import (
@@ -36,6 +37,7 @@ from .losses import (
 )
 from .models.masked_diffusion import loss_weight, masked_probability
 
+logger = logging.get_logger(__name__)
 TOKEN_DIVERGENCES = {"forward_kl": forward_kl_loss, "reverse_kl": reverse_kl_loss, "jsd": jsd_loss}
 CHUNK_DIVERGENCES = {
     "calm": calm_loss,
@@ -43,6 +45,10 @@ CHUNK_DIVERGENCES = {
     "bernoulli_reverse_kl": bernoulli_reverse_kl_loss,
 }
 DIVERGENCES = (*TOKEN_DIVERGENCES, *CHUNK_DIVERGENCES, "none")
+TIDAL_FIELDS = (
+    *("lambda_init", "lambda_max", "lambda_growth", "lambda_axes", "timestep_weight", "tidal_normalization"),
+    "allow_reverse_tidal",
+)
 REVERSE_DIVERGENCES = ("reverse_kl", "reverse_calm", "bernoulli_reverse_kl")
 ALIGNMENTS = ("token", "chunk")
 
@@ -326,6 +332,7 @@ def resolve_objective(config, alignment: str, schedule: str = "linear") -> Objec
         **values,
     )
     _check_weights(objective)
+    _warn_about_unread(config, objective)
     if objective.tidal and objective.tidal_normalization == "expected":
         strength = expected_tidal_strength(
             partial(masked_probability, schedule=objective.schedule),
@@ -338,6 +345,25 @@ def resolve_objective(config, alignment: str, schedule: str = "linear") -> Objec
         )
         objective = replace(objective, tidal_scale=1 / strength)
     return objective
+
+
+def _warn_about_unread(config, objective: Objective) -> None:
+    """Says which fields were given and play no part in this objective."""
+    read = {
+        "jsd_beta": objective.divergence == "jsd",
+        "demo_ratio": objective.comp_demo,
+        "temperature": objective.distills,
+        **dict.fromkeys(("tidal", "comp_demo"), objective.distills),
+        **dict.fromkeys(TIDAL_FIELDS, objective.tidal),
+    }
+    unread = [f"{name}={getattr(config, name)}" for name, is_read in read.items() if not is_read]
+    unread = [text for text in unread if not text.endswith(("=None", "=False"))]
+    if unread:
+        logger.warning(
+            f"Given and not read, for the objective has no such part (divergence={objective.divergence!r}, "
+            f"distill_weight={objective.distill_weight}, tidal={objective.tidal}, comp_demo={objective.comp_demo}): "
+            f"{', '.join(unread)}."
+        )
 
 
 def _check_weights(objective: Objective) -> None:
