@@ -12,6 +12,7 @@ import pytest
 import references
 import torch
 from accelerate.utils import DistributedType
+from datasets import concatenate_datasets
 from few_step_run import tiny_few_step
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from tiny import tiny_model
@@ -146,6 +147,29 @@ def test_step_equals_a_straightforward_one(tmp_path, objective):
     assert_close(got.detach(), expected_student.detach(), rtol=1e-5, atol=1e-7)
     for (name, value), gradient in zip(student.named_parameters(), expected, strict=True):
         assert_close(value.grad, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+def test_evaluation_is_the_definition_over_the_rows_that_train(tmp_path):
+    """Catches an evaluated loss without the positions that the student saw, and rows counted that weigh nothing."""
+    trainer = tiny_few_step(tmp_path, eval_dataset=sorting_rows(5, seed=9), per_device_eval_batch_size=2)
+    for seed, network in ((5, trainer.fake), (6, trainer.teacher)):
+        network.load_state_dict(tiny_model(seed).state_dict())
+    metrics, rows = trainer.evaluate(), trainer.eval_dataset
+    batch = trainer._noise(trainer.data_collator([rows[index] for index in range(5)]), None, 0)
+    assert len(batch["seen"]) > 0
+    networks = (trainer.model, trainer.teacher, trainer.fake)
+    with torch.no_grad():
+        whole = trainer.inverse.student_loss(*networks, batch, 5.0)
+        alone = trainer.inverse.student_loss(*networks, {**batch, **_nothing_seen(batch)}, 5.0)
+    assert metrics["eval_loss"] == pytest.approx(whole.item(), rel=1e-5) != alone.item()
+    empty = rows.select([0]).map(lambda row: {"labels": [-100] * len(row["labels"])}).cast(rows.features)
+    filled = trainer.evaluate(concatenate_datasets([rows, empty]))
+    for name in ("eval_loss", "eval_fake_loss"):
+        assert filled[name] == pytest.approx(metrics[name], rel=1e-6)
+
+
+def _nothing_seen(batch) -> dict:
+    return {name: batch[name][:0] for name in ("seen", "seen_targets", "seen_row", "seen_weights")}
 
 
 def test_student_stands_still_where_fake_equals_teacher(tmp_path):

@@ -8,6 +8,7 @@ forward.
 import json
 from dataclasses import replace
 from itertools import islice
+from os import PathLike
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
@@ -86,6 +87,7 @@ class TIDETrainer(DiffusionTrainer):
         args = TIDEConfig() if args is None else args
         self._check_given(args, kwargs, train_dataset, eval_dataset)
         require_tokenizer("teacher_processing_class", teacher_processing_class)
+        teacher = str(teacher) if isinstance(teacher, PathLike) else teacher
         refuse_own_teacher(model, teacher, adapts=peft_config is not None)
         model, processing_class, revision = load_student(model, args, processing_class)
         if teacher_processing_class is None:
