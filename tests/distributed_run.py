@@ -36,7 +36,7 @@ def main() -> None:
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     trainer.train()
     # five rows do not divide by two processes: the repeated rows must not count
-    metrics = trainer.evaluate(trainer._prepare("eval", sorting_rows(5, seed=9), trainer.args))
+    metrics = trainer.evaluate(sorting_rows(5, seed=9))
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     held = [value for group in trainer.optimizer.param_groups for value in group["params"]]
     assert all(isinstance(value, DTensor) == ("fsdp" in sharding) for value in held)

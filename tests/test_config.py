@@ -126,6 +126,19 @@ def test_ce_turns_tidal_and_compdemo_off(config):
     assert (objective.tidal, objective.comp_demo, objective.distills) == (False, False, False)
 
 
+def test_fields_without_a_part_in_the_objective_are_named(config, monkeypatch):
+    """Catches a λ, a β or a temperature that is given and silently plays no part."""
+    heard = []
+    monkeypatch.setattr("tide_hf.objective.logger.warning", heard.append)
+    resolve_objective(config(), "token")
+    resolve_objective(config(preset="kl", temperature=3.0, tidal=False), "token")
+    assert not heard
+    resolve_objective(config(preset="kl", lambda_init=0.5, jsd_beta=0.3, demo_ratio=0.1), "token")
+    assert all(text in heard[0] for text in ("lambda_init=0.5", "jsd_beta=0.3", "demo_ratio=0.1", "not read"))
+    resolve_objective(config(preset="ce", tidal=True, temperature=3.0), "token")
+    assert "tidal=True" in heard[1] and "temperature=3.0" in heard[1]
+
+
 def test_expected_normalization_divides_by_the_average_strength(config):
     """Catches TIDAL at a twelfth of KL's strength where weight 1 was promised to mean the same."""
     objective = resolve_objective(config(tidal_normalization="expected"), "token")

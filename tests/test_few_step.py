@@ -12,6 +12,7 @@ import pytest
 import references
 import torch
 from accelerate.utils import DistributedType
+from datasets import concatenate_datasets
 from few_step_run import tiny_few_step
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from tiny import tiny_model
@@ -111,6 +112,7 @@ def naive_losses(trainer, student, teacher, fake, rows, update):
                 student_total = student_total + (q[i] * (log_f.detach() - log_f_star)).sum() / t
             else:
                 fake_total = fake_total - log_f[clean[i]] / t
+                student_total = student_total + (log_f[clean[i]].detach() - log_f_star[clean[i]]) / t
     return fake_total / len(rows), student_total / len(rows)
 
 
@@ -144,6 +146,29 @@ def test_step_equals_a_straightforward_one(tmp_path, objective):
     assert_close(got.detach(), expected_student.detach(), rtol=1e-5, atol=1e-7)
     for (name, value), gradient in zip(student.named_parameters(), expected, strict=True):
         assert_close(value.grad, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+def test_evaluation_is_the_definition_over_the_rows_that_train(tmp_path):
+    """Catches an evaluated loss without the positions that the student saw, and rows counted that weigh nothing."""
+    trainer = tiny_few_step(tmp_path, eval_dataset=sorting_rows(5, seed=9), per_device_eval_batch_size=2)
+    for seed, network in ((5, trainer.fake), (6, trainer.teacher)):
+        network.load_state_dict(tiny_model(seed).state_dict())
+    metrics, rows = trainer.evaluate(), trainer.eval_dataset
+    batch = trainer._noise(trainer.data_collator([rows[index] for index in range(5)]), None, 0)
+    assert len(batch["seen"]) > 0
+    networks = (trainer.model, trainer.teacher, trainer.fake)
+    with torch.no_grad():
+        whole = trainer.inverse.student_loss(*networks, batch, 5.0)
+        alone = trainer.inverse.student_loss(*networks, {**batch, **_nothing_seen(batch)}, 5.0)
+    assert metrics["eval_loss"] == pytest.approx(whole.item(), rel=1e-5) != alone.item()
+    empty = rows.select([0]).map(lambda row: {"labels": [-100] * len(row["labels"])}).cast(rows.features)
+    filled = trainer.evaluate(concatenate_datasets([rows, empty]))
+    for name in ("eval_loss", "eval_fake_loss"):
+        assert filled[name] == pytest.approx(metrics[name], rel=1e-6)
+
+
+def _nothing_seen(batch) -> dict:
+    return {name: batch[name][:0] for name in ("seen", "seen_targets", "seen_row", "seen_weights")}
 
 
 def test_student_stands_still_where_fake_equals_teacher(tmp_path):
@@ -202,8 +227,9 @@ def test_chunks_of_the_head_change_nothing(tmp_path):
     for size in (1024, 3):
         trainer = tiny_few_step(tmp_path, head_chunk_size=size)
         trainer.train()
-        losses.append(logs_of(trainer) + logs_of(trainer, "fake_loss"))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)  # sums are taken in another order
+        losses.append((logs_of(trainer), logs_of(trainer, "fake_loss")))
+    for whole, in_parts in zip(*losses, strict=True):
+        assert whole == pytest.approx(in_parts, rel=1e-6), "sums in another order"
 
 
 def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):
@@ -627,6 +653,6 @@ def test_published_defaults(tmp_path):
     assert (args.ema_decay, args.fake_steps_per_student_step) == (0.9999, 1)
     assert args.lr_scheduler_type == "constant_with_warmup" and args.warmup_steps > 0
     assert args.optim == "adamw_torch" or args.optim.startswith("adamw_torch")
-    assert not args.bf16 and not args.fp16 and args.schedule == "linear" and args.time_epsilon == 1e-3
+    assert not args.bf16 and not args.fp16 and args.schedule is None and args.time_epsilon == 1e-3
     for name in ("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"):
         assert args.for_fake(name) == getattr(args, name)

@@ -69,7 +69,9 @@ def test_card_of_a_run_is_complete_and_true(run):
     metrics = [metric for result in data["model-index"][0]["results"] for metric in result["metrics"]]
     logged = [entry for entry in run.state.log_history if "eval_ce" in entry]
     values = {metric["type"]: metric["value"] for metric in metrics}
-    assert values["denoising loss, nats per token"] == logged[-1]["eval_ce"] and len(metrics) == 3
+    assert values["denoising loss, nats per token"] == logged[-1]["eval_ce"] and len(metrics) == 4
+    (of_answers,) = (value for name, value in values.items() if "per answer token" in name)
+    assert of_answers == logged[-1]["eval_ce_answer"]
     assert f"| {logged[0]['eval_ce']:.4g} | {logged[-1]['eval_ce']:.4g} |" in text
     assert str(Path(run.args.output_dir).parent) not in text and "2505.09388" in text
 

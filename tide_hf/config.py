@@ -1,9 +1,16 @@
 """TIDEConfig: transformers' training arguments plus every knob of the distillation; and what other configs share."""
 
+import math
+import re
 from dataclasses import dataclass, field
+from inspect import get_annotations
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Union, get_args, get_origin
 
 from transformers import TrainingArguments
 
+from .arguments import check_training_arguments
 from .data import EOS_FILLS, TRAINED_TURNS
 from .models.masked_diffusion import SCHEDULES, TIME_EPSILON
 from .objective import DIVERGENCES, PRESETS
@@ -16,7 +23,7 @@ CHOICES = {
     "lambda_axes": ("both", "progress", "time", None),
     "timestep_weight": ("midrange", "uniform", None),
     "tidal_normalization": ("none", "expected", None),
-    "schedule": SCHEDULES,
+    "schedule": (*SCHEDULES, None),
     "ce_weighting": ("schedule", "uniform"),
     "chunk_weighting": ("paper", "exact"),
     "loss_normalization": ("token", "sequence", "batch"),
@@ -25,8 +32,14 @@ CHOICES = {
     "teacher_context": ("paper", "native"),
     "teacher_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
-# field -> (smallest, largest, whether the ends are allowed)
+# field -> (smallest, largest, whether the ends are allowed); None, NaN and infinities never lie in a range
 RANGES = {
+    "max_length": (1, float("inf"), True),
+    "teacher_max_length": (1, float("inf"), True),
+    "dataset_num_proc": (1, float("inf"), True),
+    "mask_token_id": (0, float("inf"), True),
+    "teacher_mask_token_id": (0, float("inf"), True),
+    "shared_vocab_size": (1, float("inf"), True),
     "temperature": (0.0, float("inf"), False),
     "ce_weight": (0.0, float("inf"), True),
     "distill_weight": (0.0, float("inf"), True),
@@ -36,6 +49,8 @@ RANGES = {
     "jsd_beta": (0.0, 1.0, False),
     "time_epsilon": (0.0, 1.0, False),
 }
+# metrics of the trainers, all of them the smaller the better, with or without a dataset's name in front
+OWN_METRIC = re.compile(r"(^|_)(loss|ce|ce_answer|distill|nll_[\d.e-]+)$")
 
 
 def _knob(default, text: str):
@@ -55,9 +70,40 @@ def check_fields(config, choices: dict[str, tuple], ranges: dict[str, tuple[floa
             raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
     for name, (low, high, closed) in ranges.items():
         value = getattr(config, name, None)
-        if value is not None and not (low <= value <= high if closed else low < value < high):
-            ends = "[]" if closed else "()"
+        if value is None:
+            continue
+        inside = low <= value <= high if closed else low < value < high
+        if not (inside and math.isfinite(value)):
+            ends = "[]" if closed and high != float("inf") else "[)" if closed else "()"
             raise ValueError(f"{name}={value} is out of range; it must lie in {ends[0]}{low:g}, {high:g}{ends[1]}.")
+
+
+def check_types(config) -> None:
+    """Checks that the library's own fields of a configuration hold what they are declared to.
+
+    Raises:
+        ValueError: naming the field, its value and the declared type.
+    """
+    declared = {}
+    for cls in reversed(type(config).__mro__):
+        if issubclass(cls, DiffusionTrainingArguments):  # HfArgumentParser rewrites the types of dataclasses.fields
+            declared |= {name: kind for name, kind in get_annotations(cls).items() if name[0] != "_"}
+    for name, kind in declared.items():
+        value, is_union = getattr(config, name), get_origin(kind) in (Union, UnionType)
+        allowed = get_args(kind) if is_union else (kind,)
+        if not any(_is_of(value, part) for part in allowed):
+            names = " or ".join(
+                "None" if part is NoneType else getattr(part, "__name__", str(part)) for part in allowed
+            )
+            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {names}.")
+
+
+def _is_of(value, kind) -> bool:
+    """Whether a value is of a declared type: an integer is a float too, and True is neither."""
+    kind = get_origin(kind) or kind
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
 @dataclass
@@ -70,10 +116,16 @@ class DiffusionTrainingArguments(TrainingArguments):
         ValueError: for an unknown choice or a number out of range, with what is allowed.
     """
 
-    schedule: str = _knob("linear", "α(t), the probability that a position stays clean: linear 1−t or cosine.")
+    schedule: str | None = _knob(
+        None,
+        "α(t), the probability that a position stays clean: linear 1−t or cosine; the student's own by default. A "
+        "given one is written into its config.",
+    )
     time_epsilon: float = _knob(TIME_EPSILON, "Smallest diffusion time, in (0, 1).")
     block_size: int | None = _knob(
-        None, "Tokens per diffusion block; the student's own by default. Divides max_length."
+        None,
+        "Tokens per diffusion block; the student's own by default. Divides max_length. A given one is written into "
+        "its config and generation config.",
     )
     max_length: int = _knob(512, "Tokens of a student row; longer rows are cut.")
     eos_fill: str = _knob(
@@ -89,7 +141,38 @@ class DiffusionTrainingArguments(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012  (transformers')
 
+    # further fields of TrainingArguments that a trainer refuses -> why
+    REFUSED = {}  # noqa: RUF012
+
     def __post_init__(self):
+        self.check_own_fields()
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric is not None and OWN_METRIC.search(metric):
+            self.greater_is_better = False  # transformers takes what does not end in "loss" for a score
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # a streaming dataset is read by every process: noise is drawn on the host, nothing is broadcast
+            self.accelerator_config.dispatch_batches = False
+        self.check()
+
+    def check(self) -> None:
+        """Checks all fields; trainers call it when they are made and when they begin, for fields can be assigned.
+
+        Raises:
+            ValueError: naming the field, its value, and what is allowed.
+        """
+        self.check_own_fields()
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            value = getattr(self, name, None)
+            if isinstance(value, str):
+                raise ValueError(
+                    f"{name}={value!r} is no dictionary; on a command line give JSON: '{{\"dtype\": …}}'."
+                )
+        check_training_arguments(self, self.REFUSED)
+
+    def check_own_fields(self) -> None:
+        """Checks the fields that transformers does not know."""
+        check_types(self)
         check_fields(self, CHOICES, RANGES)
         if self.block_size is not None and (self.block_size < 1 or self.max_length % self.block_size):
             raise ValueError(
@@ -98,10 +181,6 @@ class DiffusionTrainingArguments(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop row_key, which keys the noise; leave it False.")
-        super().__post_init__()
-        if self.accelerator_config.dispatch_batches is None:
-            # a streaming dataset is read by every process: noise is drawn on the host, nothing is broadcast
-            self.accelerator_config.dispatch_batches = False
 
 
 @dataclass
@@ -185,8 +264,12 @@ class TIDEConfig(DiffusionTrainingArguments):
 
     _VALID_DICT_FIELDS = [*DiffusionTrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
 
-    def __post_init__(self):
-        for level in self.eval_noise_levels or []:
-            if not 0 < level <= 1:
+    def check_own_fields(self) -> None:
+        super().check_own_fields()
+        levels = self.eval_noise_levels or []
+        for level in levels:
+            if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level <= 1:
                 raise ValueError(f"eval_noise_levels must lie in (0, 1], got {level}.")
-        super().__post_init__()
+        names = [f"nll_{level:g}" for level in levels]
+        if len(set(names)) < len(names):
+            raise ValueError(f"eval_noise_levels={levels} would report two levels under one name, of {names}.")

@@ -6,10 +6,11 @@ The batch of a step is noised on the host, before any network runs.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from os import PathLike
 
 import torch
 from accelerate.utils import gather_object
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -20,14 +21,26 @@ from transformers import (
     TrainerCallback,
 )
 
+from .arguments import (
+    check_engine,
+    check_method_arguments,
+    check_trainer_arguments,
+    refuse_unread,
+    snapshot,
+)
+from .checks import refuse_data_parallel, require_rows, require_tokenizer, require_vocabulary
+from .config import DiffusionTrainingArguments
 from .data import RowStream, StreamLoader, is_prepared, prepare_dataset, require_same_preparation, without_weight
 from .hub import HubTrainerMixin
-from .models.masked_diffusion import block_visibility
+from .later_changes import LaterChangesMixin
+from .models.masked_diffusion import PADDING_STREAM, block_visibility
 from .teachers import resolve_mask_token_id
 
 
-class DiffusionTrainer(HubTrainerMixin, Trainer):
+class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
     """`transformers.Trainer` for diffusion LMs; subclasses set `_preparation` and say what a step is.
+
+    What of `transformers` is read and what is refused stands in [`~tide_hf.arguments`].
 
     Attributes:
         preparation_reports (`dict`): what became of the rows of each dataset.
@@ -38,10 +51,61 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
     OBJECTIVES = ("block", "full")
     _train_stream: StreamLoader | None = None  # what training reads, if that is a stream
     _pass = 0  # over the training rows
+    CONFIG = DiffusionTrainingArguments
+    # arguments of Trainer, and own fields of the config, that a trainer refuses when they are set -> why
+    REFUSED_ARGUMENTS = {}  # noqa: RUF012
+    UNREAD = {}  # noqa: RUF012
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args, **kwargs):
+        use_cache = getattr(model.config, "use_cache", None)
+        super().__init__(model=model, args=args, **kwargs)
+        if use_cache is not None:
+            self.model.config.use_cache = use_cache  # Trainer writes its own default over the checkpoint's
+        check_engine(self.accelerator)
+        self._refuse_other_optimizer()
+        self._optimizer_is_given = self.optimizer is not None
+        self._args_before = snapshot(args)
         self.add_callback(_StreamEpoch(self))
+
+    def _check_given(self, args, kwargs: dict, train_dataset, eval_dataset) -> None:
+        """Refuses, before anything is loaded, what could not be honoured."""
+        who = type(self).__name__
+        if not isinstance(args, self.CONFIG):
+            raise ValueError(
+                f"{who} takes args of {self.CONFIG.__name__}, which has every field of TrainingArguments, got a "
+                f"{type(args).__name__}."
+            )
+        args.check()
+        refuse_unread(args, self.UNREAD, who)
+        refuse_data_parallel(args)
+        check_trainer_arguments(kwargs, self.REFUSED_ARGUMENTS, who)
+        for name in [name for name, value in kwargs.items() if value is None]:
+            del kwargs[name]  # one that is refused may be given as not given
+        require_rows("train_dataset", train_dataset)
+        for name, rows in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
+            require_rows(f"eval_dataset{name and f'[{name!r}]'}", rows)
+        if not eval_dataset and not isinstance(eval_dataset, Dataset | IterableDataset):
+            asked = [f"eval_strategy={args.eval_strategy.value!r}"] if args.eval_strategy != "no" else []
+            asked += ["eval_on_start=True"] if args.eval_on_start else []
+            if asked or eval_dataset is not None:
+                raise ValueError(
+                    f"{' and '.join(asked) or 'eval_dataset={}'} asks for evaluation, and there is no eval_dataset: "
+                    "give one, or set eval_strategy='no'."
+                )
+
+    def _refuse_other_optimizer(self) -> None:
+        """An optimizer of the caller's must hold what is trained: an adapter, made after it, would stand still."""
+        if self.optimizer is None:
+            return
+        learned = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        foreign = sum(id(parameter) not in learned for parameter in held)
+        if foreign:
+            raise ValueError(
+                f"{foreign} of the {len(held)} parameters of the optimizer are none that this run trains (those of "
+                "another model, or of an adapter's frozen base): give optimizer_cls_and_kwargs in place of "
+                "optimizers, or make it from the model that is trained."
+            )
 
     def _refuse_other_objectives(self, model) -> None:
         """Says which models this trainer does not know the noise of."""
@@ -63,6 +127,7 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
         """Writes what the run decides into the student's config, so that a checkpoint generates as it was trained."""
         self._refuse_other_objectives(model)
         config = model.config
+        require_vocabulary("student", tokenizer, config)
         config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
         if args.block_size is not None:
             config.block_size = args.block_size
@@ -71,11 +136,13 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
                 f"The student's block_size={config.block_size} does not fit max_length={args.max_length}: choose a "
                 "multiple of it as max_length, or set block_size."
             )
-        config.noise_schedule = args.schedule
+        if args.schedule is not None:
+            config.noise_schedule = args.schedule
         settings = model.generation_config
         settings.mask_token_id = config.mask_token_id
-        # a whole-sequence student decodes the whole answer at once, unless a block size is asked for
-        settings.block_size = config.block_size if config.objective == "block" else None
+        # a whole-sequence student decodes the whole answer at once, unless its own settings say otherwise
+        if config.objective == "block" and (args.block_size is not None or settings.block_size is None):
+            settings.block_size = config.block_size
         if settings.eos_token_id is None:
             settings.eos_token_id = tokenizer.eos_token_id
         if settings.pad_token_id is None:
@@ -84,29 +151,111 @@ class DiffusionTrainer(HubTrainerMixin, Trainer):
     def _prepare_datasets(self, train_dataset, eval_dataset, args) -> tuple:
         """Both prepared, and what became of their rows noted."""
         self.preparation_reports = {}
-        train_dataset = self._prepare("train", train_dataset, args)
-        if isinstance(eval_dataset, dict):
-            return train_dataset, {name: self._prepare(name, rows, args) for name, rows in eval_dataset.items()}
-        return train_dataset, self._prepare("eval", eval_dataset, args)
+        train_dataset = self._prepare("train", train_dataset, args, self.preparation_reports)
+        if not isinstance(eval_dataset, dict):
+            return train_dataset, self._prepare("eval", eval_dataset, args, self.preparation_reports)
+        prepared = {}
+        for name, rows in eval_dataset.items():
+            noted_as = f"eval_{name}" if name in self.preparation_reports else name
+            prepared[name] = self._prepare(noted_as, rows, args, self.preparation_reports)
+        return train_dataset, prepared
 
-    def _prepare(self, name: str, dataset, args):
+    def _prepare(self, name: str, dataset, args, reports: dict):
         """Token columns for a raw dataset; one prepared for this run's tokenizers and settings passes."""
         if dataset is None:
             return None
         if is_prepared(dataset):
             report = require_same_preparation(dataset, self._preparation, name)
             if report is not None:
-                self.preparation_reports[name] = report
+                reports[name] = report
             return dataset
         if isinstance(dataset, IterableDataset):
             stream = RowStream(dataset, self._preparation)
-            self.preparation_reports[name] = stream.report  # grows as the stream is read
+            reports[name] = stream.report  # grows as the stream is read
             return stream
         with args.main_process_first(desc=f"preparing the {name} dataset"):
-            dataset, self.preparation_reports[name] = prepare_dataset(
-                dataset, self._preparation, num_proc=args.dataset_num_proc
-            )
+            dataset, reports[name] = prepare_dataset(dataset, self._preparation, num_proc=args.dataset_num_proc)
         return dataset
+
+    # -- training and evaluating --------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """As [`~tide_hf.hub.HubTrainerMixin`] trains; what was changed in `args` meanwhile is honoured, or refused."""
+        check_method_arguments({"trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval})
+        self._honour_changes()
+        try:
+            return super().train(resume_from_checkpoint)
+        finally:
+            self.is_in_train = False
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """As [`~transformers.Trainer.evaluate`].
+
+        Args:
+            eval_dataset (`Dataset`, `IterableDataset`, `dict` of them, or `str`, *optional*): rows as the constructor
+                takes them, raw or prepared; several under their names; or the name of one given to the constructor.
+            metric_key_prefix (`str`): stands before each metric's name.
+        """
+        check_method_arguments({"ignore_keys": ignore_keys})
+        if not self.is_in_train:
+            self._honour_changes()
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepare_given(name, rows) for name, rows in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_given("evaluated", eval_dataset)
+        return super().evaluate(eval_dataset, None, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
+        """As [`~transformers.Trainer.predict`], of rows as the constructor takes them, raw or prepared."""
+        check_method_arguments({"ignore_keys": ignore_keys})
+        if not self.is_in_train:
+            self._honour_changes()
+        return super().predict(self._prepare_given("test", test_dataset), None, metric_key_prefix)
+
+    def _prepare_given(self, name: str, rows):
+        """Rows given to a method, prepared; the name of an eval_dataset of the constructor as it is."""
+        if isinstance(rows, str):
+            known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            if rows not in known:
+                raise ValueError(
+                    f"There is no eval_dataset named {rows!r}; the constructor was given {', '.join(known) or 'none'} "
+                    "by name. Give the rows themselves."
+                )
+            return rows
+        if rows is None:
+            raise ValueError(f"There are no rows to evaluate under the name {name!r}: got None.")
+        require_rows(f"The dataset {name!r}", rows)
+        return self._prepare(name, rows, self.args, {})
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As [`~transformers.Trainer.get_eval_dataloader`], which with persistent workers takes any rows given later
+        for those it met first."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        kept = getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+            if kept is not None:
+                self._eval_dataloaders["eval"] = kept
+
+    def hyperparameter_search(self, *args, **kwargs):
+        """Refused: it makes a new model for each trial."""
+        raise ValueError(
+            "hyperparameter_search needs model_init, and these trainers are made from a model: make one trainer for "
+            "each trial, for example inside the objective of an optuna study."
+        )
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        """Counts the columns of the packed layout that the student is run on: noised and clean copies."""
+        names = [name for name in ("student_stream", "stream") if name in inputs]
+        if self.args.include_num_input_tokens_seen == "no" or not names:
+            return super()._track_num_input_tokens(inputs)
+        is_real = inputs[names[0]] != PADDING_STREAM
+        count = is_real.sum() if self.args.include_num_input_tokens_seen == "non_padding" else is_real.numel()
+        count = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
+        self.state.num_input_tokens_seen += self.accelerator.gather(count).sum().item()
 
     @contextmanager
     def _host_batches(self, is_training: bool):
@@ -214,23 +363,26 @@ class _StreamEpoch(TrainerCallback):
             state.epoch = stream.epoch + stream.window / state.max_steps
 
 
-def refuse_data_parallel(args) -> None:
-    """Refuses several GPUs in one process.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process would run DataParallel, which the trainers of diffusion LMs do not "
-            "support: start the script with `accelerate launch`, or choose one GPU with CUDA_VISIBLE_DEVICES."
-        )
-
-
 def load_student(
     model: str | PreTrainedModel, args, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
-    """Model, tokenizer and the revision that was asked for, from instances or names."""
+    """Model, tokenizer and the revision that was asked for, from instances or names.
+
+    Raises:
+        ValueError: for something that is no model, or no tokenizer.
+    """
+    require_tokenizer("processing_class", processing_class)
+    if isinstance(model, PathLike):
+        model = str(model)
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise ValueError(
+            f"model is a {type(model).__name__}; expected a name, a folder, or a model as from_pretrained gives it."
+        )
+    if not isinstance(model, str) and args.model_init_kwargs is not None:
+        raise ValueError(
+            "model_init_kwargs are arguments of from_pretrained, and the model is given as an instance: load it with "
+            "them, or give its name."
+        )
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.name_or_path)
     if not isinstance(model, str):

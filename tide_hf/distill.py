@@ -89,6 +89,9 @@ def _run(arguments: Arguments, make_trainer: Callable) -> DiffusionTrainer:
         sys.exit("Nothing to train on: give --dataset_name (a Hub name, a .jsonl or .parquet file) or a mixture.")
     rows = load_named(script) if script.dataset_name is not None else load_mixture(mixture)
     evaluates = training.eval_strategy != "no"
+    unread = [f"--{name}" for name in ("do_train", "do_eval", "do_predict") if getattr(training, name)]
+    if unread and unread != ["--do_eval"] * evaluates:  # transformers sets do_eval where an eval_strategy is given
+        sys.exit(f"{', '.join(unread)}: a recipe trains, and evaluates where --eval_strategy says so. Leave it out.")
     if evaluates and script.dataset_test_split not in rows:
         sys.exit(
             f"--eval_strategy {training.eval_strategy.value} needs a {script.dataset_test_split!r} split, and the "

@@ -8,10 +8,11 @@ hidden sizes, V and U vocabularies.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
+from transformers.utils import logging
 
 from .diffusion import chunk_loss_weight
 from .losses import (
@@ -36,6 +37,7 @@ from .losses import (
 )
 from .models.masked_diffusion import loss_weight, masked_probability
 
+logger = logging.get_logger(__name__)
 TOKEN_DIVERGENCES = {"forward_kl": forward_kl_loss, "reverse_kl": reverse_kl_loss, "jsd": jsd_loss}
 CHUNK_DIVERGENCES = {
     "calm": calm_loss,
@@ -43,6 +45,10 @@ CHUNK_DIVERGENCES = {
     "bernoulli_reverse_kl": bernoulli_reverse_kl_loss,
 }
 DIVERGENCES = (*TOKEN_DIVERGENCES, *CHUNK_DIVERGENCES, "none")
+TIDAL_FIELDS = (
+    *("lambda_init", "lambda_max", "lambda_growth", "lambda_axes", "timestep_weight", "tidal_normalization"),
+    "allow_reverse_tidal",
+)
 REVERSE_DIVERGENCES = ("reverse_kl", "reverse_calm", "bernoulli_reverse_kl")
 ALIGNMENTS = ("token", "chunk")
 
@@ -110,6 +116,12 @@ class Objective:
     def distills(self) -> bool:
         """Whether a teacher is needed."""
         return self.divergence != "none" and self.distill_weight != 0
+
+    @property
+    def evaluated(self) -> "Objective":
+        """What evaluation reports: TIDAL at λ = 1, ω = 1 and no scale is its divergence to the teacher, which does not
+        move while the weights stand still."""
+        return replace(self, tidal=False, tidal_scale=1.0)
 
     def to_dict(self) -> dict:
         """Plain values, for logs and cards."""
@@ -187,14 +199,15 @@ class Objective:
             teacher_head (`Callable`, *optional*): hidden states to logits, without gradient.
 
         Returns:
-            the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`.
+            the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`; where the batch
+            has `is_fill (N,)`, also `ce_answer`, which leaves those positions out.
         """
         precision = torch.promote_types(hidden_NH.dtype, torch.float32)
         weights_N, num_items = self._denoising_weights(batch, counts)
         weights_N = weights_N.to(precision) / num_items.clamp(min=1)
         if not self.distills:
             loss, nll_N, _ = fused_loss(hidden_NH, weight_VH, batch["targets"], self.ce_weight * weights_N)
-            return loss, {"ce": _by_row(nll_N * weights_N, batch["row"], batch["t"])}
+            return loss, _denoising_terms(nll_N * weights_N, batch)
         rows, weights, strength, num_items = self._distillation_weights(batch, counts, lambda_progress)
         weights = weights.to(precision) / num_items.clamp(min=1)
         if self.by_token:
@@ -221,7 +234,7 @@ class Objective:
             term = ChunkTerm(chunk_values, batch["pair_chunk"], batch["chunk_ends"], self.distill_weight * weights)
         loss, nll_N, values = fused_loss(hidden_NH, weight_VH, batch["targets"], self.ce_weight * weights_N, term)
         return loss, {
-            "ce": _by_row(nll_N * weights_N, batch["row"], batch["t"]),
+            **_denoising_terms(nll_N * weights_N, batch),
             "distill": _by_row(values * weights, rows, batch["t"]),
         }
 
@@ -263,17 +276,26 @@ class Objective:
         return partial(loss, temperature=self.temperature)
 
 
+def _denoising_terms(values_N: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The denoising loss of each row, of all its positions and of those that are no fill."""
+    terms = {"ce": _by_row(values_N, batch["row"], batch["t"])}
+    if "is_fill" in batch:
+        terms["ce_answer"] = _by_row(values_N * ~batch["is_fill"], batch["row"], batch["t"])
+    return terms
+
+
 def _by_row(values: torch.Tensor, rows: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
     """Sums by row, (B,)."""
     return values.new_zeros(len(t_B)).index_add_(0, rows, values)
 
 
-def resolve_objective(config, alignment: str) -> Objective:
+def resolve_objective(config, alignment: str, schedule: str = "linear") -> Objective:
     """Fills every None of a configuration from its preset, for one pipeline.
 
     Args:
         config ([`TIDEConfig`]): given fields win over the preset's.
         alignment (`str`): `"token"` (shared tokenizer) or `"chunk"` (two tokenizers).
+        schedule (`str`): the student's own `noise_schedule`, where the configuration gives none.
 
     Raises:
         ValueError: for fields that do not go together, with the reason.
@@ -303,15 +325,17 @@ def resolve_objective(config, alignment: str) -> Objective:
     objective = Objective(
         preset=config.preset,
         alignment=alignment,
-        schedule=config.schedule,
+        schedule=config.schedule or schedule,
         ce_weighting=config.ce_weighting,
         chunk_weighting=config.chunk_weighting,
         loss_normalization=config.loss_normalization,
         **values,
     )
+    _check_weights(objective)
+    _warn_about_unread(config, objective)
     if objective.tidal and objective.tidal_normalization == "expected":
         strength = expected_tidal_strength(
-            partial(masked_probability, schedule=config.schedule),
+            partial(masked_probability, schedule=objective.schedule),
             lambda_init=objective.lambda_init,
             lambda_max=objective.lambda_max,
             growth=objective.lambda_growth,
@@ -319,8 +343,43 @@ def resolve_objective(config, alignment: str) -> Objective:
             weight=objective.timestep_weight,
             time_epsilon=config.time_epsilon,
         )
-        objective = Objective(**{**objective.to_dict(), "tidal_scale": 1 / strength})
+        objective = replace(objective, tidal_scale=1 / strength)
     return objective
+
+
+def _warn_about_unread(config, objective: Objective) -> None:
+    """Says which fields were given and play no part in this objective."""
+    read = {
+        "jsd_beta": objective.divergence == "jsd",
+        "demo_ratio": objective.comp_demo,
+        "temperature": objective.distills,
+        **dict.fromkeys(("tidal", "comp_demo"), objective.distills),
+        **dict.fromkeys(TIDAL_FIELDS, objective.tidal),
+    }
+    unread = [f"{name}={getattr(config, name)}" for name, is_read in read.items() if not is_read]
+    unread = [text for text in unread if not text.endswith(("=None", "=False"))]
+    if unread:
+        logger.warning(
+            f"Given and not read, for the objective has no such part (divergence={objective.divergence!r}, "
+            f"distill_weight={objective.distill_weight}, tidal={objective.tidal}, comp_demo={objective.comp_demo}): "
+            f"{', '.join(unread)}."
+        )
+
+
+def _check_weights(objective: Objective) -> None:
+    """Something must be learned."""
+    axes = objective.lambda_axes
+    is_still = objective.lambda_max == 0 and (objective.lambda_init == 0 or axes == "time")
+    if objective.distills and objective.tidal and is_still:
+        raise ValueError(
+            f"lambda_init={objective.lambda_init} and lambda_max=0 with lambda_axes={axes!r} make TIDAL's target the "
+            "student itself at every step, so that the teacher would teach nothing: raise lambda_max."
+        )
+    if objective.ce_weight == 0 and not objective.distills:
+        raise ValueError(
+            f"ce_weight=0 and no distillation term (divergence={objective.divergence!r}, distill_weight="
+            f"{objective.distill_weight}) leave nothing to train on: set one of the weights."
+        )
 
 
 def _check_tidal(divergence: str, allow_reverse: bool) -> None:

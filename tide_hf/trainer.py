@@ -7,20 +7,23 @@ forward.
 
 import json
 from dataclasses import replace
+from os import PathLike
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .adapter import prepare_adapter
 from .alignment import resolve_alignment
+from .checks import refuse_loading_arguments, refuse_own_teacher, require_tokenizer, require_vocabulary
 from .config import TIDEConfig
 from .data import DistillationCollator, Noising, RowPreparation
 from .diffusion import LayoutSpec, row_uniforms
-from .diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, refuse_data_parallel, run_packed
+from .diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, run_packed
 from .losses import lambda_schedule
-from .objective import resolve_objective
+from .measuring import Predictions, count_rows, fill_positions, mark_fill, on_rows, predict_masked, without_chunks
+from .objective import PRESET_DEFAULTS, resolve_objective
 from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 
 logger = logging.get_logger(__name__)
@@ -41,7 +44,8 @@ class TIDETrainer(DiffusionTrainer):
             name, otherwise the student's.
         peft_config (`peft.PeftConfig`, *optional*): trains an adapter in place of the whole student (see
             [`~tide_hf.adapter.prepare_adapter`]).
-        kwargs: further arguments of [`~transformers.Trainer`] (callbacks, optimizers, …).
+        kwargs: further arguments of [`~transformers.Trainer`]: callbacks, optimizers, compute_metrics and
+            preprocess_logits_for_metrics (see `evaluation_loop`); those of [`~tide_hf.arguments`] are refused.
 
     Attributes:
         objective ([`~tide_hf.objective.Objective`]): what the run optimises, every field decided.
@@ -52,6 +56,15 @@ class TIDETrainer(DiffusionTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    CONFIG = TIDEConfig
+    LIVE = DiffusionTrainer.LIVE | {"eval_noise_levels"}
+    RESOLVED = frozenset(
+        {
+            *PRESET_DEFAULTS,
+            *("preset", "divergence", "allow_reverse_tidal", "schedule", "time_epsilon"),
+            *("ce_weighting", "chunk_weighting", "loss_normalization"),
+        }
+    )
 
     def __init__(
         self,
@@ -65,8 +78,16 @@ class TIDETrainer(DiffusionTrainer):
         peft_config=None,
         **kwargs,
     ):
+        if isinstance(teacher, TrainingArguments):
+            raise ValueError(
+                "TIDETrainer's second argument is the teacher, and it was given training arguments: the order is "
+                "model, teacher, args, train_dataset, eval_dataset, processing_class. Give args=…."
+            )
         args = TIDEConfig() if args is None else args
-        refuse_data_parallel(args)
+        self._check_given(args, kwargs, train_dataset, eval_dataset)
+        require_tokenizer("teacher_processing_class", teacher_processing_class)
+        teacher = str(teacher) if isinstance(teacher, PathLike) else teacher
+        refuse_own_teacher(model, teacher, adapts=peft_config is not None)
         model, processing_class, revision = load_student(model, args, processing_class)
         if teacher_processing_class is None:
             by_name = isinstance(teacher, str)
@@ -74,13 +95,14 @@ class TIDETrainer(DiffusionTrainer):
         self._configure_student(model, args, processing_class)
 
         alignment, shared_vocab_size = resolve_alignment(args.alignment, processing_class, teacher_processing_class)
-        self.objective = resolve_objective(args, alignment)
+        self.objective = resolve_objective(args, alignment, model.config.noise_schedule)
         logger.info(f"Objective: {json.dumps(self.objective.to_dict())}")
         self.teacher = self._load_teacher(teacher, args, teacher_processing_class, model.config.block_size)
         networks = [model] if self.teacher is None else [model, self.teacher.model]
-        self.shared_vocab_size = min(
-            args.shared_vocab_size or shared_vocab_size, *(network.config.vocab_size for network in networks)
-        )
+        rows = min(network.config.vocab_size for network in networks)
+        if args.shared_vocab_size is not None and args.shared_vocab_size > rows:
+            raise ValueError(f"shared_vocab_size={args.shared_vocab_size} is more than the {rows} ids of a network.")
+        self.shared_vocab_size = min(args.shared_vocab_size or shared_vocab_size, rows)
         self.noising = self._noising_for(model.config, args)
 
         teacher_side = self.noising.teacher and (teacher_processing_class, self.noising.teacher.mask_token_id)
@@ -95,7 +117,11 @@ class TIDETrainer(DiffusionTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=DistillationCollator(pad_token_id(processing_class), pad_token_id(teacher_processing_class)),
+            data_collator=DistillationCollator(
+                pad_token_id(processing_class),
+                pad_token_id(teacher_processing_class),
+                *(network.config.vocab_size for network in networks),
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -114,13 +140,16 @@ class TIDETrainer(DiffusionTrainer):
             return None
         if teacher is None:
             raise ValueError(f"preset={args.preset!r} distils and needs a teacher; preset='ce' trains without one.")
-        if isinstance(teacher, str):
+        if not isinstance(teacher, str):
+            refuse_loading_arguments(args)
+        else:
             teacher = load_teacher(
                 teacher,
                 dtype=args.teacher_dtype,
                 load_in_4bit=args.teacher_load_in_4bit,
                 **(args.teacher_model_init_kwargs or {}),
             )
+        require_vocabulary("teacher", tokenizer, teacher.config)
         mask_token_id = resolve_mask_token_id(args.teacher_mask_token_id, teacher.config, tokenizer, "teacher")
         return Teacher(teacher, contract_for(teacher.config, mask_token_id, args.teacher_context, block_size))
 
@@ -129,12 +158,31 @@ class TIDETrainer(DiffusionTrainer):
         full = student_config.objective == "full"
         return Noising(
             student=LayoutSpec(student_config.mask_token_id, None if full else student_config.block_size, not full),
-            teacher=None if self.teacher is None else self.teacher.contract,
-            schedule=args.schedule,
+            teacher=self.teacher.contract if self.objective.distills else None,
+            schedule=self.objective.schedule,
             time_epsilon=args.time_epsilon,
             comp_demo=self.objective.comp_demo,
             demo_ratio=self.objective.demo_ratio,
         )
+
+    def _resolve_again(self) -> None:
+        """The objective and the noise that changed arguments make."""
+        model = self.accelerator.unwrap_model(self.model)
+        self._configure_student(model, self.args, self.processing_class)
+        objective = resolve_objective(self.args, self.objective.alignment, model.config.noise_schedule)
+        if objective.distills and self.teacher is None:
+            raise ValueError(
+                "The changed arguments ask for distillation, and this trainer was made without a teacher: make a new "
+                "one with teacher=…."
+            )
+        self.objective = objective
+        self.noising = self._noising_for(model.config, self.args)
+        logger.info(f"Objective: {json.dumps(objective.to_dict())}")
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """Begins with empty logs, also where a run was interrupted or starts anew with smaller batches."""
+        self._term_sums, self._term_steps = {}, 0
+        return super()._inner_training_loop(*args, **kwargs)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -166,7 +214,7 @@ class TIDETrainer(DiffusionTrainer):
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _run_student(self, model, inputs, counts, objective):
+    def _run_student(self, model, inputs, counts, objective, predicts: bool = False):
         """The student's wrapped forward on a packed layout, the objective in place of its head."""
         teacher = ()
         if objective.distills:
@@ -174,7 +222,13 @@ class TIDETrainer(DiffusionTrainer):
 
         def head_fn(hidden_BPH, weight_VH):
             hidden_NH = hidden_BPH.flatten(0, 1)[inputs["asked"]]
-            return objective.from_hidden(hidden_NH, weight_VH, inputs, counts, self._lambda_progress(), *teacher)
+            loss, terms = objective.from_hidden(
+                hidden_NH, weight_VH, inputs, counts, self._lambda_progress(), *teacher
+            )
+            if predicts:
+                preprocess = self.preprocess_logits_for_metrics
+                terms["predictions"] = predict_masked(hidden_NH, weight_VH, inputs["targets"], preprocess)
+            return loss, terms
 
         return run_packed(model, inputs, head_fn)
 
@@ -207,58 +261,123 @@ class TIDETrainer(DiffusionTrainer):
     ):
         """Gathered sums over gathered counts, under noise that is the same at every evaluation.
 
-        Metrics, in nats: `loss` (the objective), `ce` and `distill` (its terms), and `nll_t` for each of
-        `args.eval_noise_levels`: mean negative log-likelihood of a masked token at that diffusion time.
+        Metrics, in nats, all of the same masks for the same student, with a teacher or without:
+
+        - `ce`: the denoising loss, as the run weighs and normalises it; masks are drawn token by token.
+        - `ce_answer`: the same over answer tokens alone, per answer token: of the trained-on EOS at a row's end only
+          the first is counted, the others are fill, which is easy and flatters.
+        - `distill`: the divergence to the teacher, under masks that complete chunks. Of TIDAL its value at λ = 1,
+          ω = 1 and no scale (forward KL or CALM): the training term moves with λ while the weights stand still.
+        - `loss`: ce_weight · ce + distill_weight · distill.
+        - `nll_t` for each of `args.eval_noise_levels`: mean of a masked token at that diffusion time.
+
+        Predictions, made where `compute_metrics` or `predict` ask for them, are `(rows, L)`, padded with −100: at the
+        positions masked by the noise of `ce` the likeliest token, or what
+        `preprocess_logits_for_metrics(logits (n, V), labels (n,)) -> (n, …)` makes of a slice of them at a time;
+        `label_ids` are the true tokens there; −100 elsewhere. `include_for_metrics=["inputs"]` adds the rows'
+        input_ids.
         """
+        model, was_training = self._network_to_evaluate()
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        compute_metrics = None if loss_only else self.compute_metrics
+        kept = Predictions(self.args, compute_metrics, keep=description == "Prediction")
+        self.callback_handler.eval_dataloader = dataloader
+        totals = 0.0
+        for batch in self._evaluation_batches(dataloader):
+            sums, predicted = self._measure(model, batch, predicts=not loss_only)
+            device = self.args.device
+            # a row that fills a batch up, or stands in for one, trains on nothing
+            counts_R = self.accelerator.gather((batch["labels"] != -100).any(1).to(device))
+            totals = totals + _with_means(self.accelerator.gather(sums)[counts_R].double()).sum(0)
+            if not loss_only:
+                if "inputs" in self.args.include_for_metrics:
+                    predicted["inputs"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100).to(device)
+                padded = (self.accelerator.pad_across_processes(x, dim=1, pad_index=-100) for x in predicted.values())
+                gathered = (self.accelerator.gather(rows)[counts_R] for rows in padded)
+                kept.add(**dict(zip(predicted, gathered, strict=True)))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        metrics = self._metrics(totals.tolist())
+        num_rows = int(metrics.pop("rows"))
+        predictions, label_ids, further = kept.finish()
+        metrics |= {name.removeprefix(f"{metric_key_prefix}_"): value for name, value in further.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=predictions, label_ids=label_ids, metrics=metrics, num_samples=num_rows)
+
+    def _network_to_evaluate(self) -> tuple:
+        """The student, prepared and in eval mode and precision; and whether it was in training mode."""
         model = self._wrap_model(self.model, training=False)
         if len(self.accelerator._models) == 0 and model is self.model:
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         was_training = model.training
+        for flag, dtype in (("fp16_full_eval", torch.float16), ("bf16_full_eval", torch.bfloat16)):
+            if getattr(self.args, flag) and not self.is_in_train:
+                model = model.to(dtype=dtype, device=self.args.device)
         model.eval()
-        levels, objective = self.args.eval_noise_levels or [], self.objective
-        likelihood = replace(
-            objective, divergence="none", ce_weighting="uniform", loss_normalization="token", chunk_weighting="paper"
-        )
-        totals = 0.0
-        for batch in self._evaluation_batches(dataloader):
-            sums = [self._evaluate_rows(model, self._noise(batch, None), self.objective)]
-            sums += [self._evaluate_rows(model, self._noise(batch, None, t), likelihood) for t in levels]
-            rows = self.accelerator.gather(torch.cat(sums, dim=1))
-            totals = totals + rows.double().sum(0)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        model.train(was_training)
-        (trained, pairs, chunks, _, rows, ce, distill), *at_levels = totals.reshape(-1, 7).tolist()
-        units = rows if objective.loss_normalization != "token" else trained
-        distilled = pairs if objective.by_token else chunks
-        metrics = {"ce": ce / max(units, 1)}
-        if self.teacher is not None:
-            metrics["distill"] = distill / max(distilled, 1)
-        metrics["loss"] = objective.ce_weight * metrics["ce"] + objective.distill_weight * metrics.get("distill", 0.0)
-        for t, (_, _, _, masked, _, nll, _) in zip(levels, at_levels, strict=True):
-            metrics[f"nll_{t:g}"] = nll / max(masked, 1)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(rows))
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # schedule-free optimizers keep two sets of weights
+        return model, was_training
 
     @torch.no_grad()
-    def _evaluate_rows(self, model, batch, objective) -> torch.Tensor:
-        """Sums and counts of each row, (B, 7): trained, pairs, chunks, masked tokens, 1, ce, distill."""
-        batch = self._prepare_inputs(batch)
-        ones_B = torch.ones_like(batch["t"])
-        counts_once_B = (batch["row_tokens"] > 0).to(ones_B)
-        terms = self._run_student(model, batch, torch.ones(4, device=ones_B.device), objective).terms
-        num_pairs = len(batch.get("pair_chunk", ()))
-        columns = [
-            batch["row_tokens"],
-            _count_rows(batch["row"][:num_pairs], ones_B),
-            _count_rows(batch.get("chunk_row", batch["row"][:0]), ones_B),
-            _count_rows(batch["row"], ones_B),
-            counts_once_B,
-            terms["ce"],
-            terms.get("distill", torch.zeros_like(ones_B)),
-        ]
-        return torch.stack([column.to(ones_B) for column in columns], 1)
+    def _measure(self, model, batch, predicts: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sums and counts of each row: trained, answer and paired tokens (or chunks), ce, ce_answer, distill, and of
+        each noise level masked tokens and nll; and, if asked for, predictions and their labels on the host's rows."""
+        objective = self.objective.evaluated
+        likelihood = replace(
+            objective, divergence="none", loss_normalization="token", chunk_weighting="paper"
+        )  # fmt: skip
+        fill_BL = fill_positions(batch["labels"], batch["attention_mask"].bool(), self.processing_class.eos_token_id)
+        trained_BL = batch["labels"] != -100
+        alone = without_chunks(batch)
+        # one token per chunk: completing chunks masks nothing more, and one forward serves both terms
+        once = objective.distills and objective.alignment == "token"
+        main = mark_fill(self._noise(batch if once else alone, None), fill_BL)
+        both = replace(likelihood, divergence=objective.divergence) if once else likelihood
+        inputs, terms = self._run_once(model, main, both, predicts)
+        distilled = [torch.zeros_like(inputs["t"])] * 2
+        if once:
+            distilled = self._distilled(inputs, terms)
+        elif objective.distills:
+            distilled = self._distilled(*self._run_once(model, self._noise(batch, None), objective))
+        columns = [trained_BL.sum(1), (trained_BL & ~fill_BL).sum(1), distilled[0], terms["ce"], terms["ce_answer"]]
+        columns.append(distilled[1])
+        for t in self.args.eval_noise_levels or []:
+            level = replace(likelihood, ce_weighting="uniform")
+            at_level, of_level = self._run_once(model, self._noise(alone, None, t), level)
+            columns += [count_rows(at_level["row"], at_level["t"]), of_level["ce"]]
+        predicted = {}
+        if predicts:
+            length = batch["labels"].shape[1]
+            values = {"predictions": terms["predictions"], "label_ids": inputs["targets"]}
+            predicted = {name: on_rows(values_N, inputs, length) for name, values_N in values.items()}
+        return torch.stack([column.to(inputs["t"]) for column in columns], 1), predicted
+
+    def _run_once(self, model, noised, objective, predicts: bool = False) -> tuple[dict, dict]:
+        """The inputs on the device, and the terms of each row as plain sums."""
+        inputs = self._prepare_inputs(noised)
+        counts = torch.ones(4, device=inputs["t"].device)
+        return inputs, self._run_student(model, inputs, counts, objective, predicts).terms
+
+    def _distilled(self, inputs, terms) -> list[torch.Tensor]:
+        """Paired tokens or active chunks of each row, and the sum of their divergences, (B,)."""
+        rows = inputs["row"][: len(inputs["pair_chunk"])] if self.objective.by_token else inputs["chunk_row"]
+        return [count_rows(rows, inputs["t"]), terms["distill"]]
+
+    def _metrics(self, totals: list[float]) -> dict[str, float]:
+        """Metrics from the sums of `_with_means`, and the number of rows."""
+        objective = self.objective
+        rows, mean_ce, trained, answer, distilled, ce, ce_answer, distill, *levels = totals
+        ce = {"token": ce / max(trained, 1), "sequence": mean_ce / max(rows, 1), "batch": ce / max(rows, 1)}
+        metrics = {"ce": ce[objective.loss_normalization], "ce_answer": ce_answer / max(answer, 1)}
+        if objective.distills:
+            metrics["distill"] = distill / max(distilled, 1)
+        metrics["loss"] = objective.ce_weight * metrics["ce"] + objective.distill_weight * metrics.get("distill", 0.0)
+        for t, masked, nll in zip(self.args.eval_noise_levels or [], levels[::2], levels[1::2], strict=True):
+            metrics[f"nll_{t:g}"] = nll / max(masked, 1)
+        return metrics | {"rows": rows}
 
 
-def _count_rows(rows: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
-    """How often each row number occurs, (B,)."""
-    return torch.zeros_like(like_B).index_add_(0, rows, torch.ones_like(rows, dtype=like_B.dtype))
+def _with_means(rows_RC: torch.Tensor) -> torch.Tensor:
+    """Columns of `_measure` with two more in front: 1, and each row's own mean of ce."""
+    ones_R1, trained_R1, ce_R1 = torch.ones_like(rows_RC[:, :1]), rows_RC[:, :1], rows_RC[:, 3:4]
+    return torch.cat([ones_R1, ce_R1 / trained_R1.clamp(min=1), rows_RC], 1)

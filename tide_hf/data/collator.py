@@ -11,6 +11,7 @@ class DistillationCollator:
 
     Args:
         pad_token_id, teacher_pad_token_id (`int`): fill ids of the two sides.
+        vocab_size, teacher_vocab_size (`int`, *optional*): rows of the two embeddings; a token beyond them is refused.
 
     A row without a trained-on token weighs nothing: it is in no count, whatever a network makes of it.
 
@@ -20,6 +21,8 @@ class DistillationCollator:
 
     pad_token_id: int
     teacher_pad_token_id: int = 0
+    vocab_size: int | None = None
+    teacher_vocab_size: int | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = {
@@ -35,6 +38,12 @@ class DistillationCollator:
                 "teacher_chunk_ids": _pad([row["teacher_chunk_ids"] for row in rows], -1),
                 "teacher_attention_mask": _pad([[1] * len(row["teacher_input_ids"]) for row in rows], 0),
             }
+        for name, size in (("input_ids", self.vocab_size), ("teacher_input_ids", self.teacher_vocab_size)):
+            if size is not None and name in batch and int(batch[name].max()) >= size:
+                raise ValueError(
+                    f"A row's {name} hold the token id {int(batch[name].max())}, and the network's embedding has "
+                    f"{size} rows, ids 0 to {size - 1}: the rows were prepared with another tokenizer than its own."
+                )
         return batch
 
     def empty_row(self) -> dict:

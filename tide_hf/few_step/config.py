@@ -2,10 +2,21 @@
 
 from dataclasses import dataclass
 
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
+
 from ..config import DiffusionTrainingArguments, _knob, check_fields
+
+# of the fake's optimizer and schedule; the trainer steps them itself
+_REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
+_REFUSED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 CHOICES = {"student_times": ("uniform", "grid"), "save_weights": ("ema", "student")}
 RANGES = {
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "fake_warmup_steps"),
+        (0.0, float("inf"), True),
+    ),
     "ema_decay": (0.0, 1.0, True),
     "fake_learning_rate": (0.0, float("inf"), True),
     "fake_weight_decay": (0.0, float("inf"), True),
@@ -72,9 +83,40 @@ class IDLMConfig(DiffusionTrainingArguments):
         1024, "Positions whose logits over the vocabulary exist at a time in a network, at least 1."
     )
 
-    def __post_init__(self):
+    REFUSED = {  # noqa: RUF012
+        "auto_find_batch_size": (
+            "a restart with smaller batches would begin the student's loop anew while the fake has moved on. Set "
+            "per_device_train_batch_size and gradient_accumulation_steps"
+        ),
+        "debug": "it would watch the student alone, not the fake. Leave it out",
+        **dict.fromkeys(
+            ("bf16_full_eval", "fp16_full_eval"),
+            "it would cast the student for good, and neither the fake nor the average. Use bf16=True, or load the "
+            "model in that precision",
+        ),
+        **dict.fromkeys(
+            ("prediction_loss_only", "batch_eval_metrics", "include_for_metrics", "eval_accumulation_steps"),
+            "IDLMTrainer evaluates two losses of three networks and has no predictions. Leave it out",
+        ),
+        "eval_do_concat_batches": (
+            "IDLMTrainer evaluates two losses of three networks and has no predictions. Leave it out"
+        ),
+    }
+
+    def check_own_fields(self) -> None:
+        super().check_own_fields()
         check_fields(self, CHOICES, RANGES)
-        super().__post_init__()
+        optim, schedule = OptimizerNames(self.for_fake("optim")), SchedulerType(self.for_fake("lr_scheduler_type"))
+        if optim.value.startswith(_REFUSED_OPTIMIZERS):
+            raise ValueError(
+                f"The fake cannot be trained with optim={optim.value!r}, which takes over its parameters or has to be "
+                "told when evaluation begins: set fake_optim (adamw_torch, sgd, …)."
+            )
+        if schedule.value in _REFUSED_SCHEDULES:
+            raise ValueError(
+                f"The fake cannot follow lr_scheduler_type={schedule.value!r}, which waits for evaluations: set "
+                "fake_lr_scheduler_type (constant_with_warmup, cosine, …)."
+            )
         if self.fp16:
             raise ValueError(
                 "fp16=True would scale the losses of two optimizers by one scaler: train in float32, as published, or "

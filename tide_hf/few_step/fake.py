@@ -76,9 +76,10 @@ class FakeTraining:
         self.wrapped.train()
         was_syncing = accelerator.sync_gradients
         accelerator.gradient_state._set_sync_gradients(True)
+        syncs_each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
-            with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
+            with nullcontext() if is_last or syncs_each else accelerator.no_sync(self.wrapped):
                 loss = loss_of(batch)
                 # DDP and FSDP average gradients over processes
                 accelerator.backward(loss * accelerator.num_processes)

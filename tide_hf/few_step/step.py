@@ -77,7 +77,10 @@ class InverseStep:
     def student_loss(
         self, student: Callable, teacher: Callable, fake: Callable, batch: Mapping, num_rows, by_row: bool = False
     ):
-        """L(f*, q) − L(f, q) with gradient through the student's predictions alone; arguments as in `fake_loss`."""
+        """L(f*, q) − L(f, q) with gradient through the student's predictions alone; arguments as in `fake_loss`.
+
+        Where the student saw the token q is its one-hot: these positions are a constant of the value.
+        """
         learns = torch.is_grad_enabled()
 
         def at_the_student(hidden_BPH, weight_VH):
@@ -91,8 +94,16 @@ class InverseStep:
                     def soft(selected):
                         return self._inverse_loss(shown_NH, weight_VH, heads, batch, selected, num_rows)
 
+                    def seen(selected):
+                        teacher_loss, fake_loss = (
+                            self._seen_loss(hidden_BPH, weight_VH, batch, selected, num_rows)
+                            for hidden_BPH, weight_VH in heads[::-1]
+                        )
+                        return teacher_loss - fake_loss
+
+                    constant = _over_rows(seen, batch, "seen", by_row)
                     with torch.set_grad_enabled(learns):
-                        found["loss"] = _over_rows(soft, batch, "soft", by_row)
+                        found["loss"] = _over_rows(soft, batch, "soft", by_row) + constant
                     return None, None
 
                 run_packed(fake, noised, at_the_fake)

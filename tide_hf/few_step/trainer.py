@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..arguments import BY_THE_OPTIMIZER, changed_since, refuse_changes, refuse_unread
 from ..data import DistillationCollator, RowPreparation
 from ..diffusion import LayoutSpec, row_uniforms
-from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, refuse_data_parallel
+from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id
 from .config import IDLMConfig
 from .fake import FakeTraining
 from .networks import WeightAverage, restore, three_networks, total_weight, trained, whole
@@ -29,6 +30,7 @@ from .step import InverseStep
 
 logger = logging.get_logger(__name__)
 STATE_FILE = "few_step_state.pt"
+OF_THE_FAKES_OPTIMIZER = frozenset({"fake_learning_rate", "fake_optim", "fake_weight_decay"})
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class IDLMTrainer(DiffusionTrainer):
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows as [`TIDETrainer`] takes them.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the tokenizer; from `model` by default.
         peft_config (`peft.PeftConfig`, *optional*): trains two adapters over one frozen base, which is the teacher.
-        kwargs: further arguments of [`~transformers.Trainer`] (callbacks, …).
+        kwargs: callbacks; other arguments of [`~transformers.Trainer`] would reach one of the two networks, or nobody,
+            and are refused.
 
     Attributes:
         teacher, fake (`PreTrainedModel`): the other two networks; `model` is the student.
@@ -73,6 +76,27 @@ class IDLMTrainer(DiffusionTrainer):
     Raises:
         ValueError: for a combination that cannot train, with what to do.
     """
+
+    CONFIG = IDLMConfig
+    LIVE = DiffusionTrainer.LIVE | {
+        *("stratified_times", "fake_steps_per_student_step", "ema_decay", "save_weights"),
+        *("fake_lr_scheduler_type", "fake_warmup_steps", "fake_max_grad_norm", *OF_THE_FAKES_OPTIMIZER),
+    }
+    RESOLVED = frozenset(
+        {"schedule", "time_epsilon", "num_steps", "student_times", "input_temperature", "head_chunk_size"}
+    )
+    UNREAD = {"input_temperature": "the inputs of a masked model are tokens"}  # noqa: RUF012
+    REFUSED_ARGUMENTS = {  # noqa: RUF012
+        **dict.fromkeys(
+            ("compute_metrics", "preprocess_logits_for_metrics"),
+            "it evaluates losses between three networks and has no predictions; score the answers that the student "
+            "generates",
+        ),
+        **dict.fromkeys(
+            ("optimizers", "optimizer_cls_and_kwargs"),
+            "it would reach the student alone; set optim, optim_args and the fake_… fields for both networks",
+        ),
+    }
 
     def __init__(
         self,
@@ -85,14 +109,11 @@ class IDLMTrainer(DiffusionTrainer):
         **kwargs,
     ):
         args = IDLMConfig() if args is None else args
-        refuse_data_parallel(args)
+        self._check_given(args, kwargs, train_dataset, eval_dataset)
         model, processing_class, revision = load_student(model, args, processing_class)
         self._configure_student(model, args, processing_class)
         config = model.config
-        self.objective = InverseObjective(
-            **{field.name: getattr(args, field.name) for field in fields(InverseObjective)}
-        )
-        logger.info(f"Objective: {json.dumps(self.objective.to_dict())}")
+        self.objective = self._decide_objective(config, args)
         self._preparation = RowPreparation.for_run(
             args,
             getattr(config, "block_size", 1),
@@ -109,7 +130,7 @@ class IDLMTrainer(DiffusionTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=DistillationCollator(pad_token_id(processing_class)),
+            data_collator=DistillationCollator(pad_token_id(processing_class), vocab_size=config.vocab_size),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -126,13 +147,37 @@ class IDLMTrainer(DiffusionTrainer):
         settings = model.generation_config
         settings.steps_per_block, settings.remasking = args.num_steps, "random"
         settings.temperature, settings.do_sample = 1.0, True
+        settings.confidence_threshold = settings.entropy_bound = settings.top_k = settings.top_p = None
+
+    def _decide_objective(self, config, args) -> InverseObjective:
+        """What the run optimises; the schedule is the student's own where none is given, or it has but one."""
+        names = {field.name for field in fields(InverseObjective)} - {"schedule"}
+        schedule = getattr(config, "noise_schedule", "linear")
+        objective = InverseObjective(schedule=schedule, **{name: getattr(args, name) for name in names})
+        logger.info(f"Objective: {json.dumps(objective.to_dict())}")
+        return objective
+
+    def _resolve_again(self) -> None:
+        """Objective, noise and step that changed arguments make."""
+        model = self.accelerator.unwrap_model(self.model)
+        refuse_unread(self.args, self.UNREAD, type(self).__name__)
+        self._configure_student(model, self.args, self.processing_class)
+        self.noising, self.inverse = self._make_step(model.config, self.args)
+
+    def _honour_changes(self) -> None:
+        changed = changed_since(self.args, self._args_before)
+        if self.fake_training.optimizer is not None:
+            refuse_changes(changed & (OF_THE_FAKES_OPTIMIZER | BY_THE_OPTIMIZER), self.args, self._args_before)
+        super()._honour_changes()
+        if changed:
+            self.objective = self._decide_objective(self.accelerator.unwrap_model(self.model).config, self.args)
 
     def _make_step(self, config, args) -> tuple[InverseNoising, InverseStep]:
         """What noises a micro-batch, and what makes the two losses of it."""
         full = config.objective == "full"
         noising = InverseNoising(
             LayoutSpec(config.mask_token_id, None if full else config.block_size, not full),
-            args.schedule,
+            config.noise_schedule,
             args.time_epsilon,
             args.num_steps if args.student_times == "grid" else None,
         )
@@ -217,12 +262,21 @@ class IDLMTrainer(DiffusionTrainer):
     # -- set-up and resume --------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if self.args.gradient_checkpointing:
+            self._checkpoint_activations_of_the_fake()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.fake_training.prepare(self.accelerator, max_steps, set(self.get_decay_parameter_names(self.fake)))
         self.ema = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint) / STATE_FILE)
         return prepared
+
+    def _checkpoint_activations_of_the_fake(self) -> None:
+        """As Trainer does for the student."""
+        kwargs = dict(self.args.gradient_checkpointing_kwargs or {})
+        parts = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+        enable = getattr(self.fake, "activation_checkpointing_enable", self.fake.gradient_checkpointing_enable)
+        enable(kwargs or None, **parts)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """Also what Trainer does not know of: fake, its optimizer and schedule, the student and its average."""
@@ -278,6 +332,13 @@ class IDLMTrainer(DiffusionTrainer):
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
+    def predict(self, *args, **kwargs):
+        """Refused: losses between networks are no predictions."""
+        raise ValueError(
+            "IDLMTrainer evaluates losses between three networks and has no predictions: evaluate(rows) gives the "
+            "losses of any rows, and model.generate writes answers."
+        )
+
     @torch.no_grad()
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -290,26 +351,27 @@ class IDLMTrainer(DiffusionTrainer):
         student = self.model_wrapped if self.ema is not None else self.model.to(self.args.device)
         fake = self.fake_training.wrapped
         modes = [(network, network.training) for network in (student, fake)]
-        totals = 0.0
+        totals, num_rows = 0.0, 0
+        self.callback_handler.eval_dataloader = dataloader
         with self._saved_weights():
             for network, _ in modes:
                 network.eval()
             for batch in self._evaluation_batches(dataloader):
-                counts_once = (batch["labels"] != -100).any(1)
+                # a row that fills a batch up, or stands in for one, trains on nothing
+                counts_B = (batch["labels"] != -100).any(1).to(self.args.device)
                 batch = self._prepare_inputs(self._noise(batch, None, 0))
                 losses = [
                     self.inverse.student_loss(student, self.teacher, fake, batch, 1.0, by_row=True),
                     self.inverse.fake_loss(student, fake, batch, 1.0, by_row=True),
                 ]
-                rows = torch.stack([counts_once.to(losses[0]), *losses], 1)
-                totals = totals + self.accelerator.gather(rows).double().sum(0)
+                rows = self.accelerator.gather(torch.stack(losses, 1))[self.accelerator.gather(counts_B)]
+                totals, num_rows = totals + rows.double().sum(0), num_rows + len(rows)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         for network, was_training in modes:
             network.train(was_training)
-        num_rows, *sums = totals.tolist()
-        metrics = {name: value / max(num_rows, 1) for name, value in zip(("loss", "fake_loss"), sums, strict=True)}
+        metrics = dict(zip(("loss", "fake_loss"), (totals / max(num_rows, 1)).tolist(), strict=True))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(num_rows))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)
 
 
 class _AverageWeights(TrainerCallback):

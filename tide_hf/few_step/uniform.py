@@ -136,6 +136,13 @@ class UniformIDLMTrainer(IDLMTrainer):
     """
 
     OBJECTIVES = ("uniform",)
+    UNREAD = {  # noqa: RUF012
+        "schedule": "a uniform-state model has one, of its Gaussian noise",
+        "time_epsilon": "a uniform-state model keeps its own distance from both ends of time",
+        "mask_token_id": "a uniform-state model has no mask token",
+        "block_size": "a uniform-state model denoises whole rows",
+        "head_chunk_size": "all probabilities of a row are needed at once",
+    }
 
     def _configure_student(self, model, args: IDLMConfig, tokenizer) -> None:
         """Writes into the student's config what it generates with."""

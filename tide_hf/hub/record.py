@@ -11,6 +11,7 @@ PROMPTS = ("What is 17 + 25?", "739152")
 METRIC_NAMES = {
     "loss": "objective, nats",
     "ce": "denoising loss, nats per token",
+    "ce_answer": "denoising loss, nats per answer token (end-of-text fill left out)",
     "distill": "distillation term, nats",
     "fake_loss": "fake's denoising loss on the student's samples, nats per row",
 }
@@ -135,11 +136,7 @@ def record_run(trainer, datasets: list[str] = ()) -> RunRecord:
     base = model.get_base_model() if is_adapter else model
     teacher = getattr(trainer, "teacher", None)
     tokenizer = trainer.processing_class
-    arguments = changed_arguments(args)
-    objective = trainer.objective.to_dict()
-    arguments = {name: value for name, value in arguments.items() if name not in objective}
-    if hasattr(args, "teacher_context") and teacher is not None:
-        arguments["teacher_context"] = args.teacher_context
+    objective, arguments = _settings(trainer)
     return RunRecord(
         model_name="",
         location=".",
@@ -166,8 +163,20 @@ def record_run(trainer, datasets: list[str] = ()) -> RunRecord:
     )
 
 
+def _settings(trainer) -> tuple[dict, dict]:
+    """The objective, and the training arguments that differ from their defaults, as they are now."""
+    objective, args = trainer.objective.to_dict(), trainer.args
+    arguments = {name: value for name, value in changed_arguments(args).items() if name not in objective}
+    if hasattr(args, "teacher_context") and getattr(trainer, "teacher", None) is not None:
+        arguments["teacher_context"] = args.teacher_context
+    return objective, arguments
+
+
 def update_record(record: RunRecord, trainer) -> None:
-    """Brings progress, logs, preparation and the evaluations a trainer has made up to date."""
+    """Brings settings, progress, logs, preparation and the evaluations a trainer has made up to date."""
+    given = {name: value for name, value in record.arguments.items() if name == "dataset_args"}
+    record.objective, arguments = _settings(trainer)
+    record.arguments = {**arguments, **given}
     record.step, record.max_steps = trainer.state.global_step, trainer.state.max_steps
     record.log_history = list(trainer.state.log_history)
     record.preparation = {

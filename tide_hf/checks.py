@@ -1,0 +1,112 @@
+"""What a trainer is given, checked before anything is loaded or prepared: models, tokenizers, rows."""
+
+from os import PathLike
+
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_rows(name: str, dataset) -> None:
+    """Refuses what is no table and no stream of the datasets library; None passes.
+
+    Raises:
+        ValueError: naming what came, and how to make a dataset of it.
+    """
+    if dataset is None or isinstance(dataset, Dataset | IterableDataset):
+        return
+    hint = "datasets.Dataset.from_list makes one of rows that can be listed, Dataset.from_generator of others"
+    if isinstance(dataset, dict):
+        hint = f"give one of its parts: {', '.join(map(repr, dataset))}"
+    elif callable(dataset):
+        hint = "the order of positional arguments is not that of transformers.Trainer, so name them"
+    raise ValueError(
+        f"{name} is a {type(dataset).__name__}; expected a datasets.Dataset or datasets.IterableDataset: {hint}."
+    )
+
+
+def require_tokenizer(name: str, tokenizer) -> None:
+    """Refuses what is no tokenizer; None passes.
+
+    Raises:
+        ValueError: naming what came.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"{name} is a {type(tokenizer).__name__}; expected a tokenizer, as AutoTokenizer.from_pretrained gives it."
+        )
+
+
+def require_vocabulary(who: str, tokenizer, config) -> None:
+    """Refuses a tokenizer with ids that a network has no embedding for.
+
+    Raises:
+        ValueError: naming the token, its id and the vocabulary.
+    """
+    token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if index >= config.vocab_size:
+        raise ValueError(
+            f"The {who}'s tokenizer has the token {token!r} with id {index}, and its embedding has "
+            f"{config.vocab_size} rows, ids 0 to {config.vocab_size - 1}: make room for it with "
+            "model.resize_token_embeddings(len(tokenizer)), or give the tokenizer that belongs to the model."
+        )
+
+
+def refuse_data_parallel(args) -> None:
+    """Refuses several GPUs in one process.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would run DataParallel, which the trainers of diffusion LMs do not "
+            "support: start the script with `accelerate launch`, or choose one GPU with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def refuse_own_teacher(model, teacher, adapts: bool) -> None:
+    """Refuses what is no teacher, and a teacher that would move with the student.
+
+    Args:
+        model (`str` or `PreTrainedModel`), teacher (*optional*): as the trainer was given them.
+        adapts (`bool`): whether an adapter is made on the student, whose own parameters then stand still.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if teacher is None or isinstance(teacher, str):
+        return
+    if not isinstance(teacher, PreTrainedModel | PeftModel):
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}; expected a name, a folder, or a model as from_pretrained gives "
+            "it."
+        )
+    if isinstance(model, str | PathLike):
+        return
+    own = {value.data_ptr() for value in model.parameters() if value.requires_grad and not adapts}
+    shared = teacher is model or any(value.data_ptr() in own for value in teacher.parameters() if value.numel())
+    if shared:
+        raise ValueError(
+            "Teacher and student share parameters, so that the teacher would change with the student: load the "
+            "teacher a second time, or give its name."
+        )
+
+
+def refuse_loading_arguments(args) -> None:
+    """Refuses arguments that say how a teacher is loaded, where it is given as an instance.
+
+    Raises:
+        ValueError: naming them.
+    """
+    given = {
+        "teacher_dtype": args.teacher_dtype != "auto",
+        "teacher_load_in_4bit": args.teacher_load_in_4bit,
+        "teacher_model_init_kwargs": args.teacher_model_init_kwargs is not None,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise ValueError(
+            f"{', '.join(names)} say how a teacher is loaded, and the teacher is given as an instance: load it so, or "
+            "give its name."
+        )
