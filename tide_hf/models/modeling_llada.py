@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from transformers.core_model_loading import WeightRenaming
 
 from .published import PublishedConfig, packed_experts, register_key_layout
+from .refusals import NotYetAStudent
 
 
 @strict
@@ -63,7 +64,7 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
         return LLaDAMoEConfig.from_dict(config_dict, **kwargs) if is_moe else super().from_dict(config_dict, **kwargs)
 
 
-class LLaDAModelLM(LlamaForCausalLM):
+class LLaDAModelLM(NotYetAStudent, LlamaForCausalLM):
     """LLaDA-8B; bidirectional without a mask; the class name is the one its checkpoints carry."""
 
     config_class = LLaDAConfig
@@ -111,7 +112,7 @@ class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
         super().__post_init__(**kwargs)
 
 
-class LLaDAMoEModelLM(Qwen3MoeForCausalLM):
+class LLaDAMoEModelLM(NotYetAStudent, Qwen3MoeForCausalLM):
     """LLaDA-MoE; bidirectional without a mask; the class name is the one its checkpoints carry."""
 
     config_class = LLaDAMoEConfig

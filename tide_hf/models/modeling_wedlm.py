@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from .published import PublishedConfig
+from .refusals import NotYetAStudent
 
 
 @strict
@@ -34,7 +35,7 @@ class WeDLMConfig(PublishedConfig, Qwen3Config):
         super().__post_init__(**kwargs)
 
 
-class WeDLMForCausalLM(Qwen3ForCausalLM):
+class WeDLMForCausalLM(NotYetAStudent, Qwen3ForCausalLM):
     """WeDLM; causal without a mask; the class name is the one its checkpoints carry.
 
     A 7 B model is Qwen2.5: no query and key norms, and no bias behind the attention where query, key and value have
