@@ -13,12 +13,13 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .masked_diffusion import SCHEDULES
+from .older_readers import WritesForOlderReaders
 
 OBJECTIVES = ("block", "full")
 AUTO_MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 
-class CarriesItsCode:
+class CarriesItsCode(WritesForOlderReaders):
     """A configuration that is saved with the code that loads it; stands before a transformers configuration."""
 
     # file and class of the language model, as auto_map names it

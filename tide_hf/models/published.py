@@ -1,6 +1,6 @@
 """What the configurations of published checkpoints share: their own field names, nulls, and settings nobody uses.
 
-This file travels with checkpoints: it imports transformers alone.
+This file travels with checkpoints: it imports its siblings and transformers alone.
 """
 
 from dataclasses import fields
@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from .older_readers import WritesForOlderReaders
 
-class PublishedConfig:
+
+class PublishedConfig(WritesForOlderReaders):
     """Stands before a transformers configuration in the bases, and reads config.json as its authors wrote it.
 
     Attributes:
