@@ -13,7 +13,7 @@ from transformers.core_model_loading import Split, WeightConverter, WeightRenami
 
 from .configuration_tide import DiffusionConfig
 from .modeling_tide import MaskedDiffusionMixin
-from .published import PublishedConfig, packed_experts, register_key_layout
+from .published import MERGED, PublishedConfig, merged_experts, packed_experts, register_key_layout
 
 
 @strict
@@ -77,20 +77,25 @@ class LLaDA2MoeModelLM(MaskedDiffusionMixin, Glm4MoeForCausalLM):
         # the base's body drops keys of layers 46 and 92, its own extra ones, without a word
         self._keys_to_ignore_on_load_unexpected = set()
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers, in the published layout, whichever was loaded."""
+        used = getattr(self, "_weight_conversions", None)
+        if used is None or any(conversion.source_patterns == MERGED for conversion in used):
+            self._weight_conversions = PUBLISHED_LAYOUT
+        return super().save_pretrained(*args, **kwargs)
 
-register_key_layout(
-    LLaDA2MoeModelLM,
-    [
-        WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
-        WeightRenaming(r"\.attention\.dense\.", ".self_attn.o_proj."),
-        WeightRenaming(r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
-        WeightRenaming(r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
-        WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
-        WeightConverter(
-            source_patterns="attention.query_key_value.weight",
-            target_patterns=["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-            operations=[Split(dim=0)],
-        ),
-        *packed_experts(),
-    ],
-)
+
+PUBLISHED_LAYOUT = [
+    WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
+    WeightRenaming(r"\.attention\.dense\.", ".self_attn.o_proj."),
+    WeightRenaming(r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
+    WeightRenaming(r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
+    WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
+    WeightConverter(
+        source_patterns="attention.query_key_value.weight",
+        target_patterns=["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+        operations=[Split(dim=0)],
+    ),
+    *packed_experts(),
+]
+register_key_layout(LLaDA2MoeModelLM, [*PUBLISHED_LAYOUT, *merged_experts()])

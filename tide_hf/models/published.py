@@ -11,6 +11,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from .older_readers import WritesForOlderReaders
 
+MERGED = ["mlp.experts.gate_proj", "mlp.experts.up_proj"]
+
 
 class PublishedConfig(WritesForOlderReaders):
     """Stands before a transformers configuration in the bases, and reads config.json as its authors wrote it.
@@ -69,6 +71,18 @@ def packed_experts() -> list[WeightConverter]:
             target_patterns="mlp.experts.down_proj",
             operations=[MergeModulelist(dim=0)],
         ),
+    ]
+
+
+def merged_experts() -> list[WeightConverter]:
+    """`mlp.experts.{gate,up}_proj`, all experts of a layer in one tensor, as training code of others keeps them.
+
+    `mlp.experts.down_proj` has transformers' name already.
+    """
+    return [
+        WeightConverter(
+            source_patterns=MERGED, target_patterns="mlp.experts.gate_up_proj", operations=[Concatenate(dim=1)]
+        )
     ]
 
 
