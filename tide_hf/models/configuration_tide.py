@@ -40,6 +40,17 @@ class CarriesItsCode(WritesForOlderReaders):
                 shutil.copy(file, save_directory)
 
 
+def refuse_sliding_windows(config) -> None:
+    """Raises ValueError for layers of a window, which the masks of diffusion replace by everything they show."""
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"Some layers of this {config.model_type} attend to a sliding window (use_sliding_window="
+            f"{config.use_sliding_window}, sliding_window={config.sliding_window}), which the masks of a diffusion LM "
+            "would replace by everything they show: set use_sliding_window=false, or every entry of layer_types to "
+            "'full_attention', if that is what the model was trained with."
+        )
+
+
 @dataclass(init=False, repr=False, eq=False)
 class DiffusionConfig(CarriesItsCode):
     """What every student's configuration has; stands before a transformers configuration in the bases.
@@ -52,7 +63,7 @@ class DiffusionConfig(CarriesItsCode):
         noise_schedule (`str`): α(t) the model was trained with, `"linear"` or `"cosine"`.
 
     Raises:
-        ValueError: for a block size, objective or schedule that is none.
+        ValueError: for a block size, objective or schedule that is none, or layers that attend to a sliding window.
     """
 
     is_causal: bool = False
@@ -69,6 +80,7 @@ class DiffusionConfig(CarriesItsCode):
         if self.noise_schedule not in SCHEDULES:
             raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {self.noise_schedule!r}.")
         super().__post_init__(**kwargs)
+        refuse_sliding_windows(self)
 
 
 @strict

@@ -38,9 +38,21 @@ class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
     required_values: ClassVar[dict] = {
         "score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
+        "router_dtype": "fp32",
+        # the published code renormalises whatever it says; the base class would not
+        "norm_topk_prob": True,
+        # the published code has the norms whatever it says
+        "use_qk_norm": True,
+        "use_rmsnorm": True,
+        "attention_bias": False,
         "use_bias": False,
         "use_qkv_bias": False,
         "norm_head": False,
+        "rope_interleave": False,
+        "embedding_dropout": 0,
+        "output_dropout": 0,
+        "num_nextn_predict_layers": 0,
+        "use_sliding_window": False,
     }
 
     head_dim: int | None = None
@@ -50,10 +62,22 @@ class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
     topk_group: int = 4
     routed_scaling_factor: float = 2.5
     num_mtp_layers: int = 0
+    harmless: ClassVar[frozenset[str]] = frozenset({"moe_shared_expert_intermediate_size"})
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_experts_per_tok == 1:
+            raise ValueError(
+                "num_experts_per_tok=1: the published code weighs a single expert by its score and this class by 1; "
+                "no published LLaDA2 has it."
+            )
+        shared = kwargs.get("moe_shared_expert_intermediate_size")
+        if shared not in (None, self.moe_intermediate_size):
+            raise ValueError(
+                f"moe_shared_expert_intermediate_size={shared}: this class gives shared experts the width of the "
+                f"others, moe_intermediate_size={self.moe_intermediate_size}."
+            )
         rotary_dim, factor = kwargs.get("rotary_dim"), kwargs.get("partial_rotary_factor")
         if factor is None:
             factor = 0.5 if rotary_dim is None else rotary_dim / self.head_dim

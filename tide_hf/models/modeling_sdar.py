@@ -49,7 +49,7 @@ class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
 
     model_type = "sdar_moe"
     default_theta = 1_000_000.0
-    required_values: ClassVar[dict] = {"partial_rotary_factor": 1}
+    required_values: ClassVar[dict] = {"partial_rotary_factor": 1, "shared_expert_intermediate_size": 0}
 
     is_causal: bool = False
     mask_token_id: int | None = None
