@@ -23,7 +23,7 @@ def row_keys(input_ids: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor)
     Returns:
         `torch.LongTensor` of shape `(B,)`, in [0, 2³²).
     """
-    tokens_BL = _mixed(_mixed(_mixed(row_positions(valid)) ^ input_ids) ^ (labels & _WORD))
+    tokens_BL = _mixed(_mixed(_mixed(row_positions(valid)) ^ input_ids.long()) ^ (labels.long() & _WORD))
     return _mixed((tokens_BL * valid).sum(-1) & _WORD)
 
 
