@@ -42,10 +42,13 @@ class CarriesItsCode(WritesForOlderReaders):
 
 def refuse_sliding_windows(config) -> None:
     """Raises ValueError for layers of a window, which the masks of diffusion replace by everything they show."""
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    window = getattr(config, "sliding_window", None)
+    everywhere = window is not None and getattr(config, "use_sliding_window", False)  # where layers have no types
+    layer_types = getattr(config, "layer_types", None)
+    if everywhere if layer_types is None else "sliding_attention" in layer_types:
         raise ValueError(
             f"Some layers of this {config.model_type} attend to a sliding window (use_sliding_window="
-            f"{config.use_sliding_window}, sliding_window={config.sliding_window}), which the masks of a diffusion LM "
+            f"{config.use_sliding_window}, sliding_window={window}), which the masks of a diffusion LM "
             "would replace by everything they show: set use_sliding_window=false, or every entry of layer_types to "
             "'full_attention', if that is what the model was trained with."
         )
