@@ -450,6 +450,7 @@ def test_plain_trainer_learns_to_sort(tmp_path):
         ("block_size", 0, "block_size must be at least 1 token, got 0"),
         ("objective", "blocks", "'block' or 'full', got 'blocks'"),
         ("noise_schedule", "cos", "linear, cosine, got 'cos'"),
+        ("is_causal", True, "leave is_causal at False"),
     ],
 )
 def test_bad_config_values_are_refused(config_class, field, value, message, tmp_path):

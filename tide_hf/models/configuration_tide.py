@@ -66,7 +66,7 @@ class DiffusionConfig(CarriesItsCode):
         noise_schedule (`str`): α(t) the model was trained with, `"linear"` or `"cosine"`.
 
     Raises:
-        ValueError: for a block size, objective or schedule that is none, or layers that attend to a sliding window.
+        ValueError: for a block size, objective or schedule that is none, causal attention or sliding windows.
     """
 
     is_causal: bool = False
@@ -76,6 +76,8 @@ class DiffusionConfig(CarriesItsCode):
     noise_schedule: str = "linear"
 
     def __post_init__(self, **kwargs):
+        if self.is_causal:
+            raise ValueError("is_causal=True: a student sees both sides of a [MASK]; leave is_causal at False.")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {self.block_size}.")
         if self.objective not in OBJECTIVES:
