@@ -216,7 +216,6 @@ def test_adapters_are_merged_by_name_and_refused_as_instances(tmp_path):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 20_480}
-SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 SMALL = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0, "mask_token_id": 9}
 
 
@@ -227,7 +226,6 @@ SMALL = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0, "mask_token_id"
         ({"mask_token_id": 151_665}, "its mask token id is 151665 by its config, and engines have 151669"),
         (SMALL, "its vocabulary has 64 rows, none for the mask id 151669"),
         ({"attention_bias": True}, "its attention has biases"),
-        (SLIDING, "it attends in a sliding window"),
         ({"rope_parameters": YARN}, r"its rotary embedding is scaled \(yarn\)"),
         ({"hidden_act": "gelu"}, "its activation is gelu"),
         ({"config_class": A2DQwen2Config}, "model_type is 'a2d-qwen2', and Qwen2's attention has biases"),
@@ -243,6 +241,14 @@ def test_students_that_do_not_fit_are_refused(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=f"cannot be served as SDAR: .*{message}"):
         export_for_serving(student(**overrides), tmp_path / "served", tokenizer=build_tokenizer())
     assert not (tmp_path / "served").exists()
+
+
+def test_a_sliding_window_is_refused(tmp_path):
+    """Catches a student of windows: its configuration refuses them, and may still be changed afterwards."""
+    model = student()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="it attends in a sliding window"):
+        export_for_serving(model, tmp_path / "served", tokenizer=build_tokenizer())
 
 
 def test_every_reason_is_named(tmp_path):

@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
+from published import EXPERTS, naive_logits, write_checkpoint
 from published import FAMILIES as PUBLISHED
-from published import naive_logits, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -16,6 +16,7 @@ from tide_hf.models import (
     LLaDA2MoeModelLM,
     LLaDAConfig,
     LLaDAMoEConfig,
+    published,
 )
 from tide_hf.teachers import (
     check_rotary_frequencies,
@@ -114,6 +115,33 @@ def test_saved_config_keeps_the_published_names(family, tmp_path):
     loaded.num_hidden_layers = 7
     assert loaded.to_dict()["num_hidden_layers"] == 7
     assert loaded.to_dict().get("n_layers", 7) == 7
+
+
+def merged(weights: dict) -> dict:
+    """The same experts in one tensor per layer and projection, as training code of others keeps them."""
+    kept = {name: tensor for name, tensor in weights.items() if ".mlp.experts." not in name}
+    for part in ("gate", "up", "down"):
+        experts = [weights[f"model.layers.1.mlp.experts.{index}.{part}_proj.weight"] for index in range(EXPERTS)]
+        kept[f"model.layers.1.mlp.experts.{part}_proj"] = torch.stack(experts)
+    return kept
+
+
+@pytest.mark.parametrize("model_type", ["llada2_moe_veomni", "llada2_moe"])
+def test_merged_experts_load_and_are_saved_as_published(model_type, tmp_path):
+    """Catches an alias that loads everything but the layout it stands for, and a save that only we can read."""
+    config, weights = write_checkpoint(tmp_path, "llada2", model_type=model_type)
+    save_file(merged(weights), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = load_teacher(str(tmp_path))
+    expected = naive_logits("llada2", config, weights, IDS)
+    torch.testing.assert_close(model(IDS[None]).logits[0].double(), expected, rtol=0, atol=ATOL)
+    built = LLaDA2MoeModelLM(model.config)
+    built.load_state_dict(model.state_dict())
+    for number, each in enumerate((model, built)):
+        each.save_pretrained(tmp_path / str(number))
+        saved = load_file(tmp_path / str(number) / "model.safetensors")
+        assert saved.keys() == weights.keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in weights.items())
+        assert json.loads((tmp_path / str(number) / "config.json").read_text())["model_type"] == "llada2_moe"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +275,47 @@ def test_wedlm_of_the_wrong_kind_is_refused(tmp_path):
         ("llada2", {"score_function": "softmax"}),
         ("llada2", {"use_qkv_bias": True}),
         ("llada2", {"norm_head": True}),
+        ("llada2", {"norm_topk_prob": False}),
+        ("llada2", {"num_experts_per_tok": 1}),
+        ("llada2", {"use_qk_norm": False}),
+        ("llada2", {"use_rmsnorm": False}),
+        ("llada2", {"use_bias": True}),
+        ("llada2", {"attention_bias": True}),
+        ("llada2", {"moe_router_enable_expert_bias": False}),
+        ("llada2", {"router_dtype": "bf16"}),
+        ("llada2", {"rope_interleave": True}),
+        ("llada2", {"embedding_dropout": 0.1}),
+        ("llada2", {"output_dropout": 0.1}),
+        ("llada2", {"num_nextn_predict_layers": 1}),
+        ("llada2", {"moe_shared_expert_intermediate_size": 8}),
+        ("llada2", {"use_sliding_window": True}),
         ("llada-8b", {"alibi": True}),
+        ("llada-8b", {"rope": False}),
+        ("llada-8b", {"rope_full_precision": False}),
+        ("llada-8b", {"activation_type": "swiglu"}),
+        ("llada-8b", {"multi_query_attention": True}),
+        ("llada-8b", {"attention_layer_norm": True}),
+        ("llada-8b", {"input_emb_norm": True}),
+        ("llada-8b", {"scale_logits": True}),
+        ("llada-8b", {"clip_qkv": 8.0}),
+        ("llada-8b", {"include_bias": True}),
+        ("llada-8b", {"include_qkv_bias": True}),
+        ("llada-8b", {"bias_for_layer_norm": True}),
+        ("llada-8b", {"layer_norm_with_affine": False}),
+        ("llada-8b", {"block_group_size": 2}),
+        ("llada-moe", {"clip_qkv": 8.0}),
+        ("llada-moe", {"qk_layernorm": False}),
+        ("llada-moe", {"moe_router_enable_expert_bias": True}),
+        ("llada-moe", {"routed_scaling_factor": 2.5}),
+        ("llada-moe", {"n_group": 4}),
+        ("llada-moe", {"topk_group": 2}),
+        ("llada-moe", {"num_shared_experts": 1}),
+        ("llada-moe", {"use_bias": True}),
+        ("llada-moe", {"use_qkv_bias": True}),
+        ("llada-moe", {"moe_layer_freq": [0, 1]}),
+        ("sdar-moe", {"shared_expert_intermediate_size": 16}),
+        ("sdar-moe", {"partial_rotary_factor": 0.5}),
+        ("a2d-llama", {"use_sliding_window": True}),
         ("llada-8b", {"block_type": "sequential"}),
         ("llada-8b", {"layer_norm_type": "default"}),
         ("llada-moe", {"shared_expert_intermediate_size": 16}),
@@ -261,6 +329,47 @@ def test_settings_no_published_model_has_are_refused(family, changes, tmp_path):
     (name,) = changes
     with pytest.raises(ValueError, match=name):
         AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["dream", "sdar", "sdar-moe", "wedlm-8b", "llada-moe", "a2d-qwen3", "a2d-qwen2"])
+def test_sliding_windows_are_refused(family, tmp_path):
+    """Catches layers of a window, which every mask of diffusion replaces by all that it shows."""
+    write_checkpoint(tmp_path, family, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    with pytest.raises(ValueError, match=r"use_sliding_window=True, sliding_window=4.*layer_types"):
+        AutoConfig.from_pretrained(tmp_path)
+    # the switch alone, with every layer below max_window_layers, changes nothing
+    if not family.endswith("moe"):
+        changed_config(tmp_path, max_window_layers=2)
+        assert set(AutoConfig.from_pretrained(tmp_path).layer_types) == {"full_attention"}
+
+
+@pytest.mark.parametrize("family", list(PUBLISHED))
+def test_fields_nobody_knows_are_named(family, tmp_path, monkeypatch):
+    """Catches a switch of a later release that is kept and read by nobody, and noise about known ones."""
+    seen = []
+    monkeypatch.setattr(published.logger, "warning_once", seen.append)
+    write_checkpoint(tmp_path, family)
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    AutoConfig.from_pretrained(tmp_path / "saved")
+    assert seen == []
+    changed_config(tmp_path, use_new_attention=True)
+    AutoConfig.from_pretrained(tmp_path)
+    assert len(seen) == 1 and "does not know: use_new_attention" in seen[0]
+
+
+def test_wedlm_with_norms_and_biases(tmp_path, monkeypatch):
+    """Catches a bias behind the attention, which no WeDLM has: it would be drawn at random."""
+    monkeypatch.setitem(PUBLISHED, "wedlm", (*PUBLISHED["wedlm-8b"][:4], {"qk_norm", "bias"}))
+    config, weights = write_checkpoint(tmp_path, "wedlm", attention_bias=True)
+    model = load_teacher(str(tmp_path))
+    expected = naive_logits("wedlm", config, weights, IDS, torch.ones(11, 11).bool().tril())
+    torch.testing.assert_close(model(IDS[None]).logits[0].double(), expected, rtol=0, atol=ATOL)
+
+
+def test_a_llada_may_say_its_width_by_a_ratio(tmp_path):
+    """Catches the base class's default width where config.json gives a ratio."""
+    write_checkpoint(tmp_path, "llada-8b", without=("mlp_hidden_size",), mlp_ratio=2)
+    assert AutoConfig.from_pretrained(tmp_path).intermediate_size == 64
 
 
 def test_contradicting_rotary_sizes_are_refused(tmp_path):

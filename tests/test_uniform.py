@@ -137,6 +137,7 @@ def test_model_sees_both_sides_soft_inputs_and_noise_levels():
 def test_loss_of_labels_noises_and_scores_the_answer_alone():
     """Catches prompts that are noised, said to be noised or scored, a wrong rate, and a divisor not the one given."""
     model, tokens_seen, features_seen = tiny_uniform().eval(), [], []
+    model.eval_num_times = 1
     ids = torch.randint(0, 10, (64, 12), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, :6] = -100

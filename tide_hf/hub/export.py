@@ -117,7 +117,7 @@ def export_for_serving(
     served = _relabelled(model, tokenizer)
     served.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    _complete_config(output_dir, served.config)
+    _name_configuration_code(output_dir)
     (output_dir / "configuration_sdar.py").write_text(CONFIGURATION_CODE)
     (output_dir / "sglang_dllm.yaml").write_text(
         f"block_size: {served.config.block_size}\nthreshold: {confidence_threshold:g}\n"
@@ -189,15 +189,10 @@ def _relabelled(student: PreTrainedModel, tokenizer) -> SDARForCausalLM:
     return served
 
 
-def _complete_config(folder: Path, config: SDARConfig) -> None:
-    """Adds to config.json what engines on older transformers read by older names."""
+def _name_configuration_code(folder: Path) -> None:
+    """Says in config.json which file makes it readable where SDAR is unknown."""
     path = folder / "config.json"
-    written = json.loads(path.read_text())
-    written |= {
-        "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"},
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "torch_dtype": written["dtype"],
-    }
+    written = json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"}}
     path.write_text(json.dumps(written, indent=2) + "\n")
 
 

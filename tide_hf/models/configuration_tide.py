@@ -13,12 +13,13 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .masked_diffusion import SCHEDULES
+from .older_readers import WritesForOlderReaders
 
 OBJECTIVES = ("block", "full")
 AUTO_MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 
-class CarriesItsCode:
+class CarriesItsCode(WritesForOlderReaders):
     """A configuration that is saved with the code that loads it; stands before a transformers configuration."""
 
     # file and class of the language model, as auto_map names it
@@ -39,6 +40,20 @@ class CarriesItsCode:
                 shutil.copy(file, save_directory)
 
 
+def refuse_sliding_windows(config) -> None:
+    """Raises ValueError for layers of a window, which the masks of diffusion replace by everything they show."""
+    window = getattr(config, "sliding_window", None)
+    everywhere = window is not None and getattr(config, "use_sliding_window", False)  # where layers have no types
+    layer_types = getattr(config, "layer_types", None)
+    if everywhere if layer_types is None else "sliding_attention" in layer_types:
+        raise ValueError(
+            f"Some layers of this {config.model_type} attend to a sliding window (use_sliding_window="
+            f"{config.use_sliding_window}, sliding_window={window}), which the masks of a diffusion LM "
+            "would replace by everything they show: set use_sliding_window=false, or every entry of layer_types to "
+            "'full_attention', if that is what the model was trained with."
+        )
+
+
 @dataclass(init=False, repr=False, eq=False)
 class DiffusionConfig(CarriesItsCode):
     """What every student's configuration has; stands before a transformers configuration in the bases.
@@ -51,7 +66,7 @@ class DiffusionConfig(CarriesItsCode):
         noise_schedule (`str`): α(t) the model was trained with, `"linear"` or `"cosine"`.
 
     Raises:
-        ValueError: for a block size, objective or schedule that is none.
+        ValueError: for a block size, objective or schedule that is none, causal attention or sliding windows.
     """
 
     is_causal: bool = False
@@ -61,6 +76,8 @@ class DiffusionConfig(CarriesItsCode):
     noise_schedule: str = "linear"
 
     def __post_init__(self, **kwargs):
+        if self.is_causal:
+            raise ValueError("is_causal=True: a student sees both sides of a [MASK]; leave is_causal at False.")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {self.block_size}.")
         if self.objective not in OBJECTIVES:
@@ -68,6 +85,7 @@ class DiffusionConfig(CarriesItsCode):
         if self.noise_schedule not in SCHEDULES:
             raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {self.noise_schedule!r}.")
         super().__post_init__(**kwargs)
+        refuse_sliding_windows(self)
 
 
 @strict

@@ -6,6 +6,8 @@ is the tokenizer's. Saved again, they keep model_type and keys, and carry this l
 which transformers 5 cannot run. Source: dllm-hub Tiny-A2D, TIDE-dllm.
 """
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 
 from .configuration_tide import TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
@@ -35,6 +37,7 @@ class A2DLlamaConfig(PublishedConfig, TIDELlamaConfig):
 
     model_type = "a2d-llama"
     modeling = "modeling_a2d.A2DLlamaLMHeadModel"
+    required_values: ClassVar[dict] = {"use_sliding_window": False}
 
 
 class A2DQwen3LMHeadModel(TIDEQwen3ForBlockDiffusion):

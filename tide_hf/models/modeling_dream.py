@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from .published import PublishedConfig
+from .refusals import NotYetAStudent
 
 
 @strict
@@ -25,7 +26,7 @@ class DreamConfig(PublishedConfig, Qwen2Config):
     mask_token_id: int | None = None
 
 
-class DreamModel(Qwen2ForCausalLM):
+class DreamModel(NotYetAStudent, Qwen2ForCausalLM):
     """Dream with its head; bidirectional without a mask; the class name is the one its checkpoints carry."""
 
     config_class = DreamConfig

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from transformers.core_model_loading import WeightRenaming
 
 from .published import PublishedConfig, packed_experts, register_key_layout
+from .refusals import NotYetAStudent
 
 
 @strict
@@ -41,7 +42,12 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
         "activation_type": "silu",
         "layer_norm_type": "rms",
         "rope": True,
+        "rope_full_precision": True,
         "alibi": False,
+        "clip_qkv": 0,
+        "block_group_size": 1,
+        "layer_norm_with_affine": True,
+        "bias_for_layer_norm": False,
         "multi_query_attention": False,
         "attention_layer_norm": False,
         "input_emb_norm": False,
@@ -50,11 +56,27 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
         "scale_logits": False,
     }
 
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {
+            "alibi_bias_max",
+            "attention_layer_norm_with_affine",
+            "embedding_dropout",
+            "layer_norm_eps",
+            "mlp_ratio",  # read where mlp_hidden_size is missing
+            "residual_dropout",
+        }
+    )
+
     is_causal: bool = False
     mask_token_id: int | None = None
     num_key_value_heads: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if kwargs.get("mlp_hidden_size") is None and kwargs.get("mlp_ratio") and "d_model" in kwargs:
+            kwargs["mlp_hidden_size"] = int(kwargs["mlp_ratio"] * kwargs["d_model"])
+        super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -63,7 +85,7 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
         return LLaDAMoEConfig.from_dict(config_dict, **kwargs) if is_moe else super().from_dict(config_dict, **kwargs)
 
 
-class LLaDAModelLM(LlamaForCausalLM):
+class LLaDAModelLM(NotYetAStudent, LlamaForCausalLM):
     """LLaDA-8B; bidirectional without a mask; the class name is the one its checkpoints carry."""
 
     config_class = LLaDAConfig
@@ -90,12 +112,19 @@ class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
     }
     required_values: ClassVar[dict] = {
         "qk_layernorm": True,
+        "clip_qkv": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "use_bias": False,
+        "use_qkv_bias": False,
         "partial_rotary_factor": 1,
         "moe_router_score_function": "softmax",
         "moe_router_enable_expert_bias": False,
         "routed_scaling_factor": 1,
         "shared_expert_intermediate_size": 0,
+        "num_shared_experts": 0,
     }
+    harmless: ClassVar[frozenset[str]] = frozenset({"moe_layer_freq", "moe_router_topk_scaling_factor"})
 
     is_causal: bool = False
     mask_token_id: int | None = None
@@ -111,7 +140,7 @@ class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
         super().__post_init__(**kwargs)
 
 
-class LLaDAMoEModelLM(Qwen3MoeForCausalLM):
+class LLaDAMoEModelLM(NotYetAStudent, Qwen3MoeForCausalLM):
     """LLaDA-MoE; bidirectional without a mask; the class name is the one its checkpoints carry."""
 
     config_class = LLaDAMoEConfig

@@ -13,7 +13,7 @@ from transformers.core_model_loading import Split, WeightConverter, WeightRenami
 
 from .configuration_tide import DiffusionConfig
 from .modeling_tide import MaskedDiffusionMixin
-from .published import PublishedConfig, packed_experts, register_key_layout
+from .published import MERGED, PublishedConfig, merged_experts, packed_experts, register_key_layout
 
 
 @strict
@@ -38,9 +38,21 @@ class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
     required_values: ClassVar[dict] = {
         "score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
+        "router_dtype": "fp32",
+        # the published code renormalises whatever it says; the base class would not
+        "norm_topk_prob": True,
+        # the published code has the norms whatever it says
+        "use_qk_norm": True,
+        "use_rmsnorm": True,
+        "attention_bias": False,
         "use_bias": False,
         "use_qkv_bias": False,
         "norm_head": False,
+        "rope_interleave": False,
+        "embedding_dropout": 0,
+        "output_dropout": 0,
+        "num_nextn_predict_layers": 0,
+        "use_sliding_window": False,
     }
 
     head_dim: int | None = None
@@ -50,10 +62,22 @@ class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
     topk_group: int = 4
     routed_scaling_factor: float = 2.5
     num_mtp_layers: int = 0
+    harmless: ClassVar[frozenset[str]] = frozenset({"moe_shared_expert_intermediate_size"})
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_experts_per_tok == 1:
+            raise ValueError(
+                "num_experts_per_tok=1: the published code weighs a single expert by its score and this class by 1; "
+                "no published LLaDA2 has it."
+            )
+        shared = kwargs.get("moe_shared_expert_intermediate_size")
+        if shared not in (None, self.moe_intermediate_size):
+            raise ValueError(
+                f"moe_shared_expert_intermediate_size={shared}: this class gives shared experts the width of the "
+                f"others, moe_intermediate_size={self.moe_intermediate_size}."
+            )
         rotary_dim, factor = kwargs.get("rotary_dim"), kwargs.get("partial_rotary_factor")
         if factor is None:
             factor = 0.5 if rotary_dim is None else rotary_dim / self.head_dim
@@ -77,20 +101,25 @@ class LLaDA2MoeModelLM(MaskedDiffusionMixin, Glm4MoeForCausalLM):
         # the base's body drops keys of layers 46 and 92, its own extra ones, without a word
         self._keys_to_ignore_on_load_unexpected = set()
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers, in the published layout, whichever was loaded."""
+        used = getattr(self, "_weight_conversions", None)
+        if used is None or any(conversion.source_patterns == MERGED for conversion in used):
+            self._weight_conversions = PUBLISHED_LAYOUT
+        return super().save_pretrained(*args, **kwargs)
 
-register_key_layout(
-    LLaDA2MoeModelLM,
-    [
-        WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
-        WeightRenaming(r"\.attention\.dense\.", ".self_attn.o_proj."),
-        WeightRenaming(r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
-        WeightRenaming(r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
-        WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
-        WeightConverter(
-            source_patterns="attention.query_key_value.weight",
-            target_patterns=["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-            operations=[Split(dim=0)],
-        ),
-        *packed_experts(),
-    ],
-)
+
+PUBLISHED_LAYOUT = [
+    WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),
+    WeightRenaming(r"\.attention\.dense\.", ".self_attn.o_proj."),
+    WeightRenaming(r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
+    WeightRenaming(r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
+    WeightRenaming(r"\.mlp\.gate\.expert_bias", ".mlp.gate.e_score_correction_bias"),
+    WeightConverter(
+        source_patterns="attention.query_key_value.weight",
+        target_patterns=["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+        operations=[Split(dim=0)],
+    ),
+    *packed_experts(),
+]
+register_key_layout(LLaDA2MoeModelLM, [*PUBLISHED_LAYOUT, *merged_experts()])

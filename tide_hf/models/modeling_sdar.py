@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .published import PublishedConfig, packed_experts, register_key_layout
+from .refusals import NotYetAStudent
 
 
 @strict
@@ -29,7 +30,7 @@ class SDARConfig(PublishedConfig, Qwen3Config):
     block_size: int = 4
 
 
-class SDARForCausalLM(Qwen3ForCausalLM):
+class SDARForCausalLM(NotYetAStudent, Qwen3ForCausalLM):
     """SDAR; bidirectional without a mask; the class name is the one its checkpoints carry."""
 
     config_class = SDARConfig
@@ -48,7 +49,7 @@ class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
 
     model_type = "sdar_moe"
     default_theta = 1_000_000.0
-    required_values: ClassVar[dict] = {"partial_rotary_factor": 1}
+    required_values: ClassVar[dict] = {"partial_rotary_factor": 1, "shared_expert_intermediate_size": 0}
 
     is_causal: bool = False
     mask_token_id: int | None = None
@@ -57,7 +58,7 @@ class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
     norm_topk_prob: bool = True
 
 
-class SDARMoeForCausalLM(Qwen3MoeForCausalLM):
+class SDARMoeForCausalLM(NotYetAStudent, Qwen3MoeForCausalLM):
     """SDAR-MoE; bidirectional without a mask; the class name is the one its checkpoints carry."""
 
     config_class = SDARMoeConfig

@@ -28,6 +28,8 @@ from .masked_diffusion import (
     loss_weight,
     masked_probability,
 )
+from .refusals import FOREIGN_LOSS, RefusesNextTokenTrainers
+from .row_noise import fresh_keys, mean_nats, row_keys, row_positions, stratified_times, uniforms
 
 # transformers 5.24 renamed past_key_values, in outputs and in arguments
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -47,8 +49,16 @@ class MaskedDiffusionOutput(CausalLMOutputWithPast):
     terms: dict[str, torch.Tensor] | None = None
 
 
-class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
-    """`forward` and `generate` of a student; stands before a transformers `…ForCausalLM` in the bases."""
+class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMixin):
+    """`forward` and `generate` of a student; stands before a transformers `…ForCausalLM` in the bases.
+
+    Attributes:
+        eval_num_times (`int`): noise levels at which `forward(labels=…)` runs each row in eval mode, one in each of as
+            many equal parts of [0, 1]; as many forwards.
+        accepts_foreign_loss (`bool`): True lets others train on the logits of input without a [MASK].
+    """
+
+    eval_num_times: int = 8
 
     def __init__(self, config):
         super().__init__(config)
@@ -77,17 +87,23 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
             attention_mask (`torch.Tensor`, *optional*): `(B, L)` padding mask, or `(B, 1, L, K)` boolean mask that is
                 applied as given (see `masked_diffusion.block_visibility`) by every attention implementation.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): `input_ids` where trained on, −100 elsewhere.
-                Positions are masked with probability 1 − α(t), t uniform per row; in eval mode the noise is the same
-                at each call.
+                Positions are masked with probability 1 − α(t), t uniform per row. In eval mode a row is run at
+                `eval_num_times` times, and its noise follows from its tokens and labels alone.
             head_fn (`Callable`, *optional*): `head_fn(hidden (B, L, H), lm_head_weight (V, H)) -> (loss, terms)`, run
                 in place of the head, inside the forward that DDP, FSDP and PEFT wrap.
             num_items_in_batch (`int`, *optional*): trained-on tokens of the whole batch, the loss's divisor; those of
-                this call by default.
+                this call by default. In eval mode this call's share of the batch follows from it.
             cache (`Cache`, *optional*), past_key_values: keys and values of earlier columns, under its new and its old
                 name.
 
         Returns:
-            [`MaskedDiffusionOutput`]
+            [`MaskedDiffusionOutput`]: with `labels`, a loss in nats per trained-on token: the mean over tokens in
+            training, in eval mode the mean over rows of each row's mean, and logits for xt, in eval mode at the middle
+            one of the times.
+
+        Raises:
+            ValueError: for labels with arguments that contradict them; in `backward`, for a loss that is not a
+                denoising one (set `accepts_foreign_loss = True` on the model to compute it all the same).
         """
         if labels is not None:
             if position_ids is not None or inputs_embeds is not None:
@@ -101,7 +117,9 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
                     f"shape {tuple(attention_mask.shape)}."
                 )
             return self._denoise(input_ids, attention_mask, labels, num_items_in_batch, **kwargs)
-        outputs = self.run_decoder(
+        outputs = self._network(
+            head_fn,
+            logits_to_keep,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -110,6 +128,13 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if self.training and outputs.logits is not None and outputs.logits.requires_grad:
+            self._watch_for_a_foreign_loss(input_ids, outputs.logits)
+        return outputs
+
+    def _network(self, head_fn: Callable | None, logits_to_keep, **kwargs) -> MaskedDiffusionOutput:
+        """Decoder and head, or `head_fn` in its place."""
+        outputs = self.run_decoder(**kwargs)
         hidden_BLH = outputs.last_hidden_state
         if head_fn is not None:
             if hasattr(self.lm_head, "unshard"):
@@ -156,42 +181,68 @@ class MaskedDiffusionMixin(BlockDiffusionGenerationMixin):
                 "Trainer.compute_loss`, which takes the model's own loss."
             )
 
+    @torch.compiler.disable
+    def _watch_for_a_foreign_loss(self, input_ids, logits) -> None:
+        """Stops a loss of somebody else on input without a [MASK]: nothing is noised, and there is nothing to learn.
+
+        A denoising loss of the user's own passes: it sends no gradient where nothing is masked.
+        """
+        mask_token_id = self.config.mask_token_id
+        if self.accepts_foreign_loss or input_ids is None or mask_token_id is None:
+            return
+        is_clean = ~(input_ids == mask_token_id).any()
+
+        def refuse(gradient):
+            if is_clean and gradient.any():
+                raise ValueError(FOREIGN_LOSS.format(how="A loss was computed from logits of input without a [MASK]"))
+
+        logits.register_hook(refuse)
+
     def _denoise(self, input_ids, attention_mask, labels, num_items_in_batch, **kwargs) -> MaskedDiffusionOutput:
-        """Masks the trained-on positions, runs [xt ; x0] (block) or xt (full), and returns loss and xt's logits."""
+        """Masks trained-on positions, at one time in training and at several in eval mode; loss and xt's logits."""
         if self.config.mask_token_id is None:
             raise ValueError(
                 "forward(labels=…) needs config.mask_token_id, and this checkpoint does not say it: "
                 "set model.config.mask_token_id = tokenizer.mask_token_id."
             )
-        generator = None
-        if not self.training:
-            generator = torch.Generator(input_ids.device).manual_seed(0)
-        num_rows, length = input_ids.shape
-        uniform = torch.rand(num_rows, length + 1, device=input_ids.device, generator=generator)
-        t_B1 = TIME_EPSILON + (1 - TIME_EPSILON) * uniform[:, :1]
-        schedule = self.config.noise_schedule
-        masked = (uniform[:, 1:] < masked_probability(t_B1, schedule)) & (labels != -100)
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        trained, positions = (labels != -100) & valid, row_positions(valid)
+        keys_B = row_keys(input_ids, labels, valid)
+        keys_B, num_times = (fresh_keys(keys_B), 1) if self.training else (keys_B, self.eval_num_times)
+        schedule, nats_B = self.config.noise_schedule, 0
+        for number in range(num_times):
+            t_B1 = TIME_EPSILON + (1 - TIME_EPSILON) * stratified_times(keys_B, number, number, num_times)
+            masked = (uniforms(keys_B, number, positions) < masked_probability(t_B1, schedule)) & trained
+            outputs = self._predict(input_ids, masked, valid, attention_mask is not None, **kwargs)
+            nll = F.cross_entropy(outputs.logits[masked].float(), input_ids[masked], reduction="none")
+            nll_BL = nll.new_zeros(masked.shape).masked_scatter(masked, nll)
+            nats_B = nats_B + (nll_BL * loss_weight(t_B1, schedule)).sum(1) / num_times
+            if number == num_times // 2:
+                returned = outputs
+        returned.loss = mean_nats(nats_B, trained.sum(1), num_items_in_batch, self.training)
+        return returned
+
+    def _predict(self, input_ids, masked, valid, padded: bool, **kwargs) -> MaskedDiffusionOutput:
+        """Logits of xt: [xt ; x0] under the block mask (block), or xt alone (full)."""
+        length = input_ids.shape[1]
         noised = torch.where(masked, self.config.mask_token_id, input_ids)
-        valid = torch.ones_like(masked) if attention_mask is None else attention_mask.bool()
+        position = row_positions(valid).sub(1).clamp(min=0)
         if self.config.objective == "full":
-            outputs = self(noised, attention_mask=attention_mask, use_cache=False, **kwargs)
-        else:
-            position = valid.long().cumsum(-1).sub(1).clamp(min=0)
-            block = torch.where(valid, position // self.config.block_size, -1)
-            streams = [torch.where(valid, stream, PADDING_STREAM) for stream in (NOISED_STREAM, CLEAN_STREAM)]
-            stream, block = torch.cat(streams, 1), block.repeat(1, 2)
-            outputs = self(
-                torch.cat([noised, input_ids], 1),
-                attention_mask=block_visibility(stream, block, stream, block),
-                position_ids=position.repeat(1, 2),
-                logits_to_keep=torch.arange(length, device=input_ids.device),
-                use_cache=False,
-                **kwargs,
-            )
-        nll = F.cross_entropy(outputs.logits[masked].float(), input_ids[masked], reduction="none")
-        num_items = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        outputs.loss = (nll * loss_weight(t_B1, schedule).expand_as(masked)[masked]).sum() / num_items
-        return outputs
+            if padded:  # without a padding mask, positions of one's own would be read as packed documents
+                kwargs |= {"attention_mask": valid.long(), "position_ids": position}
+            return self._network(None, 0, input_ids=noised, use_cache=False, **kwargs)
+        block = torch.where(valid, position // self.config.block_size, -1)
+        streams = [torch.where(valid, stream, PADDING_STREAM) for stream in (NOISED_STREAM, CLEAN_STREAM)]
+        stream, block = torch.cat(streams, 1), block.repeat(1, 2)
+        return self._network(
+            None,
+            torch.arange(length, device=input_ids.device),
+            input_ids=torch.cat([noised, input_ids], 1),
+            attention_mask=block_visibility(stream, block, stream, block),
+            position_ids=position.repeat(1, 2),
+            use_cache=False,
+            **kwargs,
+        )
 
 
 class TIDEQwen3ForBlockDiffusion(MaskedDiffusionMixin, Qwen3ForCausalLM):

@@ -15,14 +15,23 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from .configuration_uniform import TIDEUniformQwen3Config
 from .prompts_tide import padding_mask, token_rows
+from .refusals import RefusesNextTokenTrainers
+from .row_noise import fresh_keys, mean_nats, random_tokens, row_keys, row_positions, stratified_times, uniforms
 from .settings_tide import FOR_UNIFORM, REFUSED_FOR_UNIFORM, MergedSettings
 from .uniform_diffusion import NOISE_EPSILON, reverse_step, uniform_divergence
 
 NUM_NOISE_FEATURES = 16
 
 
-class TIDEUniformQwen3ForDiffusion(Qwen3ForCausalLM):
-    """Qwen3 as a uniform-state diffusion LM over the full sequence."""
+class TIDEUniformQwen3ForDiffusion(RefusesNextTokenTrainers, Qwen3ForCausalLM):
+    """Qwen3 as a uniform-state diffusion LM over the full sequence.
+
+    Attributes:
+        eval_num_times (`int`): noise levels at which `forward(labels=…)` runs each row in eval mode, one in each of as
+            many equal parts of [0, 1]; as many forwards.
+    """
+
+    eval_num_times: int = 8
 
     config_class = TIDEUniformQwen3Config
     config: TIDEUniformQwen3Config
@@ -52,13 +61,16 @@ class TIDEUniformQwen3ForDiffusion(Qwen3ForCausalLM):
             token_probabilities (`torch.Tensor` of shape `(B, L, V)`, *optional*): soft inputs in place of `input_ids`;
                 carry a gradient.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): `input_ids` where trained on, −100 elsewhere. α
-                is uniform per row; in eval mode the noise is the same at each call.
+                is uniform per row. In eval mode a row is run at `eval_num_times` levels, and its noise follows from
+                its tokens and labels alone.
             inputs_embeds (`None`): named because PEFT names it.
-            num_items_in_batch (`int`, *optional*): trained-on tokens of the whole batch, the loss's divisor.
+            num_items_in_batch (`int`, *optional*): trained-on tokens of the whole batch, the loss's divisor; in eval
+                mode this call's share of the batch follows from it.
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`]: logits about the clean token of the same position, and
-            with `labels` the loss, nats per trained-on token.
+            with `labels` the loss, nats per trained-on token: the mean over tokens in training, in eval mode the mean
+            over rows of each row's mean, with the logits of the middle one of the levels.
 
         Raises:
             ValueError: without exactly one input, or without a noise level.
@@ -72,6 +84,10 @@ class TIDEUniformQwen3ForDiffusion(Qwen3ForCausalLM):
                 "A uniform-state diffusion LM has to be told the noise level of each position (1 − α, 0 for clean "
                 "tokens): pass noise_level, labels, or call generate."
             )
+        return self._network(input_ids, token_probabilities, noise_level, attention_mask, **kwargs)
+
+    def _network(self, input_ids, token_probabilities, noise_level, attention_mask, **kwargs) -> MaskedLMOutput:
+        """Logits about the clean tokens."""
         if input_ids is not None:
             embeds = self.model.embed_tokens(input_ids)
         else:
@@ -87,22 +103,32 @@ class TIDEUniformQwen3ForDiffusion(Qwen3ForCausalLM):
         return MaskedLMOutput(logits=self.lm_head(outputs.last_hidden_state))
 
     def _denoise(self, input_ids, attention_mask, labels, num_items_in_batch, **kwargs) -> MaskedLMOutput:
-        """Replaces trained-on tokens by random ones and returns the NELBO and the logits; α = 1 − t."""
-        generator = None if self.training else torch.Generator(input_ids.device).manual_seed(0)
-        options = {"device": input_ids.device, "generator": generator}
-        trained = labels != -100
-        uniform = torch.rand(len(input_ids), input_ids.shape[1] + 1, **options)
-        level_B1 = NOISE_EPSILON + (1 - 2 * NOISE_EPSILON) * uniform[:, :1]
-        random = torch.randint(self.config.vocab_size, input_ids.shape, **options)
-        noised = torch.where((uniform[:, 1:] < level_B1) & trained, random, input_ids)
-        outputs = self(noised, attention_mask=attention_mask, noise_level=level_B1 * trained, **kwargs)
+        """Replaces trained-on tokens by random ones, at one level in training and at several in eval mode; α = 1 − t.
+
+        Returns the NELBO and the logits.
+        """
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        trained, positions = (labels != -100) & valid, row_positions(valid)
+        keys_B = row_keys(input_ids, labels, valid)
+        keys_B, num_times = (fresh_keys(keys_B), 1) if self.training else (keys_B, self.eval_num_times)
         clean_NV = nn.functional.one_hot(input_ids[trained], self.config.vocab_size).float()
-        predicted_NV = outputs.logits[trained].float().softmax(-1)
-        alpha_N = (1 - level_B1).expand_as(labels)[trained]
-        values_N = uniform_divergence(clean_NV, predicted_NV, noised[trained], alpha_N, rate_N=1.0)
-        num_items = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        outputs.loss = values_N.sum() / num_items
-        return outputs
+        nats_B = 0
+        for number in range(num_times):
+            uniform_B1 = stratified_times(keys_B, number, number, num_times)
+            level_B1 = NOISE_EPSILON + (1 - 2 * NOISE_EPSILON) * uniform_B1
+            random = random_tokens(keys_B, num_times + number, positions, self.config.vocab_size)
+            replaced = (uniforms(keys_B, number, positions) < level_B1) & trained
+            noised = torch.where(replaced, random, input_ids)
+            outputs = self._network(noised, None, level_B1 * trained, attention_mask, **kwargs)
+            predicted_NV = outputs.logits[trained].float().softmax(-1)
+            alpha_N = (1 - level_B1).expand_as(labels)[trained]
+            values_N = uniform_divergence(clean_NV, predicted_NV, noised[trained], alpha_N, rate_N=1.0)
+            values_BL = values_N.new_zeros(trained.shape).masked_scatter(trained, values_N)
+            nats_B = nats_B + values_BL.sum(1) / num_times
+            if number == num_times // 2:
+                returned = outputs
+        returned.loss = mean_nats(nats_B, trained.sum(1), num_items_in_batch, self.training)
+        return returned
 
     @torch.no_grad()
     def generate(

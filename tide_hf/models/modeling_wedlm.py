@@ -4,11 +4,14 @@ The published key layout is Qwen3's for the 8 B models and Qwen2.5's for the 7 B
 Source: Tencent/WeDLM.
 """
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from .published import PublishedConfig
+from .refusals import NotYetAStudent
 
 
 @strict
@@ -23,6 +26,7 @@ class WeDLMConfig(PublishedConfig, Qwen3Config):
 
     model_type = "wedlm"
     default_theta = 1_000_000.0
+    harmless: ClassVar[frozenset[str]] = frozenset({"block_size"})  # of the teacher's view, not of the network
 
     mask_token_id: int | None = None
     qk_norm: bool = True
@@ -34,11 +38,11 @@ class WeDLMConfig(PublishedConfig, Qwen3Config):
         super().__post_init__(**kwargs)
 
 
-class WeDLMForCausalLM(Qwen3ForCausalLM):
+class WeDLMForCausalLM(NotYetAStudent, Qwen3ForCausalLM):
     """WeDLM; causal without a mask; the class name is the one its checkpoints carry.
 
-    A 7 B model is Qwen2.5: no query and key norms, and no bias behind the attention where query, key and value have
-    theirs.
+    A 7 B model is Qwen2.5: no query and key norms. There is no bias behind the attention, also where query, key and
+    value have theirs.
     """
 
     config_class = WeDLMConfig
@@ -46,7 +50,7 @@ class WeDLMForCausalLM(Qwen3ForCausalLM):
 
     def __init__(self, config: WeDLMConfig):
         super().__init__(config)
-        if not config.qk_norm:
-            for layer in self.model.layers:
+        for layer in self.model.layers:
+            layer.self_attn.o_proj.bias = None
+            if not config.qk_norm:
                 layer.self_attn.q_norm, layer.self_attn.k_norm = nn.Identity(), nn.Identity()
-                layer.self_attn.o_proj.bias = None

@@ -1,26 +1,80 @@
 """What the configurations of published checkpoints share: their own field names, nulls, and settings nobody uses.
 
-This file travels with checkpoints: it imports transformers alone.
+This file travels with checkpoints: it imports its siblings and transformers alone.
 """
 
 from dataclasses import fields
 from typing import Any, ClassVar
 
+from transformers import GenerationConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.utils import logging
+
+from .configuration_tide import refuse_sliding_windows
+from .older_readers import WritesForOlderReaders
+
+logger = logging.get_logger(__name__)
+
+MERGED = ["mlp.experts.gate_proj", "mlp.experts.up_proj"]
 
 
-class PublishedConfig:
+# of config.json in general: what changes no result, is read by transformers elsewhere, or is read by other means
+HARMLESS = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "debug",
+        "flash_attention",
+        "fuse_cross_entropy",
+        "id2label",
+        "init_cutoff_factor",
+        "init_device",
+        "init_fn",
+        "init_std",
+        "initializer_range",
+        "label2id",
+        "max_window_layers",
+        "name_or_path",
+        "num_labels",
+        "original_max_position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "partial_rotary_factor",
+        "precision",
+        "pretraining_tp",
+        "quantization_config",
+        "return_dict",
+        "rope_scaling",
+        "rope_theta",
+        "rotary_dim",
+        "router_aux_loss_coef",
+        "sliding_window",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+class PublishedConfig(WritesForOlderReaders):
     """Stands before a transformers configuration in the bases, and reads config.json as its authors wrote it.
 
     Attributes:
         published_names (`dict[str, str]`): their field name -> the base configuration's. Both are written on save.
-        required_values (`dict[str, Any]`): fields of theirs that the base class has no counterpart for, and the one
-            value under which it computes the same.
+        required_values (`dict[str, Any]`): fields, theirs or the base class's, and the one value under which this
+            class computes what theirs does.
+        harmless (`frozenset[str]`): further fields of theirs that change no result.
+
+    Raises:
+        ValueError: for another value of a required field, and for layers that attend to a sliding window.
     """
 
     published_names: ClassVar[dict[str, str]] = {}
     required_values: ClassVar[dict[str, Any]] = {}
+    harmless: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -40,13 +94,24 @@ class PublishedConfig:
             if value is not None:
                 setattr(self, name, value)
         for name, required in self.required_values.items():
-            value = kwargs.get(name)
+            value = kwargs.get(name, getattr(self, name, None))
             if value is not None and value != required:
                 raise ValueError(
                     f"config.json says {name}={value!r}; no published {self.model_type} checkpoint has that, and "
                     f"this class, which computes with {name}={required!r}, would load it and be wrong."
                 )
+        generation = GenerationConfig._get_default_generation_params()
+        aliases = {*self.attribute_map, *self.attribute_map.values()}
+        known = {*HARMLESS, *self.harmless, *self.required_values, *generation, *aliases}
+        unknown = sorted(name for name in kwargs if name not in known and not name.startswith("_"))
+        if unknown:
+            logger.warning_once(
+                f"config.json of this {self.model_type} has fields that {type(self).__name__} does not know: "
+                f"{', '.join(unknown)}. They are kept and change nothing here: if one of them changes what the model "
+                "computes, its results will differ."
+            )
         super().__post_init__(**kwargs)
+        refuse_sliding_windows(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The base's fields and, beside them, the published names."""
@@ -67,6 +132,18 @@ def packed_experts() -> list[WeightConverter]:
             target_patterns="mlp.experts.down_proj",
             operations=[MergeModulelist(dim=0)],
         ),
+    ]
+
+
+def merged_experts() -> list[WeightConverter]:
+    """`mlp.experts.{gate,up}_proj`, all experts of a layer in one tensor, as training code of others keeps them.
+
+    `mlp.experts.down_proj` has transformers' name already.
+    """
+    return [
+        WeightConverter(
+            source_patterns=MERGED, target_patterns="mlp.experts.gate_up_proj", operations=[Concatenate(dim=1)]
+        )
     ]
 
 
