@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
+from .formats import unread_columns
 from .preparation import COLUMNS, COVERAGE, COVERAGE_COUNTS, STATUS, RowPreparation
 from .record import CARRIER, PreparationRecord
 from .report import PreparationReport
@@ -21,7 +22,7 @@ def prepare_dataset(
     """Prepares every row of a dataset once.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` and `completion`, or `text`.
+        dataset (`Dataset` or `IterableDataset`): rows in any format of [`~tide_hf.data.formats`].
         preparation ([`RowPreparation`]): what to do with each row.
         num_proc (`int`, *optional*): processes, as in `Dataset.map`.
 
@@ -42,6 +43,7 @@ def prepare_dataset(
     prepared, report = prepare_table(dataset, preparation, num_proc)
     if not report.num_kept:
         raise ValueError(f"No row is left to train on: {report}")
+    report.refuse_nothing_aligned()
     logger.info(f"Prepared dataset: {report}")
     return prepared, report
 
@@ -92,11 +94,9 @@ def is_prepared(dataset) -> bool:
 def _removed_columns(dataset) -> list[str]:
     """The columns that preparation does not keep; refuses a dataset without any that it can read."""
     names = dataset.column_names
-    if names is not None and not {"messages", "completion", "text"} & set(names):
-        raise ValueError(
-            f"The dataset has the columns {', '.join(names)}; expected 'messages', 'prompt' and 'completion', or "
-            "'text'. Rename the column that holds the conversation: dataset.rename_column(old, 'messages')."
-        )
+    unread = [] if names is None else [name for name in unread_columns(names) if name not in COLUMNS]
+    if unread:
+        logger.warning_once(f"Columns that are not read, for no text depends on them: {', '.join(unread)}.")
     return [name for name in names or [] if name not in COLUMNS]
 
 
