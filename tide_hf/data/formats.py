@@ -148,7 +148,7 @@ def _conversation(row: dict, messages, first_trained: int = 0) -> Conversation:
     system = next((row[name] for name in SYSTEMS if row.get(name)), None)
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-        first_trained += 1
+        first_trained += bool(first_trained)
     tools = _parsed(row.get("tools") or None, "tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowSkipped("'tools' is no list of JSON schemas")
