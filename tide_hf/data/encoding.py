@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 # characters put before a text that is not the first, so that nothing is taken for the beginning of a text
 ANCHORS = ("\n", ".", "a")
-# how vocabularies write white space at the beginning of a token
-SPACES = "ĠĊĉčĀ▁"
+# byte-level for a space: what tokenizers with `trim_offsets` leave out of the place of a token
+SPACE = "Ġ"
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,6 @@ def _crosses(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str, 
 
 
 def _spaces(tokenizer: PreTrainedTokenizerBase, index: int) -> int:
-    """How many characters of white space a token begins with."""
+    """How many spaces a token begins with."""
     token = tokenizer.convert_ids_to_tokens(index)
-    return len(token) - len(token.lstrip(SPACES))
+    return len(token) - len(token.lstrip(SPACE))
