@@ -86,6 +86,10 @@ MEANINGS = {
         ),
     ),
     "tools": (TOOL_ROW, Conversation(TOOL_ROW["messages"], tools=[WEATHER, CLOCK])),
+    # texts that are JSON as well
+    "number": ({"prompt": "6 + 6 = ", "completion": "12"}, PlainText("6 + 6 = ", "12")),
+    "JSON text": ({"text": '{"a": null}'}, PlainText("", '{"a": null}')),
+    "null": ({"instruction": "null", "output": '"x"'}, Conversation(chat("null", '"x"')["messages"])),
     "several": ({"text": "t", "instruction": "i", "output": "o", **chat("Q", "A")}, Conversation([USER, ANSWER])),
 }
 
@@ -134,6 +138,7 @@ def test_file_means_the_same_wherever_it_is_named(tmp_path, way):
         rows = IterableDataset.from_generator(lambda: iter(kinds))
     else:
         rows = load_mixture(mixture)["train"]
+        assert next(row for row in rows if row["messages"] and row["tools"])["messages"][1] == TOOL_ROW["messages"][1]
     if way in ("mixture", "streaming mixture"):
         together = prepare_dataset(rows, prepare)[0]
     else:

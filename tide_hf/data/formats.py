@@ -25,6 +25,8 @@ UNREADABLE = (
     *("documents", "functions", "function_call", "history"),
     *("image", "images", "audio", "audios", "video", "videos"),
 )
+# text in a column that also holds JSON: the datasets library would read '12' as a number there
+TEXT_IN_JSON = "__text__"
 # ShareGPT's names of the speakers
 SPEAKERS = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -88,12 +90,22 @@ def unread_columns(names: list[str]) -> list[str]:
     return [name for name in names if name not in (*RAW_COLUMNS, *UNREADABLE)]
 
 
+def to_json(value):
+    """A value of a raw row for a column of JSON; [`read_row`] reads it as it was."""
+    return {TEXT_IN_JSON: value} if isinstance(value, str) else value
+
+
 def read_row(row: dict) -> Conversation | PlainText:
     """One raw row of any format.
 
     Raises:
         RowSkipped: for a row that holds nothing to train on, or something that is not read.
     """
+    row = {
+        name: value.get(TEXT_IN_JSON, value) if isinstance(value, dict) else value
+        for name, value in row.items()
+        if value is not None
+    }
     for name in CONVERSATIONS:
         if row.get(name) is not None:
             messages = _parsed(row[name], name) if isinstance(row[name], str) else row[name]

@@ -13,6 +13,7 @@ from datasets import (
     IterableDataset,
     Json,
     ReadInstruction,
+    Value,
     concatenate_datasets,
     load_dataset,
     load_from_disk,
@@ -20,8 +21,9 @@ from datasets import (
 from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
-from .formats import RAW_COLUMNS, UNREADABLE, Conversation, RowSkipped, read_row, unread_columns
+from .formats import RAW_COLUMNS, UNREADABLE, Conversation, RowSkipped, read_row, to_json, unread_columns
 
+TEXT_TYPES = ("string", "large_string", "string_view", "null")
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -131,16 +133,22 @@ def _filtered(rows: Dataset | IterableDataset, answer_contains: str | None) -> D
 def _of_same_columns(parts: list) -> list:
     """The parts with the columns that any of them has of those that are read, so that they can be joined.
 
-    The values are kept as JSON: a table would fill the keys of one row's tool calls into those of another.
+    What is not text in every part is kept as JSON: a table would fill one row's tool calls with the keys of another's.
     """
     parts = [rows._resolve_features() if isinstance(rows, IterableDataset) else rows for rows in parts]
     for rows in parts:
         unread_columns(rows.column_names)
-    found = {name for rows in parts for name in rows.column_names}
-    names = [name for name in (*RAW_COLUMNS, *UNREADABLE) if name in found]
+    columns = {}
+    for name in (*RAW_COLUMNS, *UNREADABLE):
+        kinds = [getattr(rows.features[name], "dtype", None) for rows in parts if name in rows.features]
+        if kinds:
+            columns[name] = Value("string") if all(kind in TEXT_TYPES for kind in kinds) else Json()
+    features = Features(columns)
 
     def chosen(row: dict) -> dict:
-        return {name: row.get(name) for name in names}
+        return {
+            name: to_json(row.get(name)) if isinstance(column, Json) else row.get(name)
+            for name, column in columns.items()
+        }
 
-    features = Features({name: Json() for name in names})
     return [rows.map(chosen, remove_columns=rows.column_names, features=features) for rows in parts]

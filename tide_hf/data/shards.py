@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, conc
 from datasets.utils.tqdm import tqdm
 
 from .dataset import is_prepared, prepare_table
+from .formats import to_json
 from .preparation import RAW_COLUMNS, RowPreparation
 from .record import PreparationRecord
 from .report import PreparationReport
@@ -153,7 +154,7 @@ def _raw_parts(rows: Dataset | IterableDataset, first: int, size: int) -> Iterat
     while batch := list(islice(rest, size)):
         names = [name for name in RAW_COLUMNS if any(name in row for row in batch)]
         # without any known column the first row's stand in the error message
-        columns = {name: [row.get(name) for row in batch] for name in names or batch[0]}
+        columns = {name: [to_json(row.get(name)) for row in batch] for name in names or batch[0]}
         # as JSON, for rows of several formats need not have values of one type
         yield Dataset.from_dict(columns, features=Features({name: Json() for name in columns}) if names else None)
 
