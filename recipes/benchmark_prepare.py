@@ -108,9 +108,9 @@ def require_correct(preparation, conversations: list) -> None:
         sides = []
         for who, tokenizer in (("", preparation.tokenizer), ("teacher_", preparation.teacher_tokenizer)):
             text, (answer,) = render_chat(tokenizer, messages)
-            expected = tokens_of_parts(tokenizer, text, answer.start)
+            expected = tokens_of_parts(tokenizer, text[: answer.end], answer.start)
             ids = columns[f"{who}input_ids"]
-            same = min(len(ids), len(expected["input_ids"]))  # white space behind the last answer may be cut
+            same = min(len(ids), len(expected["input_ids"]))
             places: dict[int, list[int]] = {}
             chunk_ids = columns[f"{who}chunk_ids"][:same]
             for number, (start, end) in zip(chunk_ids, expected["offset_mapping"], strict=False):
