@@ -165,9 +165,16 @@ def other_template():
     return tokenizer
 
 
+def with_setting():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template += "{% if shout %}!{% endif %}"
+    return tokenizer
+
+
 DIFFERENT = {
     "student tokenizer": {"tokenizer": build_tokenizer(PAIRS[:2])},
     "student chat template": {"tokenizer": other_template()},
+    "chat_template_kwargs": {"tokenizer": with_setting(), "chat_template_kwargs": {"shout": True}},
     "student mask_token_id": {"mask_token_id": 14},
     "max_length": {"max_length": 32},
     "block_size": {"block_size": 8},
@@ -184,7 +191,9 @@ DIFFERENT = {
 @pytest.mark.parametrize(("label", "change"), DIFFERENT.items(), ids=DIFFERENT.keys())
 def test_every_setting_is_compared(label, change):
     """Catches a setting that changes the rows and is not in the record, or that is named wrongly."""
-    base = {"teacher": build_tokenizer()} if "template" in label else {}
+    base = {"teacher": build_tokenizer()} if label.endswith("template") else {}
+    if label == "chat_template_kwargs":
+        base = {"tokenizer": with_setting()}
     prepared, _ = prepare_dataset(raw_rows(), preparation(**base))
     require_same_preparation(prepared, preparation(**base))
     with pytest.raises(ValueError, match="was prepared for something else") as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from real_tokenizers import deepseek, qwen, sentencepiece
 from test_data import CHATML, END, MARKED, build_tokenizer, chat, preparation, trained_text
 from tiny import tiny_trainer
@@ -496,6 +496,10 @@ def test_teacher_that_sees_no_answer_is_refused():
         ValueError, match=r"nothing would be distilled: 2 of 2 rows kept \(0 truncated, 2 on the teacher's"
     ):
         prepare_dataset(rows, preparation(teacher_max_length=4))
+    stream = IterableDataset.from_generator(lambda: iter([chat("Q", "A")] * 100))
+    with pytest.raises(ValueError, match="nothing would be distilled"):
+        list(prepare_dataset(stream, preparation(teacher_max_length=4))[0])
+    assert len(list(prepare_dataset(stream, preparation())[0])) == 100
     _, report = prepare_dataset(rows, preparation(teacher_max_length=22))
     assert (report.num_truncated, report.num_teacher_truncated) == (0, 1)
     assert 0 < report.num_aligned_tokens < report.num_trained_tokens

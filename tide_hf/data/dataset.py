@@ -14,6 +14,7 @@ from .record import CARRIER, PreparationRecord
 from .report import PreparationReport
 
 logger = logging.get_logger(__name__)
+FIRST_ROWS = 100  # of a stream, by which a teacher must have seen an answer
 
 
 def prepare_dataset(
@@ -37,7 +38,7 @@ def prepare_dataset(
         removed = _removed_columns(dataset)
         features = None if dataset.column_names is None else _features(PreparationRecord.of(preparation))
         prepared = dataset.map(preparation, with_indices=True, remove_columns=removed, features=features)
-        return prepared.filter(partial(_keep_and_log, Counter()), input_columns=[STATUS]).remove_columns(
+        return prepared.filter(partial(_keep_and_log, Counter()), input_columns=[STATUS, COVERAGE]).remove_columns(
             [STATUS, COVERAGE]
         ), None
     prepared, report = prepare_table(dataset, preparation, num_proc)
@@ -112,12 +113,22 @@ def _features(record: PreparationRecord) -> Features:
     )
 
 
-def _keep_and_log(seen: Counter, status: str) -> bool:
-    """Filter of a streaming dataset; logs each reason at its 1st, 10th, 100th, … row."""
-    if status in ("kept", "truncated"):
-        return True
+def _keep_and_log(seen: Counter, status: str, coverage: list[int]) -> bool:
+    """Filter of a streaming dataset; logs each reason at its 1st, 10th, 100th, … row.
+
+    Raises:
+        ValueError: if a teacher sees no answer of the first hundred rows.
+    """
     seen[status] += 1
     count = seen[status]
+    if status in ("kept", "truncated"):
+        if seen["kept"] + seen["truncated"] <= FIRST_ROWS:
+            counts = dict(zip(COVERAGE_COUNTS, coverage, strict=True))
+            seen.update({name: counts[name] for name in ("num_teacher_tokens", "num_aligned_tokens")})
+        if seen["kept"] + seen["truncated"] == FIRST_ROWS:
+            names = ("num_teacher_tokens", "num_aligned_tokens")
+            PreparationReport(FIRST_ROWS, FIRST_ROWS, **{name: seen[name] for name in names}).refuse_nothing_aligned()
+        return True
     if str(count).strip("0") == "1":
         logger.warning(f"Streaming: {count:,} row(s) dropped so far: {status}")
     return False
