@@ -1,5 +1,6 @@
 """`tide-hf chat`: the conversation, its options, and what it says when a model cannot chat."""
 
+import io
 import subprocess
 import sys
 
@@ -155,8 +156,7 @@ def test_template_and_its_settings_reach_the_prompt(saved, tmp_path, monkeypatch
     monkeypatch.setattr("tide_hf.models.generation_tide.BlockDiffusionGenerationMixin.generate", generate)
 
     def prompt_with(*flags: str) -> str:
-        given = iter(["312"])
-        monkeypatch.setattr("builtins.input", lambda _prompt: next(given, "/exit"))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("312\n/exit\n"))
         main(["chat", str(saved), "--device", "cpu", *flags])
         return prompts.pop()
 

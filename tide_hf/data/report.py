@@ -51,7 +51,7 @@ class PreparationReport:
         text = (
             f"{self.num_kept:,} of {self.num_rows:,} rows kept ({cut}), {self.num_trained_tokens:,} trained-on tokens"
         )
-        if self.num_teacher_tokens:
+        if self.num_teacher_tokens or self.num_aligned_tokens:
             share = self.num_aligned_tokens / max(self.num_trained_tokens, 1)
             byte_share = self.num_aligned_bytes / max(self.num_answer_bytes, 1)
             text += (
