@@ -248,6 +248,14 @@ REFUSED = {
     "'tools' is no list": {**chat("Q", "A"), "tools": {"name": "f"}},
     "'tools' is text and no JSON": {**chat("Q", "A"), "tools": "weather(city)"},
     "'chat_template_kwargs' is no mapping": {**chat("Q", "A"), "chat_template_kwargs": [1]},
+    "kwargs set 'enable_thinking', which no chat template": {
+        **chat("Q", "A"),
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
+    "kwargs set 'add_generation_prompt', which is not": {
+        **chat("Q", "A"),
+        "chat_template_kwargs": {"add_generation_prompt": True},
+    },
     "arguments are no JSON": {
         "messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]
     },

@@ -449,6 +449,29 @@ def test_mixture_of_a_config_file(folders, tmp_path):
     assert not folders["out"].exists()
 
 
+def test_template_and_settings_are_flags(folders, tmp_path):
+    """Catches a preparation that renders with another template, or other settings, than the run it is for."""
+    path = tmp_path / "mine.jinja"
+    path.write_text(with_setting().chat_template, encoding="utf-8")
+    given = ["--chat_template", str(path), "--chat_template_kwargs", '{"shout": true}']
+    run_preparation(parse_prepare_arguments(flags_of(folders, "--output_dir", str(folders["prepared"]), *given)))
+    settings = PreparationRecord.read(load_from_disk(folders["prepared"])["train"]).settings
+    assert settings["chat_template_kwargs"] == '{"shout": true}'
+    for seed, name in enumerate(("student", "teacher")):
+        size = len(AutoTokenizer.from_pretrained(folders[name]))
+        tiny_model(seed, vocab_size=size, hidden=16, dtype=torch.float32).save_pretrained(folders[name])
+    flags = flags_of({**folders, "rows.jsonl": folders["prepared"]}, "--output_dir", str(folders["out"]))
+    flags += ["--preset", "tide-cross", "--max_steps", "1", "--report_to", "none", "--use_cpu"]
+    with pytest.raises(ValueError, match="student chat template: prepared with"):
+        run_distillation(parse_arguments("outputs", flags))
+    with pytest.raises(ValueError, match="chat_template_kwargs: prepared with"):
+        run_distillation(parse_arguments("outputs", [*flags, *given[:2]]))
+    run_distillation(parse_arguments("outputs", [*flags, *given]))
+    saved = AutoTokenizer.from_pretrained(folders["out"])
+    messages = [{"role": "user", "content": "12"}]
+    assert saved.apply_chat_template(messages, tokenize=False).endswith("!")
+
+
 def test_streaming_writes_the_same(folders):
     """Catches --dataset_streaming that prepares other rows, or loads everything first."""
     table, stream = (

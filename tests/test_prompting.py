@@ -236,7 +236,7 @@ def test_settings_of_the_wrong_name_are_refused():
     tokenizer = build_tokenizer(template("qwen3"))
     for given, said in (
         ({"enable_thinkng": False}, "'enable_thinkng', which no chat template of this run reads"),
-        ({"messages": []}, "cannot set 'messages'"),
+        ({"messages": []}, "sets 'messages', which is not a template's own"),
         ("{", "is no JSON"),
         ("[1]", "expected a mapping"),
     ):

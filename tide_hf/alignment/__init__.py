@@ -3,7 +3,7 @@
 from .chat import Answer, Chat, locate_answers, render_chat
 from .chunks import align_chunks, align_equal_tokens, answer_tokens, cut_equal_bytes, drop_cut_chunks
 from .left_out import dropped_reasoning, left_out
-from .templates import read_template, resolve_template_kwargs, without_defaults, write_defaults
+from .templates import read_template, resolve_template_kwargs, unread_setting, without_defaults, write_defaults
 from .token_bytes import LocatedTokens, TokenBytes, answers_in_bytes, character_spans, require_fast
 from .vocabulary import resolve_alignment, shared_vocab_size
 
@@ -28,6 +28,7 @@ __all__ = [
     "resolve_alignment",
     "resolve_template_kwargs",
     "shared_vocab_size",
+    "unread_setting",
     "without_defaults",
     "write_defaults",
 ]

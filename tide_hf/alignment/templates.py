@@ -6,6 +6,7 @@ may override. So whoever renders a prompt with it, this library or another, gets
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,7 @@ def write_defaults(tokenizer: PreTrainedTokenizerBase, settings: dict) -> None:
         tokenizer.chat_template = written if several else next(iter(written.values()))
 
 
+@lru_cache(1000)
 def mentions(template: str, name: str) -> bool:
     """Whether a template has this name outside its comments."""
     return re.search(rf"\b{re.escape(name)}\b", COMMENT.sub("", template)) is not None
@@ -99,15 +101,21 @@ def resolve_template_kwargs(given: dict | str | None, tokenizers: list[PreTraine
             if any(mentions(template, name) for template in templates)
         }
     settings = _parsed(given)
-    for name in settings:
-        if name in RESERVED or not name.isidentifier():
-            raise ValueError(f"chat_template_kwargs cannot set {name!r}, which is not a template's own setting.")
-        if not any(mentions(without_defaults(template), name) for template in templates):
-            raise ValueError(
-                f"chat_template_kwargs sets {name!r}, which no chat template of this run reads: correct its name, or "
-                "leave it out."
-            )
+    if problem := unread_setting(settings, tokenizers):
+        raise ValueError(f"chat_template_kwargs sets {problem}: correct its name, or leave it out.")
     return settings
+
+
+def unread_setting(settings: dict, tokenizers: list[PreTrainedTokenizerBase]) -> str | None:
+    """The first setting that changes no rendering, and why; None if there is none. Empty values set nothing."""
+    templates = [without_defaults(text) for tokenizer in tokenizers for text in _templates(tokenizer).values()]
+    for name, value in settings.items():
+        if name in RESERVED or not name.isidentifier():
+            return f"{name!r}, which is not a template's own setting"
+        empty = value is None or value in ("", [], {})
+        if not empty and not any(mentions(template, name) for template in templates):
+            return f"{name!r}, which no chat template of this run reads"
+    return None
 
 
 def _parsed(given: dict | str) -> dict:

@@ -22,6 +22,7 @@ from ..alignment import (
     read_template,
     require_fast,
     resolve_template_kwargs,
+    unread_setting,
     write_defaults,
 )
 from .encoding import Encoder
@@ -232,6 +233,10 @@ class RowPreparation:
     def _sides(self, row: dict) -> list["_Side"]:
         """The row by the student's tokenizer and, where there is one, by the teacher's."""
         content, tokenizers = read_row(row), [tokenizer for _, tokenizer, _ in self._masks()]
+        settings = content.settings if isinstance(content, Conversation) else {}
+        has_template = any(tokenizer.chat_template for tokenizer in tokenizers)
+        if settings and has_template and (problem := unread_setting(settings, tokenizers)):
+            raise RowSkipped(f"the row's chat_template_kwargs set {problem}")
         tables = (self._bytes, self._teacher_bytes)
         return [self._tokenize(content, *side) for side in zip(tokenizers, self._encoders, tables, strict=False)]
 
