@@ -89,6 +89,16 @@ def conversation(text: str) -> list[dict]:
     return [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}]
 
 
+def tokens_of_parts(tokenizer, text: str, start: int) -> dict[str, list]:
+    """Ids and offsets of a text whose answer, from `start` on, is tokenised apart from the prompt."""
+    whole = {"input_ids": [], "offset_mapping": []}
+    for first, part in ((0, text[:start]), (start, text[start:])):
+        tokens = tokenizer(part, return_offsets_mapping=True, add_special_tokens=False)
+        whole["input_ids"] += tokens["input_ids"]
+        whole["offset_mapping"] += [(first + begin, first + end) for begin, end in tokens["offset_mapping"]]
+    return whole
+
+
 def require_correct(preparation, conversations: list) -> None:
     """Stops a measurement of wrong rows: other tokens than the tokenizers', or chunks of different characters."""
     from tide_hf.alignment import render_chat
@@ -97,10 +107,10 @@ def require_correct(preparation, conversations: list) -> None:
         columns, _ = preparation.prepare({"messages": messages})
         sides = []
         for who, tokenizer in (("", preparation.tokenizer), ("teacher_", preparation.teacher_tokenizer)):
-            text, _ = render_chat(tokenizer, messages)
-            expected = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+            text, (answer,) = render_chat(tokenizer, messages)
+            expected = tokens_of_parts(tokenizer, text[: answer.end], answer.start)
             ids = columns[f"{who}input_ids"]
-            same = min(len(ids), len(expected["input_ids"]))  # white space behind the last answer may be cut
+            same = min(len(ids), len(expected["input_ids"]))
             places: dict[int, list[int]] = {}
             chunk_ids = columns[f"{who}chunk_ids"][:same]
             for number, (start, end) in zip(chunk_ids, expected["offset_mapping"], strict=False):

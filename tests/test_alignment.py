@@ -447,7 +447,11 @@ def test_last_turn_alone_aligns(pair):
 
 @pytest.mark.parametrize(
     ("reason", "row"),
-    {"empty conversation": {"messages": []}, "no assistant message": chat("Q"), "no messages": {"other": 1}}.items(),
+    {
+        "empty conversation": {"messages": []},
+        "no assistant message": chat("Q"),
+        "no conversation": {"other": 1},
+    }.items(),
 )
 def test_rows_without_an_answer_are_counted_out(across, reason, row):
     """Catches rows without any answer crashing the alignment of two tokenizers, or kept."""
@@ -459,7 +463,7 @@ def test_empty_answer_trains_without_chunks(across):
     """Catches a crash, or a chunk of the end-of-turn texts, at an answer without content."""
     columns, _ = across.prepare(chat("Q", ""))
     assert set(columns["chunk_ids"]) == {-1} == set(columns["teacher_chunk_ids"])
-    assert across.tokenizer.decode([label for label in columns["labels"] if label != -100]) == "<|im_end|>\n"
+    assert across.tokenizer.decode([label for label in columns["labels"] if label != -100]) == "<|im_end|>"
 
 
 @pytest.mark.parametrize("row", [{"prompt": "Q: ", "completion": "hello world"}, {"text": "hello world"}])
@@ -570,7 +574,7 @@ def test_shared_tokenizer_aligns_the_same_both_ways():
 def test_report_counts_answer_bytes(across):
     """Catches a coverage over tokens only, where one long unaligned token counts as much as a short one."""
     rows = [chat("Q", "hello world"), chat("Q", "naïve cafe\u0301"), chat("Q", "")]
-    end = len(b"<|im_end|>\n")
+    end = len(b"<|im_end|>")
     prepared, report = prepare_dataset(Dataset.from_list(rows), preparation(eos_fill="block"))
     sizes = [len(unicodedata.normalize("NFC", row["messages"][1]["content"]).encode()) for row in rows]
     assert report.num_answer_bytes == sum(sizes) + 3 * end

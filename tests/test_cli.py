@@ -1,5 +1,6 @@
 """`tide-hf chat`: the conversation, its options, and what it says when a model cannot chat."""
 
+import io
 import subprocess
 import sys
 
@@ -165,3 +166,37 @@ def test_the_command_runs(saved):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("> ") == 4 and "\033" not in done.stdout
+
+
+def test_template_and_its_settings_reach_the_prompt(saved, tmp_path, monkeypatch):
+    """Catches prompts of a chat that are not those of the training, and flags that change nothing."""
+    tokenizer = build_tokenizer()
+    template = tokenizer.chat_template
+    shouting = template + "{% if enable_thinking is not false %}<assistant>{% endif %}"
+    prompts = []
+
+    def generate(self, ids, **kwargs):
+        prompts.append(tokenizer.decode(ids[0]))
+        return ids
+
+    monkeypatch.setattr("tide_hf.models.generation_tide.BlockDiffusionGenerationMixin.generate", generate)
+
+    def prompt_with(*flags: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("312\n/exit\n"))
+        main(["chat", str(saved), "--device", "cpu", *flags])
+        return prompts.pop()
+
+    plain = prompt_with()
+    path = tmp_path / "mine.jinja"
+    path.write_text(shouting, encoding="utf-8")
+    assert prompt_with("--chat_template", str(path)) == plain, "published students are prompted without reasoning"
+    thinks = ["--chat_template_kwargs", '{"enable_thinking": true}']
+    assert prompt_with("--chat_template", shouting, *thinks) == plain + "<assistant>"
+    with pytest.raises(SystemExit, match="'enable_thinking', which no chat template"):
+        prompt_with(*thinks)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(saved)
+    (saved / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match=r"no chat template.*--chat_template"):
+        prompt_with()
+    assert prompt_with("--chat_template", template) == plain

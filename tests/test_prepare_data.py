@@ -165,9 +165,16 @@ def other_template():
     return tokenizer
 
 
+def with_setting():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template += "{% if shout %}!{% endif %}"
+    return tokenizer
+
+
 DIFFERENT = {
     "student tokenizer": {"tokenizer": build_tokenizer(PAIRS[:2])},
     "student chat template": {"tokenizer": other_template()},
+    "chat_template_kwargs": {"tokenizer": with_setting(), "chat_template_kwargs": {"shout": True}},
     "student mask_token_id": {"mask_token_id": 14},
     "max_length": {"max_length": 32},
     "block_size": {"block_size": 8},
@@ -184,7 +191,9 @@ DIFFERENT = {
 @pytest.mark.parametrize(("label", "change"), DIFFERENT.items(), ids=DIFFERENT.keys())
 def test_every_setting_is_compared(label, change):
     """Catches a setting that changes the rows and is not in the record, or that is named wrongly."""
-    base = {"teacher": build_tokenizer()} if "template" in label else {}
+    base = {"teacher": build_tokenizer()} if label.endswith("template") else {}
+    if label == "chat_template_kwargs":
+        base = {"tokenizer": with_setting()}
     prepared, _ = prepare_dataset(raw_rows(), preparation(**base))
     require_same_preparation(prepared, preparation(**base))
     with pytest.raises(ValueError, match="was prepared for something else") as error:
@@ -438,6 +447,29 @@ def test_mixture_of_a_config_file(folders, tmp_path):
     reports = PreparationRecord.read(dataset["test"]).reports
     assert {name: report.num_rows for name, report in reports.items()} == {"train": 21, "test": 8}
     assert not folders["out"].exists()
+
+
+def test_template_and_settings_are_flags(folders, tmp_path):
+    """Catches a preparation that renders with another template, or other settings, than the run it is for."""
+    path = tmp_path / "mine.jinja"
+    path.write_text(with_setting().chat_template, encoding="utf-8")
+    given = ["--chat_template", str(path), "--chat_template_kwargs", '{"shout": true}']
+    run_preparation(parse_prepare_arguments(flags_of(folders, "--output_dir", str(folders["prepared"]), *given)))
+    settings = PreparationRecord.read(load_from_disk(folders["prepared"])["train"]).settings
+    assert settings["chat_template_kwargs"] == '{"shout": true}'
+    for seed, name in enumerate(("student", "teacher")):
+        size = len(AutoTokenizer.from_pretrained(folders[name]))
+        tiny_model(seed, vocab_size=size, hidden=16, dtype=torch.float32).save_pretrained(folders[name])
+    flags = flags_of({**folders, "rows.jsonl": folders["prepared"]}, "--output_dir", str(folders["out"]))
+    flags += ["--preset", "tide-cross", "--max_steps", "1", "--report_to", "none", "--use_cpu"]
+    with pytest.raises(ValueError, match="student chat template: prepared with"):
+        run_distillation(parse_arguments("outputs", flags))
+    with pytest.raises(ValueError, match="chat_template_kwargs: prepared with"):
+        run_distillation(parse_arguments("outputs", [*flags, *given[:2]]))
+    run_distillation(parse_arguments("outputs", [*flags, *given]))
+    saved = AutoTokenizer.from_pretrained(folders["out"])
+    messages = [{"role": "user", "content": "12"}]
+    assert saved.apply_chat_template(messages, tokenize=False).endswith("!")
 
 
 def test_streaming_writes_the_same(folders):

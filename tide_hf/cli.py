@@ -6,6 +6,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextDiffusionStreamer, TextStreamer
 
+from .alignment import read_template, resolve_template_kwargs
+
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
 
 
@@ -21,9 +23,11 @@ def main(arguments: list[str] | None = None) -> None:
             options.model,
             device=options.device,
             dtype=options.dtype,
+            chat_template=read_template(options.chat_template),
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
         )
+        template_kwargs = resolve_template_kwargs(options.chat_template_kwargs, [tokenizer])
         settings = {
             name: getattr(options, name)
             for name in (
@@ -42,18 +46,22 @@ def main(arguments: list[str] | None = None) -> None:
         generator = None
         if options.seed is not None:
             generator = torch.Generator(model.device).manual_seed(options.seed)
-        chat(model, tokenizer, system=options.system, generator=generator, **settings)
+        settings |= {"generator": generator, "template_kwargs": template_kwargs}
+        chat(model, tokenizer, system=options.system, **settings)
     except (OSError, ValueError) as error:
         sys.exit(f"tide-hf: {error}")
 
 
-def load_chat_model(name: str, device: str | None = None, dtype: str = "auto", **kwargs):
+def load_chat_model(
+    name: str, device: str | None = None, dtype: str = "auto", chat_template: str | None = None, **kwargs
+):
     """A diffusion LM and its tokenizer, checked for what a chat needs.
 
     Args:
         name (`str`): a repository on the Hub or a folder.
         device (`str`, *optional*): the first accelerator where there is one, else the CPU, by default.
         dtype (`str`): as in `from_pretrained`; the checkpoint's by default.
+        chat_template (`str`, *optional*): in place of the tokenizer's.
         kwargs: passed to `from_pretrained` (revision, trust_remote_code).
 
     Raises:
@@ -65,8 +73,13 @@ def load_chat_model(name: str, device: str | None = None, dtype: str = "auto", *
         raise ValueError(
             f"{name} is a {type(model).__name__}, which does not decode by diffusion: expected a student of tide_hf."
         )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if tokenizer.chat_template is None:
-        raise ValueError(f"{name} has no chat template, which a conversation needs: use model.generate on plain text.")
+        raise ValueError(
+            f"{name} has no chat template, which a conversation needs: give one with --chat_template, or use "
+            "model.generate on plain text."
+        )
     if model.generation_config.mask_token_id is None:
         if tokenizer.mask_token_id is None:
             raise ValueError(f"{name} names no mask token, neither in its config nor in its tokenizer.")
@@ -77,7 +90,15 @@ def load_chat_model(name: str, device: str | None = None, dtype: str = "auto", *
     return model.to(device).eval(), tokenizer
 
 
-def chat(model, tokenizer, read=input, system: str | None = None, generator=None, **settings) -> list[dict]:
+def chat(
+    model,
+    tokenizer,
+    read=input,
+    system: str | None = None,
+    generator=None,
+    template_kwargs: dict | None = None,
+    **settings,
+) -> list[dict]:
     """A conversation of several turns; answers are printed as they are denoised.
 
     In a terminal the block being denoised is shown and overwritten; elsewhere each block is printed once finished.
@@ -88,6 +109,8 @@ def chat(model, tokenizer, read=input, system: str | None = None, generator=None
         read (`Callable[[str], str]`): gives the user's next line for a prompt; `EOFError` ends the chat.
         system (`str`, *optional*): a system message in front.
         generator (`torch.Generator`, *optional*): source of all random draws.
+        template_kwargs (`dict`, *optional*): settings of the chat template; those of the training stand in the
+            checkpoint's template already.
         settings: passed to `generate`.
 
     Returns:
@@ -111,7 +134,11 @@ def chat(model, tokenizer, read=input, system: str | None = None, generator=None
         elif line:
             messages.append({"role": "user", "content": line})
             inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                messages,
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+                **(template_kwargs or {}),
             ).to(model.device)
             streamer = streamer_class(tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
@@ -157,6 +184,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--top_k", type=int, help="sample among this many tokens; 0 is off")
     command.add_argument("--seed", type=int, help="of all random draws")
     command.add_argument("--system", help="a system message")
+    command.add_argument("--chat_template", help="in place of the checkpoint's: a .jinja file or the template itself")
+    command.add_argument(
+        "--chat_template_kwargs",
+        help='settings of the template as JSON, such as {"enable_thinking": true}; those of the training by default',
+    )
     command.add_argument("--device", help="cpu, cuda, mps, …; the first accelerator by default")
     command.add_argument("--dtype", default="auto", help="bfloat16, float32, …; the checkpoint's by default")
     command.add_argument("--revision", help="branch, tag or commit on the Hub")

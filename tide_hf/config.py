@@ -132,6 +132,10 @@ class DiffusionTrainingArguments(TrainingArguments):
         "block", "What follows the last answer's end: none, EOS to the block's end (trained on), EOS to max_length."
     )
     trained_turns: str = _knob("all", "Assistant turns of a conversation that are trained on: all, or the last alone.")
+    chat_template: str | None = _knob(None, "Chat template in place of the tokenizer's: a .jinja file or the text.")
+    chat_template_kwargs: dict | str | None = _knob(
+        None, "Settings of the chat templates (JSON on a command line); enable_thinking=false where one reads that."
+    )
     dataset_num_proc: int | None = _knob(None, "Processes that prepare the dataset.")
     mask_token_id: int | None = _knob(None, "Student's [MASK]; from its config or tokenizer by default.")
     model_init_kwargs: dict | str | None = _knob(
@@ -139,7 +143,11 @@ class DiffusionTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool | None = _knob(False, "Kept False: the step needs row_key and the chunk columns.")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012  (transformers')
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  (transformers')
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "chat_template_kwargs",
+    ]
 
     # further fields of TrainingArguments that a trainer refuses -> why
     REFUSED = {}  # noqa: RUF012

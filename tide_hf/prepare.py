@@ -27,6 +27,8 @@ OF_THE_RUN = (
     "eos_fill",
     "alignment",
     "trained_turns",
+    "chat_template",
+    "chat_template_kwargs",
     "mask_token_id",
     "teacher_mask_token_id",
     "dataset_num_proc",

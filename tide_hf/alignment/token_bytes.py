@@ -6,7 +6,7 @@ from the character offsets. A wrong reading of a vocabulary costs coverage, neve
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -143,7 +143,7 @@ def answers_in_bytes(answers: Sequence[Answer], positions: np.ndarray | None) ->
         return list(answers)
     places = [(int(positions[answer.start]), int(positions[answer.end])) for answer in answers]
     return [
-        Answer(start, end, int(positions[answer.anchor]), answer.anchored)
+        replace(answer, start=start, end=end, anchor=int(positions[answer.anchor]))
         for answer, (start, end) in zip(answers, places, strict=True)
     ]
 

@@ -2,8 +2,9 @@
 
 from .collator import DistillationCollator, without_weight
 from .dataset import is_prepared, prepare_dataset
+from .formats import RowSkipped
 from .noising import Noising
-from .preparation import COLUMNS, EOS_FILLS, TRAINED_TURNS, RowPreparation, RowSkipped, row_key
+from .preparation import COLUMNS, EOS_FILLS, TRAINED_TURNS, RowPreparation, row_key
 from .record import PreparationRecord, require_same_preparation, tokenizer_fingerprint
 from .report import PreparationReport
 from .shards import write_prepared

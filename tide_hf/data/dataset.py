@@ -8,11 +8,13 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
+from .formats import unread_columns
 from .preparation import COLUMNS, COVERAGE, COVERAGE_COUNTS, STATUS, RowPreparation
 from .record import CARRIER, PreparationRecord
 from .report import PreparationReport
 
 logger = logging.get_logger(__name__)
+FIRST_ROWS = 100  # of a stream, by which a teacher must have seen an answer
 
 
 def prepare_dataset(
@@ -21,7 +23,7 @@ def prepare_dataset(
     """Prepares every row of a dataset once.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` and `completion`, or `text`.
+        dataset (`Dataset` or `IterableDataset`): rows in any format of [`~tide_hf.data.formats`].
         preparation ([`RowPreparation`]): what to do with each row.
         num_proc (`int`, *optional*): processes, as in `Dataset.map`.
 
@@ -33,15 +35,16 @@ def prepare_dataset(
         ValueError: if no column can train, or no row is left, with the counts.
     """
     if isinstance(dataset, IterableDataset):
-        removed = _removed_columns(dataset)
+        removed = removed_columns(dataset)
         features = None if dataset.column_names is None else _features(PreparationRecord.of(preparation))
         prepared = dataset.map(preparation, remove_columns=removed, features=features)
-        return prepared.filter(partial(_keep_and_log, Counter()), input_columns=[STATUS]).remove_columns(
-            [STATUS, COVERAGE]
-        ), None
+        return prepared.filter(
+            partial(_keep_and_log, PreparationReport()), input_columns=[STATUS, COVERAGE]
+        ).remove_columns([STATUS, COVERAGE]), None
     prepared, report = prepare_table(dataset, preparation, num_proc)
     if not report.num_kept:
         raise ValueError(f"No row is left to train on: {report}")
+    report.refuse_nothing_aligned()
     logger.info(f"Prepared dataset: {report}")
     return prepared, report
 
@@ -61,7 +64,7 @@ def prepare_table(
         preparation.prepare_batch,
         batched=True,
         batch_size=100,
-        remove_columns=_removed_columns(dataset),
+        remove_columns=removed_columns(dataset),
         features=_features(PreparationRecord.of(preparation)),
         num_proc=num_proc,
         desc="Preparing rows",
@@ -101,14 +104,12 @@ def is_prepared(dataset) -> bool:
     return dataset.column_names is not None and set(COLUMNS) <= set(dataset.column_names)
 
 
-def _removed_columns(dataset) -> list[str]:
+def removed_columns(dataset) -> list[str]:
     """The columns that preparation does not keep; refuses a dataset without any that it can read."""
     names = dataset.column_names
-    if names is not None and not {"messages", "completion", "text"} & set(names):
-        raise ValueError(
-            f"The dataset has the columns {', '.join(names)}; expected 'messages', 'prompt' and 'completion', or "
-            "'text'. Rename the column that holds the conversation: dataset.rename_column(old, 'messages')."
-        )
+    unread = [] if names is None else [name for name in unread_columns(names) if name not in COLUMNS]
+    if unread:
+        logger.warning_once(f"Columns that are not read, for no text depends on them: {', '.join(unread)}.")
     return [name for name in names or [] if name not in COLUMNS]
 
 
@@ -124,12 +125,23 @@ def _features(record: PreparationRecord) -> Features:
     )
 
 
-def _keep_and_log(seen: Counter, status: str) -> bool:
-    """Filter of a streaming dataset; logs each reason at its 1st, 10th, 100th, … row."""
-    if status in ("kept", "truncated"):
-        return True
-    seen[status] += 1
-    count = seen[status]
-    if str(count).strip("0") == "1":
-        logger.warning(f"Streaming: {count:,} row(s) dropped so far: {status}")
-    return False
+def _keep_and_log(report: PreparationReport, status: str, coverage: list[int]) -> bool:
+    """Filter of a streaming dataset, which counts what it drops."""
+    _, part = report_of([status], [coverage])
+    take_in(report, part)
+    return part.num_kept == 1
+
+
+def take_in(report: PreparationReport, part: PreparationReport) -> None:
+    """Counts further rows of a stream, and logs each reason of dropped ones at its 1st, 10th, 100th, … row.
+
+    Raises:
+        ValueError: if a teacher sees no answer of the first hundred rows.
+    """
+    before, num_kept = report.dropped, report.num_kept
+    report.add(part)
+    for reason, count in report.dropped.items():
+        if len(str(count)) > len(str(before.get(reason, ""))):
+            logger.warning(f"Streaming: {count:,} row(s) dropped so far: {reason}")
+    if num_kept < FIRST_ROWS <= report.num_kept:
+        report.refuse_nothing_aligned()

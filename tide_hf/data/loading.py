@@ -11,7 +11,7 @@ from datasets import (
     DatasetDict,
     Features,
     IterableDataset,
-    List,
+    Json,
     ReadInstruction,
     Value,
     concatenate_datasets,
@@ -21,7 +21,9 @@ from datasets import (
 from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
-MESSAGES = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
+from .formats import RAW_COLUMNS, UNREADABLE, Conversation, RowSkipped, read_row, to_json, unread_columns
+
+TEXT_TYPES = ("string", "large_string", "string_view", "null")
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -30,7 +32,7 @@ class MixturePart(DatasetConfig):
     """One dataset of a mixture: TRL's entry and a filter.
 
     Args:
-        answer_contains (`str`, *optional*): keeps the rows whose last message contains this text.
+        answer_contains (`str`, *optional*): keeps the rows whose last message, or completion, contains this text.
     """
 
     answer_contains: str | None = None
@@ -38,7 +40,7 @@ class MixturePart(DatasetConfig):
 
 @dataclass
 class MixtureConfig(DatasetMixtureConfig):
-    """TRL's mixture of datasets with [`MixturePart`] entries; parts are brought to `messages` and concatenated."""
+    """TRL's mixture of datasets with [`MixturePart`] entries; each part may have a format of its own."""
 
     datasets: list[MixturePart] = field(
         default_factory=list, metadata={"help": "Datasets of the mixture (in a YAML file)."}
@@ -53,13 +55,13 @@ class MixtureConfig(DatasetMixtureConfig):
 
 
 def load_mixture(mixture: MixtureConfig) -> DatasetDict:
-    """Loads every part, keeps its conversations as `messages`, and joins them; `train`, and `test` where asked for."""
+    """Loads every part and joins them, each row as it was: `train`, and `test` where asked for."""
     parts = []
     for part in mixture.datasets:
         rows = load_rows(part.path, part.name, part.split, mixture.streaming, part.data_dir, part.data_files)
         rows = rows if part.columns is None else rows.select_columns(part.columns)
-        parts.append(as_messages(rows, part.answer_contains))
-    rows = concatenate_datasets(parts)
+        parts.append(_filtered(rows, part.answer_contains))
+    rows = concatenate_datasets(_of_same_columns(parts))
     if mixture.test_split_size is None:
         return DatasetDict(train=rows)
     return rows.train_test_split(test_size=mixture.test_split_size, seed=42)
@@ -97,43 +99,56 @@ def _part_of(rows: Dataset | DatasetDict, split: str | None) -> Dataset | Datase
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in slices])
 
 
-def as_messages(rows: Dataset, answer_contains: str | None = None) -> Dataset:
-    """Rows of `messages`, `prompt` + `completion` or `instruction` + `output` as `messages` alone.
+def as_messages(rows: Dataset) -> Dataset:
+    """Conversations of any format as `messages` alone; for what compares answers to prompts.
 
     Raises:
-        ValueError: if no column holds a conversation.
+        ValueError: if no column holds a conversation, or a row is none.
     """
-    names = set(rows.column_names)
-    if "messages" in names:
-        convert = _plain_messages
-    elif {"prompt", "completion"} <= names:
-        convert = _from_pair("prompt", "completion")
-    elif {"instruction", "output"} <= names:
-        convert = _from_pair("instruction", "output")
-    else:
-        raise ValueError(
-            f"A mixture needs conversations, but a part has the columns {', '.join(rows.column_names)}; expected "
-            "'messages', 'prompt' and 'completion', or 'instruction' and 'output'."
-        )
-    rows = rows.map(convert, remove_columns=rows.column_names, features=MESSAGES)
-    if answer_contains is not None:
-        rows = rows.filter(lambda row: bool(row["messages"]) and answer_contains in row["messages"][-1]["content"])
-    return rows
-
-
-def _plain_messages(row: dict) -> dict:
-    """Role and content of each message, nothing else, so that the parts of a mixture have the same features."""
-    return {"messages": [{"role": message["role"], "content": message["content"]} for message in row["messages"]]}
-
-
-def _from_pair(question: str, answer: str):
-    """Converter of two columns of text, or of two lists of messages."""
+    unread_columns(rows.column_names)
 
     def convert(row: dict) -> dict:
-        if isinstance(row[answer], list):
-            return _plain_messages({"messages": [*row[question], *row[answer]]})
+        content = read_row(row)
+        if not isinstance(content, Conversation):
+            raise ValueError("Expected conversations, got rows of plain text: give 'messages'.")
+        return {"messages": content.messages}
+
+    return rows.map(convert, remove_columns=rows.column_names, features=Features({"messages": Json()}))
+
+
+def _filtered(rows: Dataset | IterableDataset, answer_contains: str | None) -> Dataset | IterableDataset:
+    """Rows whose answer contains a text; a row that cannot be read is left to the preparation, which counts it."""
+    if answer_contains is None:
+        return rows
+
+    def contains(row: dict) -> bool:
+        try:
+            return answer_contains in read_row(row).answer
+        except RowSkipped:
+            return False
+
+    return rows.filter(contains)
+
+
+def _of_same_columns(parts: list) -> list:
+    """The parts with the columns that any of them has of those that are read, so that they can be joined.
+
+    What is not text in every part is kept as JSON: a table would fill one row's tool calls with the keys of another's.
+    """
+    parts = [rows._resolve_features() if isinstance(rows, IterableDataset) else rows for rows in parts]
+    for rows in parts:
+        unread_columns(rows.column_names)
+    columns = {}
+    for name in (*RAW_COLUMNS, *UNREADABLE):
+        kinds = [getattr(rows.features[name], "dtype", None) for rows in parts if name in rows.features]
+        if kinds:
+            columns[name] = Value("string") if all(kind in TEXT_TYPES for kind in kinds) else Json()
+    features = Features(columns)
+
+    def chosen(row: dict) -> dict:
         return {
-            "messages": [{"role": "user", "content": row[question]}, {"role": "assistant", "content": row[answer]}]
+            name: to_json(row.get(name)) if isinstance(column, Json) else row.get(name)
+            for name, column in columns.items()
         }
 
-    return convert
+    return [rows.map(chosen, remove_columns=rows.column_names, features=features) for rows in parts]

@@ -4,11 +4,11 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from ..alignment import (
     Answer,
+    Chat,
     LocatedTokens,
     TokenBytes,
     align_chunks,
@@ -17,18 +17,29 @@ from ..alignment import (
     answers_in_bytes,
     character_spans,
     drop_cut_chunks,
-    render_chat,
+    dropped_reasoning,
+    left_out,
+    locate_answers,
+    read_template,
     require_fast,
+    resolve_template_kwargs,
+    unread_setting,
+    write_defaults,
 )
+from .encoding import Encoder
+from .formats import Conversation, RowSkipped, read_row
 
 COLUMNS = ("row_key", "input_ids", "labels", "teacher_input_ids", "chunk_ids", "teacher_chunk_ids")
-RAW_COLUMNS = ("messages", "prompt", "completion", "text")
 EOS_FILLS = ("none", "block", "end")
 ALIGNMENTS = ("token", "chunk")
 TRAINED_TURNS = ("all", "last")
 STATUS, COVERAGE = "preparation_status", "preparation_coverage"
 # what COVERAGE holds for each row; names of fields of the report
-COVERAGE_COUNTS = ("num_trained_tokens", "num_aligned_tokens", "num_chunks", "num_answer_bytes", "num_aligned_bytes")
+COVERAGE_COUNTS = (
+    *("num_trained_tokens", "num_aligned_tokens", "num_chunks", "num_answer_bytes", "num_aligned_bytes"),
+    *("num_teacher_tokens", "num_teacher_truncated"),
+    *("num_turns", "num_unprompted_turns", "num_split_answers", "num_dropped_reasonings"),
+)
 
 
 def row_key(input_ids: list[int], labels: list[int]) -> int:
@@ -41,18 +52,21 @@ def row_key(input_ids: list[int], labels: list[int]) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
-class RowSkipped(ValueError):
-    """A row that cannot train, with the reason it is counted under."""
-
-
 @dataclass(frozen=True)
 class _Side:
-    """One row by one tokenizer: token ids, range of each token, answers in the same unit; bytes for chunks."""
+    """One row by one tokenizer: token ids, range of each token, answers in the same unit; bytes for chunks.
+
+    `leading` are the ids in front of the text; `num_split` answers would have been joined with what precedes them,
+    and `num_dropped` reasonings are not in the text.
+    """
 
     ids: np.ndarray
     spans: np.ndarray
     answers: list[Answer]
     located: LocatedTokens | None = None
+    leading: tuple[int, ...] = ()
+    num_split: int = 0
+    num_dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,9 @@ class RowPreparation:
         trained_turns (`str`): `"all"` trains on every assistant turn of a conversation, `"last"` on the last alone.
         mask_token_id, teacher_mask_token_id (`int`, *optional*): rows whose text holds this token are skipped, for a
             network would take it for noise; None lets them pass.
+        chat_template_kwargs (`dict`, *optional*): settings of both chat templates; a row's own come before them. None:
+            those that stand in the student's template, else no reasoning (see
+            [`~tide_hf.alignment.templates.resolve_template_kwargs`]).
 
     Raises:
         ValueError: for an unknown alignment or choice of turns, a fill without an EOS token, a mask token outside the
@@ -87,6 +104,7 @@ class RowPreparation:
     trained_turns: str = "all"
     mask_token_id: int | None = None
     teacher_mask_token_id: int | None = None
+    chat_template_kwargs: dict | None = None
 
     def __post_init__(self):
         for name, known in (("alignment", ALIGNMENTS), ("trained_turns", TRAINED_TURNS), ("eos_fill", EOS_FILLS)):
@@ -106,6 +124,10 @@ class RowPreparation:
                     f"{tokenizer.unk_token!r}, as all unknown text does. Add it: "
                     f"tokenizer.add_special_tokens({{'mask_token': {tokenizer.mask_token!r}}}), or set another id."
                 )
+        tokenizers = [tokenizer for _, tokenizer, _ in self._masks()]
+        settings = resolve_template_kwargs(self.chat_template_kwargs, tokenizers)
+        object.__setattr__(self, "chat_template_kwargs", settings)
+        object.__setattr__(self, "_encoders", [Encoder.of(tokenizer) for tokenizer in tokenizers])
         object.__setattr__(self, "_bytes", TokenBytes.of(self.tokenizer))
         across = self.teacher_tokenizer is not None and self.alignment == "chunk"
         object.__setattr__(self, "_teacher_bytes", TokenBytes.of(self.teacher_tokenizer) if across else None)
@@ -119,7 +141,9 @@ class RowPreparation:
         student: tuple[PreTrainedTokenizerBase, int],
         teacher: tuple[PreTrainedTokenizerBase, int] | None,
     ) -> "RowPreparation":
-        """The preparation of a run.
+        """The preparation of a run; what it decides about templates is written into the tokenizers.
+
+        So the checkpoint's tokenizer renders a prompt as the rows were rendered, whoever calls it.
 
         Args:
             args ([`TIDEConfig`]): or anything else that has its fields of the preparation.
@@ -127,7 +151,12 @@ class RowPreparation:
             alignment (`str`): `"token"` or `"chunk"`, already decided.
             student, teacher (`tuple`): tokenizer and mask token id of each side; no teacher: None.
         """
-        return cls(
+        template = read_template(getattr(args, "chat_template", None))
+        if template is not None:
+            student[0].chat_template = template
+            if teacher is not None and teacher[0].chat_template is None:
+                teacher[0].chat_template = template
+        preparation = cls(
             tokenizer=student[0],
             teacher_tokenizer=None if teacher is None else teacher[0],
             max_length=args.max_length,
@@ -138,7 +167,10 @@ class RowPreparation:
             trained_turns=args.trained_turns,
             mask_token_id=student[1],
             teacher_mask_token_id=None if teacher is None else teacher[1],
+            chat_template_kwargs=getattr(args, "chat_template_kwargs", None),
         )
+        write_defaults(student[0], preparation.chat_template_kwargs)
+        return preparation
 
     def __call__(self, row: dict) -> dict:
         """Columns of [`COLUMNS`], the row's status ("kept", "truncated", or why it is dropped) and its coverage."""
@@ -166,20 +198,24 @@ class RowPreparation:
 
     def _prepare(self, row: dict) -> tuple[dict[str, list[int]], bool, list[int]]:
         """Token columns, whether the student's side was cut, and the numbers of [`COVERAGE_COUNTS`]."""
-        student = self._tokenize(row, self.tokenizer, self._bytes)
-        teacher = None
-        if self.teacher_tokenizer is not None:
-            teacher = self._tokenize(row, self.teacher_tokenizer, self._teacher_bytes)
+        sides = self._sides(row)
+        student, teacher = sides if len(sides) == 2 else (*sides, None)
         chunks, teacher_chunks = self._align(student, teacher)
-        teacher_ids = np.zeros(0, dtype=np.int64) if teacher is None else teacher.ids
         trained = np.zeros(len(student.ids), dtype=bool)
         for first, behind in answer_tokens(student.spans, student.answers):
             trained[first:behind] = True
         if not trained.any():
             raise RowSkipped("no answer")
-        truncated, teacher_truncated = len(trained) > self.max_length, len(teacher_ids) > self.teacher_max_length
+        # what a tokenizer puts in front of a text is given, and no text
+        size = len(student.leading)
+        ids, trained = np.concatenate([student.leading, student.ids]).astype(np.int64), np.pad(trained, (size, 0))
+        chunks, teacher_ids = np.pad(chunks, (size, 0), constant_values=-1), np.zeros(0, dtype=np.int64)
+        if teacher is not None:
+            teacher_ids = np.concatenate([teacher.leading, teacher.ids]).astype(np.int64)
+            teacher_chunks = np.pad(teacher_chunks, (len(teacher.leading), 0), constant_values=-1)
+        truncated, teacher_truncated = len(ids) > self.max_length, len(teacher_ids) > self.teacher_max_length
         ids, trained, teacher_ids = (
-            student.ids[: self.max_length],
+            ids[: self.max_length],
             trained[: self.max_length],
             teacher_ids[: self.teacher_max_length],
         )
@@ -187,10 +223,6 @@ class RowPreparation:
             raise RowSkipped(f"no answer token within max_length={self.max_length}")
         self._refuse_mask_tokens(ids, teacher_ids)
         chunks, teacher_chunks = drop_cut_chunks(chunks, self.max_length, teacher_chunks, self.teacher_max_length)
-        aligned, nbytes = chunks >= 0, self._bytes.nbytes[ids]
-        numbers = chunks[aligned]
-        num_chunks = np.count_nonzero(np.diff(numbers, prepend=-1))  # they rise
-        coverage = [np.count_nonzero(trained), len(numbers), num_chunks, nbytes[trained].sum(), nbytes[aligned].sum()]
         columns = {
             "input_ids": ids.tolist(),
             "labels": np.where(trained, ids, -100).tolist(),
@@ -198,10 +230,31 @@ class RowPreparation:
             "chunk_ids": chunks.tolist(),
             "teacher_chunk_ids": teacher_chunks.tolist(),
         }
+        coverage = self._coverage(ids, trained, chunks)
         if not truncated and trained[-1] and self.eos_fill != "none":
-            num_filled, num_pairs = self._fill(columns, int(num_chunks), teacher is not None and not teacher_truncated)
-            coverage[:3] = coverage[0] + num_filled, coverage[1] + num_pairs, coverage[2] + num_pairs
+            filled = self._fill(columns, coverage[2], teacher is not None and not teacher_truncated)
+            coverage[:3] = (count + more for count, more in zip(coverage, (*filled, filled[1]), strict=False))
+        turns = {answer.turn: answer.prompted for answer in reversed(student.answers)}
+        coverage += [len(columns["teacher_input_ids"]), teacher_truncated, len(turns)]
+        coverage += [list(turns.values()).count(False), student.num_split, student.num_dropped]
         return columns, truncated, [int(n) for n in coverage]
+
+    def _sides(self, row: dict) -> list["_Side"]:
+        """The row by the student's tokenizer and, where there is one, by the teacher's."""
+        content, tokenizers = read_row(row), [tokenizer for _, tokenizer, _ in self._masks()]
+        settings = content.settings if isinstance(content, Conversation) else {}
+        has_template = any(tokenizer.chat_template for tokenizer in tokenizers)
+        if settings and has_template and (problem := unread_setting(settings, tokenizers)):
+            raise RowSkipped(f"the row's chat_template_kwargs set {problem}")
+        tables = (self._bytes, self._teacher_bytes)
+        return [self._tokenize(content, *side) for side in zip(tokenizers, self._encoders, tables, strict=False)]
+
+    def _coverage(self, ids: np.ndarray, trained: np.ndarray, chunks: np.ndarray) -> list[int]:
+        """The first five of [`COVERAGE_COUNTS`], before any fill."""
+        aligned, nbytes = chunks >= 0, self._bytes.nbytes[ids]
+        numbers = chunks[aligned]
+        num_chunks = int(np.count_nonzero(np.diff(numbers, prepend=-1)))  # they rise
+        return [np.count_nonzero(trained), len(numbers), num_chunks, nbytes[trained].sum(), nbytes[aligned].sum()]
 
     def _masks(self) -> list[tuple[str, PreTrainedTokenizerBase, int | None]]:
         """Who, tokenizer and mask token id of each side there is."""
@@ -221,11 +274,10 @@ class RowPreparation:
         """Chunk numbers of both sides, before any cut and fill."""
         if teacher is None:
             return np.full(len(student.ids), -1), np.zeros(0, dtype=np.int64)
+        answers, teacher_answers = _pairs(student.answers, teacher.answers)
         if self.alignment == "chunk":
-            return align_chunks(student.located, student.answers, teacher.located, teacher.answers)
-        return align_equal_tokens(
-            student.ids, student.spans, student.answers, teacher.ids, teacher.spans, teacher.answers
-        )
+            return align_chunks(student.located, answers, teacher.located, teacher_answers)
+        return align_equal_tokens(student.ids, student.spans, answers, teacher.ids, teacher.spans, teacher_answers)
 
     def _fill(self, columns: dict[str, list[int]], num_chunks: int, fill_teacher: bool) -> tuple[int, int]:
         """Appends trained-on EOS tokens, each side its own; those of a shared tokenizer pair in order.
@@ -236,10 +288,10 @@ class RowPreparation:
         shared = self.alignment == "token"
         eos = self.tokenizer.eos_token_id
         teacher_eos = eos if shared or not fill_teacher else self.teacher_tokenizer.eos_token_id
-        missing = self._missing(len(columns["input_ids"]), self.max_length)
+        missing = self._missing(columns["input_ids"], self.max_length, eos)
         teacher_missing = 0
         if fill_teacher and teacher_eos is not None:
-            teacher_missing = self._missing(len(columns["teacher_input_ids"]), self.teacher_max_length)
+            teacher_missing = self._missing(columns["teacher_input_ids"], self.teacher_max_length, teacher_eos)
         pairs = min(missing, teacher_missing) if shared else 0
         numbers = [*range(num_chunks, num_chunks + pairs), *[-1] * (max(missing, teacher_missing) - pairs)]
         columns["input_ids"] += [eos] * missing
@@ -249,74 +301,77 @@ class RowPreparation:
         columns["teacher_chunk_ids"] += numbers[:teacher_missing]
         return missing, pairs
 
-    def _missing(self, length: int, limit: int) -> int:
-        """Fill tokens behind a row of `length` tokens that may have `limit`."""
-        room = limit - length
-        return room if self.eos_fill == "end" else min(-length % self.block_size, room)
+    def _missing(self, ids: list[int], limit: int, eos: int) -> int:
+        """Fill tokens behind a row that may have `limit` tokens; where it does not end in EOS, one at least."""
+        room = limit - len(ids)
+        to_end = -len(ids) % self.block_size or (self.block_size if ids[-1] != eos else 0)
+        return room if self.eos_fill == "end" else min(to_end, room)
 
-    def _tokenize(self, row: dict, tokenizer, token_bytes: TokenBytes | None) -> "_Side":
+    def _tokenize(self, content, tokenizer, encoder: Encoder, token_bytes: TokenBytes | None) -> "_Side":
         """One row rendered and tokenised by one tokenizer."""
-        text, answers = self._render(row, tokenizer)
+        if isinstance(content, Conversation):
+            text, answers, num_dropped = self._render(content, tokenizer)
+            leading = ()
+        else:
+            text, answers = self._join(content, tokenizer)
+            leading, num_dropped = encoder.leading, 0
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RowSkipped("text that is not Unicode (half of a surrogate pair)") from error
-        encoding = _encode(tokenizer, text)
+        encoding, num_split = encoder.encode(text, [answer.start for answer in answers])
         if not len(encoding):
             raise RowSkipped("empty row")
+        counts = {"leading": leading, "num_split": num_split, "num_dropped": num_dropped}
         if self.alignment == "token":
             spans = character_spans(encoding)
-            return _Side(np.array(encoding.ids, dtype=np.int64), spans, answers)
+            return _Side(np.array(encoding.ids, dtype=np.int64), spans, answers, **counts)
         located, positions = token_bytes.locate(text, encoding)
-        return _Side(located.ids, located.spans, answers_in_bytes(answers, positions), located)
+        return _Side(located.ids, located.spans, answers_in_bytes(answers, positions), located, **counts)
 
-    def _render(self, row: dict, tokenizer) -> tuple[str, list[Answer]]:
-        """Text and answers of a row of `messages`, `prompt` + `completion`, or `text`."""
-        if row.get("messages") is not None:
-            return self._render_messages(row["messages"], tokenizer)
-        if row.get("completion") is not None:
-            prompt, completion = row.get("prompt"), row["completion"]
-            if isinstance(completion, list):
-                prompt = [] if prompt is None else prompt
-                return self._render_messages([*prompt, *completion], tokenizer, first_trained=len(prompt))
-            prompt = prompt or ""
-            text = prompt + completion + (tokenizer.eos_token or "")
-            return text, [Answer(len(prompt), len(text), len(prompt), anchored=True)]
-        if row.get("text") is not None:
-            text = row["text"] + (tokenizer.eos_token or "")
-            return text, [Answer(0, len(text), 0, anchored=True)]
-        raise RowSkipped("no messages, completion or text in the row")
+    def _join(self, content, tokenizer) -> tuple[str, list[Answer]]:
+        """Plain text with its end: the tokenizer's own EOS, in place of one that the data may have."""
+        answer = content.answer
+        for _, other, _ in self._masks():
+            if other.eos_token and answer.endswith(other.eos_token):
+                answer = answer.removesuffix(other.eos_token)
+                break
+        start = len(content.prompt)
+        text = content.prompt + answer + (tokenizer.eos_token or "")
+        return text, [Answer(start, len(text), start, anchored=True)]
 
-    def _render_messages(self, messages, tokenizer, first_trained: int = 0):
-        """A conversation by the chat template; conversations that cannot train are skipped with the reason."""
-        if not messages:
-            raise RowSkipped("empty conversation")
-        for part in ("role", "content"):
-            if any(not isinstance(message.get(part), str) for message in messages):
-                raise RowSkipped(f"a message's {part} is not text")
+    def _render(self, content: Conversation, tokenizer) -> tuple[str, list[Answer], int]:
+        """A conversation by the chat template, and how many reasonings that drops; skipped where it cannot train."""
+        messages = content.messages
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns or turns[-1] < first_trained:
+        if not turns or turns[-1] < content.first_trained:
             raise RowSkipped("no assistant message")
-        if self.trained_turns == "last":
-            first_trained = turns[-1]
+        first_trained = turns[-1] if self.trained_turns == "last" else content.first_trained
+        chat = Chat(tokenizer, messages, content.tools, {**self.chat_template_kwargs, **content.settings})
         try:
-            text, answers = render_chat(tokenizer, messages, first_trained)
+            text, answers = locate_answers(chat, first_trained)
+            missing = left_out(chat, text)
         except Exception as error:
             if tokenizer.chat_template is None:
                 raise
             raise RowSkipped(f"chat template: {error}") from error
-        # white space behind the last answer would stand between its end and the EOS fill
+        if missing:
+            raise RowSkipped(f"the chat template of {tokenizer.name_or_path or 'a tokenizer'} leaves out {missing}")
+        # behind the last answer nothing may stand between its end and the EOS fill
         end = answers[-1].end
-        return (text if text[end:].strip() else text[:end]), answers
+        rest = text[end:].strip()
+        if turns[-1] == len(messages) - 1 and tokenizer.eos_token:
+            rest = rest.replace(tokenizer.eos_token, "").strip()
+        return (text if rest else text[:end]), answers, dropped_reasoning(messages, text)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
-    """Tokens of a whole text without added ones, in the tokenizer's own form (`tokenizer(text)` makes lists of it)."""
-    backend = tokenizer.backend_tokenizer
-    if backend.truncation is not None:
-        backend.no_truncation()
-    if backend.padding is not None:
-        backend.no_padding()
-    if backend.encode_special_tokens != tokenizer.split_special_tokens:
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend.encode(text, add_special_tokens=False)
+def _pairs(answers: list[Answer], teacher_answers: list[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """The stretches of both sides that belong together: the first with the first of each turn, and so on."""
+    if len(answers) == len(teacher_answers):
+        return answers, teacher_answers
+    sides = []
+    for side in (answers, teacher_answers):
+        places = [[answer.turn for answer in side[:place]].count(answer.turn) for place, answer in enumerate(side)]
+        sides.append({(answer.turn, place): answer for place, answer in zip(places, side, strict=True)})
+    both = [key for key in sides[0] if key in sides[1]]
+    return [sides[0][key] for key in both], [sides[1][key] for key in both]

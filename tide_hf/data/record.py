@@ -13,15 +13,18 @@ from pathlib import Path
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
+from ..alignment import without_defaults
 from .preparation import RowPreparation
 from .report import PreparationReport
 
 CARRIER = "row_key"
-VERSION = 2  # 1 numbered the rows instead of hashing them
+# 1: rows were numbered instead of hashed, had no BOS, and what the generation prompt holds was trained on
+VERSION = 2
 # setting -> how a message calls it, and whether it concerns the teacher's side alone
 SETTINGS = {
     "tokenizer": ("student tokenizer", False),
     "chat_template": ("student chat template", False),
+    "chat_template_kwargs": ("chat_template_kwargs", False),
     "mask_token_id": ("student mask_token_id", False),
     "max_length": ("max_length", False),
     "block_size": ("block_size", False),
@@ -55,6 +58,7 @@ class PreparationRecord:
         settings = {
             "tokenizer": _named_fingerprint(preparation.tokenizer),
             "chat_template": template_fingerprint(preparation.tokenizer),
+            "chat_template_kwargs": json.dumps(preparation.chat_template_kwargs, sort_keys=True),
             "mask_token_id": preparation.mask_token_id,
             "max_length": preparation.max_length,
             "block_size": preparation.block_size if preparation.eos_fill == "block" else None,
@@ -145,10 +149,11 @@ def require_same_preparation(
             "(recipes/prepare_data.py) with this run's models and settings, or change the run to those."
         )
     reports = record.reports
-    split = str(dataset.split)
-    if len(reports) == 1:
-        return next(iter(reports.values()))
-    return reports.get(split, reports.get(name))
+    only = next(iter(reports.values())) if len(reports) == 1 else None
+    report = only or reports.get(str(dataset.split), reports.get(name))
+    if report is not None and preparation.teacher_tokenizer is not None:
+        report.refuse_nothing_aligned()
+    return report
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -164,8 +169,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """16 hexadecimal digits of the chat template; None without one."""
-    return None if tokenizer.chat_template is None else _digest(tokenizer.get_chat_template())
+    """16 hexadecimal digits of the chat template, without the defaults written into it; None without one."""
+    return None if tokenizer.chat_template is None else _digest(without_defaults(tokenizer.get_chat_template()))
 
 
 def _digest(text: str) -> str:

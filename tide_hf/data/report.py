@@ -12,12 +12,20 @@ class PreparationReport:
     Args:
         num_rows (`int`): rows that came in.
         num_kept (`int`): rows that train.
-        num_truncated (`int`): kept rows that were cut at `max_length`; their answers get no EOS fill.
+        num_truncated, num_teacher_truncated (`int`): kept rows that were cut at `max_length`, and at
+            `teacher_max_length`; what is cut gets no EOS fill.
         dropped (`dict[str, int]`): rows left out, by reason.
         num_trained_tokens, num_aligned_tokens (`int`): trained-on student tokens, and those in a chunk.
         num_chunks (`int`): chunks; with one shared tokenizer every one is a token.
         num_answer_bytes, num_aligned_bytes (`int`): bytes of the trained-on tokens without EOS fill, and of those in a
             chunk.
+        num_teacher_tokens (`int`): tokens of the teacher's rows; 0 without a teacher.
+        num_turns (`int`): trained-on turns.
+        num_unprompted_turns (`int`): those before which the rendered text does not have the generation prompt that
+            inference is given: turns in another mode of the template, or that it writes differently once more follow.
+        num_split_answers (`int`): answers whose beginning the tokenizer would have joined with the end of the prompt;
+            they are tokenised apart, as inference does.
+        num_dropped_reasonings (`int`): reasonings, of earlier turns most often, that the chat template leaves out.
     """
 
     num_rows: int = 0
@@ -29,17 +37,51 @@ class PreparationReport:
     num_chunks: int = 0
     num_answer_bytes: int = 0
     num_aligned_bytes: int = 0
+    num_teacher_tokens: int = 0
+    num_teacher_truncated: int = 0
+    num_turns: int = 0
+    num_unprompted_turns: int = 0
+    num_split_answers: int = 0
+    num_dropped_reasonings: int = 0
 
     def __str__(self) -> str:
-        share = self.num_aligned_tokens / max(self.num_trained_tokens, 1)
-        byte_share = self.num_aligned_bytes / max(self.num_answer_bytes, 1)
+        cut = f"{self.num_truncated:,} truncated"
+        if self.num_teacher_truncated:
+            cut += f", {self.num_teacher_truncated:,} on the teacher's side"
         text = (
-            f"{self.num_kept:,} of {self.num_rows:,} rows kept ({self.num_truncated:,} truncated), "
-            f"{self.num_trained_tokens:,} trained-on tokens, {share:.1%} of them aligned with the teacher "
-            f"in {self.num_chunks:,} chunks ({byte_share:.1%} of {self.num_answer_bytes:,} answer bytes)"
+            f"{self.num_kept:,} of {self.num_rows:,} rows kept ({cut}), {self.num_trained_tokens:,} trained-on tokens"
         )
-        reasons = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items())
-        return f"{text}. {reasons}" if reasons else text
+        if self.num_teacher_tokens or self.num_aligned_tokens:
+            share = self.num_aligned_tokens / max(self.num_trained_tokens, 1)
+            byte_share = self.num_aligned_bytes / max(self.num_answer_bytes, 1)
+            text += (
+                f", {share:.1%} of them aligned with the teacher in {self.num_chunks:,} chunks "
+                f"({byte_share:.1%} of {self.num_answer_bytes:,} answer bytes)"
+            )
+        notes = [
+            (
+                self.num_unprompted_turns,
+                f"of {self.num_turns:,} turns do not follow the generation prompt of inference",
+            ),
+            (self.num_split_answers, "answers tokenised apart from the prompt they would be joined with"),
+            (self.num_dropped_reasonings, "reasonings left out by the chat template"),
+        ]
+        parts = [f"{count:,} {what}" for count, what in notes if count]
+        parts += [f"{count:,} dropped: {reason}" for reason, count in self.dropped.items()]
+        return f"{text}. {'; '.join(parts)}" if parts else text
+
+    def refuse_nothing_aligned(self) -> None:
+        """Refuses rows of a distillation of which the teacher sees no answer.
+
+        Raises:
+            ValueError: with the counts and what to do.
+        """
+        if self.num_teacher_tokens and not self.num_aligned_tokens:
+            raise ValueError(
+                f"No token of any answer is aligned with the teacher, so nothing would be distilled: {self}. Raise "
+                "teacher_max_length where rows are cut on the teacher's side, compare the chat templates, or train "
+                "without a teacher (preset='ce')."
+            )
 
     def add(self, part: "PreparationReport") -> None:
         """Takes in what became of further rows."""

@@ -12,11 +12,12 @@ from dataclasses import asdict
 from itertools import count, islice
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, concatenate_datasets, load_from_disk
 from datasets.utils.tqdm import tqdm
 
 from .dataset import is_prepared, prepare_table
-from .preparation import RAW_COLUMNS, RowPreparation
+from .formats import RAW_COLUMNS, to_json
+from .preparation import RowPreparation
 from .record import PreparationRecord
 from .report import PreparationReport
 
@@ -70,6 +71,7 @@ def write_prepared(
         parts[name] = [part for part, _ in found if part is not None]
         if not parts[name]:
             raise ValueError(f"No row of the split {name!r} is left to train on: {reports[name]}")
+        reports[name].refuse_nothing_aligned()
     record = PreparationRecord(settings, reports)
     whole = DatasetDict({name: _joined(parts[name], name, record) for name in parts})
     staging = work / "whole"
@@ -152,7 +154,9 @@ def _raw_parts(rows: Dataset | IterableDataset, first: int, size: int) -> Iterat
     while batch := list(islice(rest, size)):
         names = [name for name in RAW_COLUMNS if any(name in row for row in batch)]
         # without any known column the first row's stand in the error message
-        yield Dataset.from_dict({name: [row.get(name) for row in batch] for name in names or batch[0]})
+        columns = {name: [to_json(row.get(name)) for row in batch] for name in names or batch[0]}
+        # as JSON, for rows of several formats need not have values of one type
+        yield Dataset.from_dict(columns, features=Features({name: Json() for name in columns}) if names else None)
 
 
 def _write_part(folder: Path, raw: Dataset, preparation: RowPreparation, num_proc: int | None) -> None:

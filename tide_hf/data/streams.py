@@ -17,7 +17,7 @@ from datasets import IterableDataset
 from transformers.utils import logging
 
 from .collator import DistillationCollator
-from .dataset import report_of
+from .dataset import removed_columns, report_of, take_in
 from .preparation import COLUMNS, COVERAGE, STATUS, RowPreparation
 from .report import PreparationReport
 
@@ -36,7 +36,7 @@ class RowStream(torch.utils.data.IterableDataset):
         report ([`PreparationReport`]): what became of the rows that were read so far, of the first pass alone.
 
     Raises:
-        ValueError: for a stream that was split over processes already.
+        ValueError: for a stream that was split over processes already, or whose columns cannot train.
     """
 
     column_names: ClassVar[list[str]] = list(COLUMNS)
@@ -47,6 +47,8 @@ class RowStream(torch.utils.data.IterableDataset):
                 "The streaming dataset was split over processes already (split_dataset_by_node), and the trainer "
                 "splits it itself: give it the whole stream."
             )
+        if preparation is not None:
+            removed_columns(dataset)
         self.dataset, self.preparation = dataset, preparation
         self.report, self._is_counted = PreparationReport(), False
 
@@ -70,25 +72,21 @@ class RowStream(torch.utils.data.IterableDataset):
             vars(self.report).update(vars(PreparationReport()))
 
     def take_in(self, part: PreparationReport) -> None:
-        """Counts what became of a chunk, and logs each reason at its 1st, 10th, 100th, … row."""
-        if self._is_counted or self.preparation is None:
-            return
-        before = dict(self.report.dropped)
-        self.report.add(part)
-        for reason, dropped in self.report.dropped.items():
-            if len(str(dropped)) > len(str(before.get(reason, 0) or "")):
-                logger.warning(f"Streaming: {dropped:,} row(s) dropped so far: {reason}")
+        """Counts what became of a chunk; see [`~tide_hf.data.dataset.take_in`]."""
+        if self.preparation is not None and not self._is_counted:
+            take_in(self.report, part)
 
     def end_pass(self) -> None:
         """Stops counting.
 
         Raises:
-            ValueError: if no row is left to train on, with the counts.
+            ValueError: if no row is left to train on, or a teacher sees no answer, with the counts.
         """
         if self.preparation is not None and not self._is_counted:
             logger.info(f"Prepared while streaming: {self.report}")
             if not self.report.num_kept:
                 raise ValueError(f"No row of the stream is left to train on: {self.report}")
+            self.report.refuse_nothing_aligned()
         self._is_counted = True
 
 
