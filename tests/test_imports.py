@@ -19,7 +19,9 @@ RECIPES = PACKAGE.parent / "recipes"
 RANKS = {
     "models": 0,
     **dict.fromkeys(("losses", "diffusion", "alignment"), 1),
-    **dict.fromkeys(("teachers", "data", "hub", "objective", "config", "adapter", "diffusion_trainer"), 2),
+    **dict.fromkeys(
+        ("teachers", "data", "hub", "objective", "config", "adapter", "nonfinite", "diffusion_trainer"), 2
+    ),
     **dict.fromkeys(("trainer", "few_step", "evaluation"), 3),
     **dict.fromkeys(("demo", "cli", "distill", "prepare"), 4),
     "recipes": 5,

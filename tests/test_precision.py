@@ -164,13 +164,13 @@ def test_float16_hidden_states_get_their_gradient():
     assert errors(ours, exact)[0] < 1e-3
 
 
-# -- the teacher's side ------------------------------------------------------------------------------------------------
+# -- the teacher's side -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_teacher_head_ignores_autocast(autocast, dtype):
-    """Catches a teacher's head inside the student's autocast: its logits are those of its own precision, bit by bit."""
+    """Catches a teacher's head inside the student's autocast: its logits are those of its own precision."""
     teacher = Teacher(tiny_model(1, dtype=dtype), LayoutSpec(1, 4, True))
     hidden = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = teacher.logits(hidden)

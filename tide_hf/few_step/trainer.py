@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..data import DistillationCollator, RowPreparation
 from ..diffusion import LayoutSpec, row_uniforms
 from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, refuse_data_parallel
+from ..nonfinite import StepGuard
 from .config import IDLMConfig
 from .fake import FakeTraining
 from .networks import WeightAverage, restore, three_networks, total_weight, trained, whole
@@ -208,10 +209,30 @@ class IDLMTrainer(DiffusionTrainer):
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
+    def _row_terms(self, batch):
+        """L(f*, q) − L(f, q) by row."""
+        batch = self._prepare_inputs(batch)
+        networks = self.model_wrapped, self.teacher, self.fake_training.wrapped
+        return {"loss": self.inverse.student_loss(*networks, batch, batch["total_rows"], by_row=True)}
+
+    def _fake_row_terms(self, batch):
+        """L(f, q) by row."""
+        batch = self._prepare_inputs(batch)
+        networks = self.model_wrapped, self.fake_training.wrapped
+        return {"fake_loss": self.inverse.fake_loss(*networks, batch, batch["total_rows"], by_row=True)}
+
+    def _weights_of_checkpoint(self):
+        """Also the average and the fake."""
+        parts = {"student": super()._weights_of_checkpoint(), "average": self.ema.average}
+        parts["fake"] = trained(self.accelerator.unwrap_model(self.fake_training.wrapped))
+        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
     def log(self, logs, start_time=None):
         """Adds the fake's loss and gradient norm, means over its updates since the last log, and its learning rate."""
         if "loss" in logs:
             logs |= self.fake_training.pop_logs()
+        elif "train_loss" in logs and self.fake_training.guard is not None:
+            self.fake_training.guard.settle()
         super().log(logs, start_time)
 
     # -- set-up and resume --------------------------------------------------------------------------------------------
@@ -219,6 +240,8 @@ class IDLMTrainer(DiffusionTrainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.fake_training.prepare(self.accelerator, max_steps, set(self.get_decay_parameter_names(self.fake)))
+        fake = trained(self.accelerator.unwrap_model(self.fake_training.wrapped))
+        self.fake_training.guard = StepGuard(self, "fake", fake, self.fake_training.optimizer, self._fake_row_terms)
         self.ema = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint) / STATE_FILE)
@@ -318,7 +341,7 @@ class _AverageWeights(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.ema.update()
+        self.trainer.ema.update(self.trainer.guard.bad)
 
 
 class _ByRow:
