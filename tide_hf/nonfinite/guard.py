@@ -185,16 +185,18 @@ class StepGuard:
         self.num_skipped += 1
         self._in_a_row += 1
         self._since_log[1] += 1
-        found, paths = find_causes(step, self.trainer, self.terms_of), []
+        terms, gradients = find_causes(step, self.trainer, self.terms_of)
+        paths = []
         if self._num_files < MAX_FILES:
-            paths.append(write_step(step, self.trainer, self.network, found))
+            paths.append(write_step(step, self.trainer, self.network, terms + gradients))
             self._num_files += 1
-        reports = [(not_finite(self.parameters), found, paths)]
+        reports = [(not_finite(self.parameters), terms, gradients, paths)]
         if self.accelerator.num_processes > 1:
             reports = gather_object(reports)
-        broken, found, paths = (
+        broken, terms, gradients, paths = (
             list(dict.fromkeys(item for part in parts for item in part)) for parts in zip(*reports, strict=True)
         )
+        found = terms or gradients  # of a term that is not finite no gradient is
         if broken:
             found.insert(0, f"the weights of the {self.network} are not finite themselves ({some(broken)})")
         number = f"Step {step.number}" + ("" if self.network == "student" else f", update of the {self.network}")

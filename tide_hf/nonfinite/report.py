@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ..models.masked_diffusion import PADDING_STREAM, STREAMS_PER_ROW
 from .checks import NAMED, gradient_norms, some
@@ -32,8 +33,8 @@ class Step:
 
 
 @torch.no_grad()
-def find_causes(step: Step, trainer, terms_of) -> list[str]:
-    """Clauses that name terms, rows and gradients of this process; on all processes together."""
+def find_causes(step: Step, trainer, terms_of) -> tuple[list[str], list[str]]:
+    """Clauses that name terms with their rows, and gradients, of this process; on all processes together."""
     process, found = f"process {trainer.accelerator.process_index}", []
     with at_step(trainer, step.number - 1):
         for index, (batch, loss) in enumerate(zip(step.batches, step.losses, strict=True)):
@@ -46,11 +47,20 @@ def find_causes(step: Step, trainer, terms_of) -> list[str]:
                     found.append(f"{name} is {float(term_B[rows[0]])} in {', '.join(quoted + more)} ({where})")
             if len(found) == before and not bool(loss.isfinite()):
                 found.append(f"the loss of {where} was {float(loss)}, and is finite when computed once more")
-    if step.norms is not None:
-        bad = [step.names[i] for i in (~step.norms.isfinite()).nonzero().flatten().tolist()]
-        if bad:
-            found.append(f"{len(bad)} of {len(step.names)} gradients are not finite on {process} ({some(bad)})")
-    return found
+    _reshard(trainer.model_wrapped, getattr(trainer, "fake", None))
+    bad = [] if step.norms is None else (~step.norms.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return found, []
+    names = some([step.names[index] for index in bad])
+    return found, [f"{len(bad)} of {len(step.names)} gradients are not finite on {process} ({names})"]
+
+
+def _reshard(*networks) -> None:
+    """A forward without a backward leaves gathered weights, which the next optimizer step would not reach."""
+    for network in networks:
+        for module in [] if network is None else network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def write_step(step: Step, trainer, network: str, found: list[str]) -> str:
@@ -135,7 +145,7 @@ def _row_name(batch: Mapping, row: int, tokenizer) -> str:
 
 
 def _row_ids(batch: Mapping, row: int) -> torch.Tensor:
-    """Token ids of a row as a network was given them: noised and, of block students, clean."""
+    """Token ids of a row as a network was given them: of block students its clean copy, then the noised one."""
     if "asked" in batch:
         columns = batch["asked"][batch["row"] == row]
     elif "soft" in batch:
@@ -148,4 +158,4 @@ def _row_ids(batch: Mapping, row: int) -> torch.Tensor:
     line, column = divmod(int(columns[0]), batch["stream"].shape[1])
     stream = batch["stream"][line]
     own = (stream // STREAMS_PER_ROW == stream[column] // STREAMS_PER_ROW) & (stream != PADDING_STREAM)
-    return batch["input_ids"][line][own]
+    return batch["input_ids"][line][own][stream[own].argsort(stable=True)]
