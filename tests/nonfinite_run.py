@@ -15,6 +15,7 @@ from tiny import FSDP2, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
 from tide_hf import NonFiniteError
+from tide_hf.nonfinite import StepGuard
 from tide_hf.nonfinite.checks import local
 
 
@@ -31,6 +32,8 @@ class Weights(TrainerCallback):
 def main() -> None:
     output, engine, kind, choice = sys.argv[1:5]
     torch.set_num_threads(1)
+    choice, *late = choice.split()
+    StepGuard.reads_late = bool(late)  # as on a GPU
     options = {"nonfinite": choice, "per_device_train_batch_size": 4, **(FSDP2 if engine == "fsdp2" else {})}
     if kind == "tide":
         teacher = tiny_model(seed=1)

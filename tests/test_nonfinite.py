@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from uniform_run import tiny_trainer as tiny_uniform
 
-from tide_hf import NonFiniteError, TIDEConfig
+from tide_hf import IDLMConfig, NonFiniteError, TIDEConfig
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.nonfinite import StepGuard, guard, replay
 
@@ -213,12 +213,14 @@ def test_file_reproduces(tmp_path):
 
 
 def skipping(folder, bad_steps, **overrides):
+    """A run of which some steps end in a micro-batch that is not finite."""
     trainer = distilling(folder, nonfinite="skip", max_steps=6, logging_steps=6, **overrides)
-    hidden = trainer.teacher.hidden
+    hidden, calls = trainer.teacher.hidden, []
 
     def poisoned(batch):
-        found = hidden(batch)
-        if trainer.state.global_step + 1 in bad_steps:
+        found, step = hidden(batch), trainer.state.global_step + 1
+        calls.append(step)
+        if step in bad_steps and calls.count(step) % trainer.args.gradient_accumulation_steps == 0:
             found[0, 0] = math.nan
         return found
 
@@ -515,7 +517,7 @@ def test_deepspeed_looks_before_its_backward(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("kind", ["tide", "idlm"])
-@pytest.mark.parametrize("choice", ["stop", "skip"])
+@pytest.mark.parametrize("choice", ["stop", "skip", "skip late"])
 def test_processes_decide_alike(tmp_path, engine, kind, choice):
     """Catches a process that stops or skips alone, while the others wait for it: the second one's row is broken."""
     script = [str(Path(__file__).parent / "nonfinite_run.py"), str(tmp_path), engine, kind, choice]
@@ -532,6 +534,14 @@ def test_processes_decide_alike(tmp_path, engine, kind, choice):
     assert [name for name in files(tmp_path) if name.startswith("nonfinite")] == [
         f"nonfinite-step2-rank{rank}.pt" for rank in range(2)
     ]
+
+
+@pytest.mark.parametrize("config_class", [TIDEConfig, IDLMConfig])
+def test_choices(tmp_path, config_class):
+    """Catches a choice that is accepted and means stop, or a default that goes on."""
+    assert config_class(output_dir=str(tmp_path), use_cpu=True).nonfinite == "stop"
+    with pytest.raises(ValueError, match="nonfinite='ignore' is not known; choose one of stop, skip"):
+        config_class(output_dir=str(tmp_path), use_cpu=True, nonfinite="ignore")
 
 
 def test_recipes_end_in_a_sentence(tmp_path, monkeypatch):

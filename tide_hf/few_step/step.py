@@ -77,7 +77,10 @@ class InverseStep:
     def student_loss(
         self, student: Callable, teacher: Callable, fake: Callable, batch: Mapping, num_rows, by_row: bool = False
     ):
-        """L(f*, q) − L(f, q) with gradient through the student's predictions alone; arguments as in `fake_loss`."""
+        """L(f*, q) − L(f, q) with gradient through the student's predictions alone; arguments as in `fake_loss`.
+
+        The teacher runs in the precision of the fake, autocast's too: where the two are equal the loss is 0.
+        """
         learns = torch.is_grad_enabled()
 
         def at_the_student(hidden_BPH, weight_VH):
