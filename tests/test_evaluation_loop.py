@@ -41,7 +41,7 @@ def masked_rows(trainer, t: float | None = None):
     """Of each evaluated row: clean ids, labels, masked positions and t, drawn a second time, token by token."""
     rows = [trainer.eval_dataset[index] for index in range(len(trainer.eval_dataset))]
     batch = trainer.data_collator(rows)
-    uniforms = row_uniforms(trainer.args.seed, None, batch["row_id"].tolist(), batch["labels"].shape[1])
+    uniforms = row_uniforms(trainer.args.seed, None, batch["row_key"].tolist(), batch["labels"].shape[1])
     for row, time, mask in zip(rows, uniforms[0], uniforms[1], strict=True):
         clean, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
         drawn = 1e-3 + (1 - 1e-3) * float(time) if t is None else t

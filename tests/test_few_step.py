@@ -227,9 +227,8 @@ def test_chunks_of_the_head_change_nothing(tmp_path):
     for size in (1024, 3):
         trainer = tiny_few_step(tmp_path, head_chunk_size=size)
         trainer.train()
-        losses.append((logs_of(trainer), logs_of(trainer, "fake_loss")))
-    for whole, in_parts in zip(*losses, strict=True):
-        assert whole == pytest.approx(in_parts, rel=1e-6), "sums in another order"
+        losses.append(logs_of(trainer) + logs_of(trainer, "fake_loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
 def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):

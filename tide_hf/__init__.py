@@ -16,6 +16,7 @@ _LAZY = {
     "IDLMConfig": "few_step",
     "IDLMTrainer": "few_step",
     "Objective": "objective",
+    "NonFiniteError": "nonfinite",
     "TIDELlamaConfig": "models",
     "TIDELlamaForBlockDiffusion": "models",
     "TIDEQwen2Config": "models",

@@ -29,6 +29,7 @@ CHOICES = {
     "loss_normalization": ("token", "sequence", "batch"),
     "eos_fill": EOS_FILLS,
     "trained_turns": TRAINED_TURNS,
+    "nonfinite": ("stop", "skip"),
     "teacher_context": ("paper", "native"),
     "teacher_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -138,10 +139,20 @@ class DiffusionTrainingArguments(TrainingArguments):
     )
     dataset_num_proc: int | None = _knob(None, "Processes that prepare the dataset.")
     mask_token_id: int | None = _knob(None, "Student's [MASK]; from its config or tokenizer by default.")
+    nonfinite: str = _knob(
+        "stop",
+        "A step whose loss or a gradient is NaN or infinite: stop the run before it is taken, or skip it and go on "
+        "(ten in a row stop the run). Either writes its batches to a file, nonfinite-step….pt.",
+    )
     model_init_kwargs: dict | str | None = _knob(
         None, "from_pretrained arguments of the student (JSON on a command line)."
     )
     remove_unused_columns: bool | None = _knob(False, "Kept False: the step needs row_key and the chunk columns.")
+    logging_nan_inf_filter: bool = _knob(
+        False,
+        "transformers': replaces a loss that is not finite in the log, and has the host wait for a GPU twice per "
+        "micro-batch to see it. Not needed here: see nonfinite.",
+    )
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (transformers')
         *TrainingArguments._VALID_DICT_FIELDS,

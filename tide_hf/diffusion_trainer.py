@@ -3,6 +3,7 @@
 The batch of a step is noised on the host, before any network runs.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -20,6 +21,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.utils import logging
 
 from .arguments import (
     check_engine,
@@ -34,7 +36,10 @@ from .data import RowStream, StreamLoader, is_prepared, prepare_dataset, require
 from .hub import HubTrainerMixin
 from .later_changes import LaterChangesMixin
 from .models.masked_diffusion import PADDING_STREAM, block_visibility
+from .nonfinite import StepGuard, require_finite
 from .teachers import resolve_mask_token_id
+
+logger = logging.get_logger(__name__)
 
 
 class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
@@ -47,6 +52,7 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    guard: StepGuard | None = None  # of the student's steps; made with its optimizer
     # what `config.objective` of a model may be
     OBJECTIVES = ("block", "full")
     _train_stream: StreamLoader | None = None  # what training reads, if that is a stream
@@ -213,7 +219,9 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
         return super().predict(self._prepare_given("test", test_dataset), None, metric_key_prefix)
 
     def _prepare_given(self, name: str, rows):
-        """Rows given to a method, prepared; the name of an eval_dataset of the constructor as it is."""
+        """Rows given to a method, prepared; an eval_dataset of the constructor, or its name, as it is."""
+        if isinstance(rows, RowStream):
+            return rows
         if isinstance(rows, str):
             known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
             if rows not in known:
@@ -344,11 +352,71 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
                 batch = self._counted_once(batch, loader.end_of_dataloader, loader.dataset)
             yield batch
 
+    # -- what is not finite is neither stepped on nor saved nor best ------------------------------------------------
+
+    def _row_terms(self, batch: Mapping) -> dict[str, torch.Tensor]:
+        """The loss's terms by row of one micro-batch of the host."""
+        raise NotImplementedError
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        network = self.accelerator.unwrap_model(self.model)
+        self.guard = StepGuard(self, "student", trained_parameters(network), self.optimizer, self._row_terms)
+        return prepared
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Also decides, behind a step's last micro-batch, whether the optimizer may take it."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return self.guard.saw(inputs, loss, is_last=self.accelerator.sync_gradients)
+
+    def log(self, logs, start_time=None):
+        """The loss is a mean over the steps that were taken; `nonfinite_steps` counts the others of the whole run."""
+        if self.guard is not None and "loss" in logs:
+            num_steps, num_skipped = self.guard.pop_counts()
+            if num_skipped:
+                logs["loss"] = logs["loss"] * num_steps / (num_steps - num_skipped or math.nan)
+            if bool(self.guard.bad):
+                logs["grad_norm"] = math.nan
+            if self.guard.num_skipped:
+                logs["nonfinite_steps"] = self.guard.num_skipped
+        elif self.guard is not None and "train_loss" in logs:
+            self.guard.settle()
+        super().log(logs, start_time)
+
+    def _weights_of_checkpoint(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of this process, by name."""
+        return trained_parameters(self.accelerator.unwrap_model(self.model))
+
+    def _save_checkpoint(self, model, trial):
+        self.guard.settle()
+        require_finite(self._weights_of_checkpoint(), "The checkpoint", self.guard.anywhere)
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir=None, state_dict=None):
         """Beside an adapter also the generation settings of the run, which its base may not have."""
+        weights = state_dict
+        if weights is None:
+            weights = trained_parameters(self.model) if isinstance(self.model, PeftModel) else self.model.state_dict()
+        require_finite(weights, "The model")
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel):
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args, **kwargs):
+        """See [`~tide_hf.hub.HubTrainerMixin.create_model_card`]; none of weights that are not finite."""
+        require_finite(trained_parameters(self.accelerator.unwrap_model(self.model)), "The model card")
+        super().create_model_card(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics, trial):
+        """A metric that is not finite is never the best one."""
+        odd = {name: value for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)}
+        if odd:
+            found = ", ".join(f"{name} = {value}" for name, value in odd.items())
+            logger.warning(f"The evaluation after step {self.state.global_step} is not finite: {found}.")
+        best = self.args.metric_for_best_model
+        if best is not None and f"eval_{best.removeprefix('eval_')}" in odd:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
 
 class _StreamEpoch(TrainerCallback):
@@ -407,6 +475,11 @@ def run_packed(network, inputs: Mapping[str, torch.Tensor], head_fn: Callable):
         use_cache=False,
         head_fn=head_fn,
     )
+
+
+def trained_parameters(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
 def pad_token_id(tokenizer) -> int:

@@ -13,6 +13,7 @@ from .data.loading import MixtureConfig, load_mixture, load_rows
 from .diffusion_trainer import DiffusionTrainer
 from .few_step import IDLMConfig, IDLMTrainer
 from .hub import NotAvailableError, PushError, require_available
+from .nonfinite import NonFiniteError
 from .trainer import TIDETrainer
 
 
@@ -121,7 +122,7 @@ def _run(arguments: Arguments, make_trainer: Callable) -> DiffusionTrainer:
             trainer.push_to_hub()
         else:
             trainer.save_model()
-    except PushError as error:
+    except (NonFiniteError, PushError) as error:
         sys.exit(str(error))
     trainer.accelerator.print(f"Saved to {training.output_dir}")
     return trainer

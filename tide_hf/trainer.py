@@ -6,6 +6,7 @@ forward.
 """
 
 import json
+import math
 from dataclasses import replace
 from os import PathLike
 
@@ -113,6 +114,7 @@ class TIDETrainer(DiffusionTrainer):
         set_seed(args.seed)  # an adapter starts at random, and Trainer sets the seed only later
         model = prepare_adapter(model, peft_config, revision)
         self._term_sums: dict[str, torch.Tensor] = {}
+        self._step_sums: dict[str, torch.Tensor] = {}  # of the step that is being made
         self._term_steps = 0  # optimizer steps since the terms were last logged
         super().__init__(
             model=model,
@@ -181,7 +183,7 @@ class TIDETrainer(DiffusionTrainer):
 
     def _inner_training_loop(self, *args, **kwargs):
         """Begins with empty logs, also where a run was interrupted or starts anew with smaller batches."""
-        self._term_sums, self._term_steps = {}, 0
+        self._step_sums, self._term_sums, self._term_steps = {}, {}, 0
         return super()._inner_training_loop(*args, **kwargs)
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ class TIDETrainer(DiffusionTrainer):
     def _noise(self, batch, epoch: int | None, t: float | None = None) -> dict:
         """One micro-batch, noised by draws keyed by (seed, epoch, row)."""
         uniforms = row_uniforms(self.args.seed, epoch, batch["row_key"].tolist(), batch["labels"].shape[1])
-        return self.noising(batch, uniforms, t)
+        return {**self.noising(batch, uniforms, t), "row_key": batch["row_key"]}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of an optimizer step and makes their counts global."""
@@ -208,11 +210,28 @@ class TIDETrainer(DiffusionTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted sum of the objective's terms, each over its global count."""
         outputs = self._run_student(model, inputs, inputs["counts"], self.objective)
-        for name, term_B in outputs.terms.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + term_B.sum()
         # DDP averages gradients over processes; the terms are already divided by global counts
         loss = outputs.loss * self.accelerator.num_processes
+        if self.guard is not None and model.training:
+            self.guard.before_backward(inputs, loss)
+        self._terms = outputs.terms
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Also sums the terms of the steps that are taken."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for name, term_B in self._terms.items():
+            self._step_sums[name] = self._step_sums.get(name, 0) + term_B.sum()
+        if self.accelerator.sync_gradients:
+            for name, total in self._step_sums.items():
+                self._term_sums[name] = self._term_sums.get(name, 0) + torch.where(self.guard.bad, 0.0, total)
+            self._step_sums = {}
+        return loss
+
+    def _row_terms(self, batch):
+        """Each term by row."""
+        inputs = self._prepare_inputs(batch)
+        return self._run_student(self.model_wrapped, inputs, inputs["counts"], self.objective).terms
 
     def _run_student(self, model, inputs, counts, objective, predicts: bool = False):
         """The student's wrapped forward on a packed layout, the objective in place of its head."""
@@ -247,8 +266,9 @@ class TIDETrainer(DiffusionTrainer):
         """Adds each term, mean over the optimizer steps since the last log, over all processes."""
         if "loss" in logs and self._term_sums:
             names = sorted(self._term_sums)
+            num_steps = self._term_steps - self.guard.settle() or math.nan
             sums = self.accelerator.reduce(torch.stack([self._term_sums[name] for name in names]), reduction="sum")
-            logs |= {name: value / self._term_steps for name, value in zip(names, sums.tolist(), strict=True)}
+            logs |= {name: value / num_steps for name, value in zip(names, sums.tolist(), strict=True)}
             if self.objective.tidal:
                 logs["lambda"] = self._lambda_progress()
             self._term_sums, self._term_steps = {}, 0

@@ -1,6 +1,7 @@
 """The fake network's training, which transformers.Trainer knows nothing of."""
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -22,12 +23,13 @@ class FakeTraining:
     Attributes:
         wrapped (`torch.nn.Module`): the network as accelerate prepared it; before that the network itself.
         optimizer, scheduler: from `prepare` on.
+        guard ([`~tide_hf.nonfinite.StepGuard`]): of its updates; set by the trainer before the first one.
     """
 
     def __init__(self, network: PreTrainedModel, args: IDLMConfig):
         self.network = self.wrapped = network
         self.args = args
-        self.accelerator = self.optimizer = self.scheduler = None
+        self.accelerator = self.optimizer = self.scheduler = self.guard = None
         self._reset_sums()
 
     def prepare(self, accelerator: Accelerator, max_steps: int, decayed: set[str]) -> None:
@@ -83,12 +85,12 @@ class FakeTraining:
                 loss = loss_of(batch)
                 # DDP and FSDP average gradients over processes
                 accelerator.backward(loss * accelerator.num_processes)
-            self._loss += loss.detach()
+            self._loss += self.guard.saw(batch, loss, is_last)
         limit = self.args.for_fake("max_grad_norm")
         # accelerate's own finds its way by comparing the parameters of the networks it knows, which fails with two
         norm = torch.nn.utils.clip_grad_norm_(trained(self.wrapped).values(), limit if limit > 0 else float("inf"))
-        self._norm += norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._num_updates += 1
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._norm += torch.where(self.guard.bad, 0.0, norm)
         self.optimizer.step()
         self._learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
@@ -96,21 +98,25 @@ class FakeTraining:
         accelerator.gradient_state._set_sync_gradients(was_syncing)
 
     def pop_logs(self) -> dict[str, float]:
-        """Loss and gradient norm, means over the updates since the last call, and the learning rate; on all processes
-        together. Nothing without an update."""
-        if not self._num_updates:
+        """Loss and gradient norm, means over the updates taken since the last call; the learning rate; and how many
+        updates of the run were left out. On all processes together. Nothing without an update."""
+        num_updates, num_skipped = self.guard.pop_counts() if self.guard is not None else (0, 0)
+        if not num_updates:
             return {}
+        num_taken = num_updates - num_skipped or math.nan
         loss = self.accelerator.reduce(torch.as_tensor(self._loss, device=self.accelerator.device), reduction="sum")
         logs = {
-            "fake_loss": loss.item() / self._num_updates,
-            "fake_grad_norm": float(self._norm) / self._num_updates,
+            "fake_loss": loss.item() / num_taken,
+            "fake_grad_norm": float(self._norm) / num_taken,
             "fake_learning_rate": self._learning_rate,
         }
+        if self.guard.num_skipped:
+            logs["fake_nonfinite_steps"] = self.guard.num_skipped
         self._reset_sums()
         return logs
 
     def _reset_sums(self) -> None:
-        self._loss, self._norm, self._num_updates = 0.0, 0.0, 0
+        self._loss, self._norm = 0.0, 0.0
 
     def state_dict(self) -> dict:
         """Everything to go on from, whole and on the host; on all processes together."""

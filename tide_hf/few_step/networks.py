@@ -7,10 +7,10 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import Parameter
 from transformers import PreTrainedModel, set_seed
 
 from ..adapter import prepare_adapter
+from ..diffusion_trainer import trained_parameters as trained
 
 
 def three_networks(
@@ -57,11 +57,6 @@ def _sharing(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def trained(model: torch.nn.Module) -> dict[str, Parameter]:
-    """The parameters that are trained, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def total_weight(model: torch.nn.Module) -> float:
     """Σ|w| over all parameters, in float64: the same for equal networks, and hardly for others."""
     norms = [torch.linalg.vector_norm(value.detach(), 1, dtype=torch.float64) for value in model.parameters()]
@@ -81,10 +76,12 @@ class WeightAverage:
         self.average = {name: _full_precision(value) for name, value in self.weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Takes one step's weights in."""
+    def update(self, left_out: torch.Tensor | bool = False) -> None:
+        """Takes one step's weights in; nothing of a step that was left out, a flag `()` on the weights' device."""
+        taken = 1 - torch.as_tensor(left_out, dtype=torch.float64)
         for name, average in self.average.items():
-            average.lerp_(self.weights[name].to(average.dtype), 1 - self.decay)
+            share = ((1 - self.decay) * taken).to(average.device, average.dtype)
+            average.lerp_(self.weights[name].to(average.dtype), share)
 
     @contextmanager
     @torch.no_grad()

@@ -80,6 +80,7 @@ class InverseStep:
         """L(f*, q) − L(f, q) with gradient through the student's predictions alone; arguments as in `fake_loss`.
 
         Where the student saw the token q is its one-hot: these positions are a constant of the value.
+        The teacher runs in the precision of the fake, autocast's too: where the two are equal the loss is 0.
         """
         learns = torch.is_grad_enabled()
 

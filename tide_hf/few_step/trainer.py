@@ -22,6 +22,7 @@ from ..arguments import BY_THE_OPTIMIZER, changed_since, refuse_changes, refuse_
 from ..data import DistillationCollator, RowPreparation
 from ..diffusion import LayoutSpec, row_uniforms
 from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id
+from ..nonfinite import StepGuard
 from .config import IDLMConfig
 from .fake import FakeTraining
 from .networks import WeightAverage, restore, three_networks, total_weight, trained, whole
@@ -207,7 +208,7 @@ class IDLMTrainer(DiffusionTrainer):
         draws = Draws.of_rows(self.args.seed, epoch, keys, batch["labels"].shape[1], update)
         if times is not None:
             draws = Draws(**{**vars(draws), **{name: values[keys] for name, values in times.items()}})
-        return self.noising(batch, draws)
+        return {**self.noising(batch, draws), "row_key": batch["row_key"]}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of a step, for the fake's updates and the student's, the last."""
@@ -253,10 +254,30 @@ class IDLMTrainer(DiffusionTrainer):
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
+    def _row_terms(self, batch):
+        """L(f*, q) − L(f, q) by row."""
+        batch = self._prepare_inputs(batch)
+        networks = self.model_wrapped, self.teacher, self.fake_training.wrapped
+        return {"loss": self.inverse.student_loss(*networks, batch, batch["total_rows"], by_row=True)}
+
+    def _fake_row_terms(self, batch):
+        """L(f, q) by row."""
+        batch = self._prepare_inputs(batch)
+        networks = self.model_wrapped, self.fake_training.wrapped
+        return {"fake_loss": self.inverse.fake_loss(*networks, batch, batch["total_rows"], by_row=True)}
+
+    def _weights_of_checkpoint(self):
+        """Also the average and the fake."""
+        parts = {"student": super()._weights_of_checkpoint(), "average": self.ema.average}
+        parts["fake"] = trained(self.accelerator.unwrap_model(self.fake_training.wrapped))
+        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
     def log(self, logs, start_time=None):
         """Adds the fake's loss and gradient norm, means over its updates since the last log, and its learning rate."""
         if "loss" in logs:
             logs |= self.fake_training.pop_logs()
+        elif "train_loss" in logs and self.fake_training.guard is not None:
+            self.fake_training.guard.settle()
         super().log(logs, start_time)
 
     # -- set-up and resume --------------------------------------------------------------------------------------------
@@ -266,6 +287,8 @@ class IDLMTrainer(DiffusionTrainer):
             self._checkpoint_activations_of_the_fake()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.fake_training.prepare(self.accelerator, max_steps, set(self.get_decay_parameter_names(self.fake)))
+        fake = trained(self.accelerator.unwrap_model(self.fake_training.wrapped))
+        self.fake_training.guard = StepGuard(self, "fake", fake, self.fake_training.optimizer, self._fake_row_terms)
         self.ema = WeightAverage(self.accelerator.unwrap_model(self.model), self.args.ema_decay)
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint) / STATE_FILE)
@@ -381,7 +404,7 @@ class _AverageWeights(TrainerCallback):
         self.trainer = trainer
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.ema.update()
+        self.trainer.ema.update(self.trainer.guard.bad)
 
 
 class _ByRow:

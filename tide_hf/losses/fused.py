@@ -19,6 +19,7 @@ import torch
 from .calm import chunk_log_likelihood, true_token_log_probs
 from .denoising import as_full_precision
 from .divergence import shared_logits
+from .products import gradient_dtype, gradient_product, product_dtype
 
 # logits of one slice, in bytes: large enough for fast matrix products, small beside a model
 SLICE_BYTES = {"cpu": 2**25, "cuda": 2**28}
@@ -129,9 +130,9 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N, weights_N, term, slice_rows, grad_enabled):
         wants_hidden, wants_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        dtype = _product_dtype(weight_VH)
+        dtype = product_dtype(weight_VH)
         hidden, weight = hidden_NH.to(dtype), weight_VH.to(dtype)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = torch.empty_like(hidden, dtype=gradient_dtype(dtype)) if wants_hidden else None
         new = torch.empty_like if len(hidden) else torch.zeros_like  # the first slice fills it
         grad_weight = as_full_precision(new(weight)) if wants_weight else None
         slices = _Slices(hidden, weight, targets_N, weights_N, term, wants_hidden or wants_weight)
@@ -139,12 +140,13 @@ class _FusedLoss(torch.autograd.Function):
             for rows, is_paired in _cuts(len(hidden), slice_rows, term):
                 gradient = slices.run(rows, is_paired)
                 if wants_hidden:
-                    torch.mm(gradient, weight, out=grad_hidden[rows])
+                    _write_product(grad_hidden[rows], gradient, weight)
                 if wants_weight:
                     _add_product(grad_weight, gradient.T, hidden[rows], is_first=rows.start == 0)
+        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         ctx.gradients = [
-            None if gradient is None else gradient.to(given.dtype)
-            for gradient, given in ((grad_hidden, hidden_NH), (grad_weight, weight_VH))
+            None if gradient is None else gradient.to(gradient_dtype(given))
+            for gradient, given in zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
         ]
         loss = (slices.weights_N * slices.nll_N).sum()
         if term is not None:
@@ -160,8 +162,10 @@ class _FusedLoss(torch.autograd.Function):
                 "The gradients of fused_loss are freed by the first backward pass through it: call it again for "
                 "another one."
             )
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), *[None] * 5
+        gradients, ctx.gradients = zip(ctx.gradients, ctx.dtypes, strict=True), None
+        # float16 is made here: only the outer gradient, a scaler's, lifts these into its range
+        scaled = (None if gradient is None else gradient.mul_(grad_loss).to(dtype) for gradient, dtype in gradients)
+        return *scaled, *[None] * 5
 
 
 class _Slices:
@@ -180,13 +184,13 @@ class _Slices:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def run(self, rows: slice, is_paired: bool) -> torch.Tensor:
-        """Fills the results of some rows; returns the gradient of their logits `(R, V)` in the products' precision."""
+        """Fills the results of some rows; returns the gradient of their logits `(R, V)` for [`gradient_product`]."""
         logits = self._product("logits", self.hidden[rows], self.weight)
         if is_paired and isinstance(self.term, TokenTerm):
             self._with_token_term(logits, rows)
         else:
             self._with_chunk_term(logits, rows, is_paired)
-        return logits.to(self.hidden.dtype)
+        return logits.to(gradient_dtype(self.hidden.dtype))
 
     def _with_chunk_term(self, logits_RV, rows: slice, is_paired: bool) -> None:
         """Cross-entropy, and chunks that lie whole in these rows: both only know the true tokens' log-probabilities,
@@ -289,14 +293,22 @@ def _from_student(ratio, p_s) -> tuple[torch.Tensor, torch.Tensor]:
 _DIVERGENCES = {"forward_kl": _forward_kl, "tidal": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
 
 
-def _add_product(total_VH, left_VR, right_RH, is_first: bool) -> None:
-    """total += left · right, or = for the first."""
-    if total_VH.dtype == left_VR.dtype:
-        total_VH.addmm_(left_VR, right_RH, beta=0 if is_first else 1)  # with 0 what stands there is not read
-    elif is_first:
-        total_VH.copy_(left_VR @ right_RH)
+def _write_product(out_RH, gradient_RV, weight_VH) -> None:
+    """out = gradient · weight."""
+    if weight_VH.dtype == out_RH.dtype:
+        torch.mm(gradient_RV, weight_VH, out=out_RH)
     else:
-        total_VH.add_(left_VR @ right_RH)
+        out_RH.copy_(gradient_product(gradient_RV, weight_VH))
+
+
+def _add_product(total_VH, gradient_VR, hidden_RH, is_first: bool) -> None:
+    """total += gradient · hidden, or = for the first."""
+    if total_VH.dtype == hidden_RH.dtype:
+        total_VH.addmm_(gradient_VR, hidden_RH, beta=0 if is_first else 1)  # with 0 what stands there is not read
+    elif is_first:
+        total_VH.copy_(gradient_product(gradient_VR, hidden_RH))
+    else:
+        total_VH.add_(gradient_product(gradient_VR, hidden_RH))
 
 
 def _cuts(num_positions: int, slice_rows: int, term) -> Iterator[tuple[slice, bool]]:
@@ -327,14 +339,6 @@ def _cached_rows(device: torch.device, vocab_size: int) -> int:
 
 def _slice_rows(device: torch.device, vocab_size: int) -> int:
     return max(SLICE_BYTES.get(device.type, SLICE_BYTES["cpu"]) // (4 * vocab_size), 1)
-
-
-def _product_dtype(weight: torch.Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's precision where it is on, as for a plain `hidden @ weight.T`."""
-    device = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 def _shared_size(student_RV, teacher_RU, shared_vocab_size: int | None) -> int:

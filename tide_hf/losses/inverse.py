@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from .denoising import as_full_precision, weighted_sum
+from .products import gradient_dtype, gradient_product, product_dtype
 
 CHUNK_SIZE = 1024  # positions whose logits exist at a time
 
@@ -109,7 +110,9 @@ def sample_tokens(probabilities_NV: torch.Tensor, uniform_N: torch.Tensor) -> to
     cumulative_NV = probabilities_NV.detach().double().cumsum(-1)
     total_N = cumulative_NV[:, -1]
     below_N = torch.minimum(uniform_N.double() * total_N, torch.nextafter(total_N, total_N.new_zeros(())))
-    return torch.searchsorted(cumulative_NV, below_N[:, None], right=True).squeeze(-1)
+    drawn_N = torch.searchsorted(cumulative_NV, below_N[:, None], right=True).squeeze(-1)
+    # where a probability is NaN none is found: any token serves, and the loss says NaN
+    return drawn_N.clamp(max=probabilities_NV.shape[-1] - 1)
 
 
 def chunked_head_loss(
@@ -140,33 +143,35 @@ class _ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss_fn, hidden_NH, weight_VH, chunk_size):
-        wanted = ctx.needs_input_grad[1:3]
-        total = torch.zeros((), dtype=as_full_precision(hidden_NH[:0]).dtype, device=hidden_NH.device)
-        grad_hidden = torch.zeros_like(hidden_NH) if wanted[0] else None
+        wants_hidden, wants_weight = ctx.needs_input_grad[1:3]
+        dtype = product_dtype(weight_VH)
+        hidden, weight = hidden_NH.to(dtype), weight_VH.to(dtype)
+        total = torch.zeros((), dtype=as_full_precision(hidden[:0]).dtype, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(dtype)) if wants_hidden else None
         # half precisions would lose the small shares of single chunks
-        grad_weight = torch.zeros_like(weight_VH, dtype=total.dtype) if wanted[1] else None
-        weight = weight_VH.detach().requires_grad_(wanted[1])
-        for start in range(0, len(hidden_NH), chunk_size):
-            positions = slice(start, min(start + chunk_size, len(hidden_NH)))
-            hidden = hidden_NH[positions].detach().requires_grad_(wanted[0])
-            with torch.set_grad_enabled(any(wanted)):
-                loss = loss_fn(hidden @ weight.T, positions)
+        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if wants_weight else None
+        for start in range(0, len(hidden), chunk_size):
+            positions = slice(start, min(start + chunk_size, len(hidden)))
+            logits = as_full_precision(hidden[positions] @ weight.T)
+            with torch.set_grad_enabled(wants_hidden or wants_weight):
+                loss = loss_fn(logits.requires_grad_(wants_hidden or wants_weight), positions)
             total += loss.detach()
-            inputs = [tensor for tensor, want in zip((hidden, weight), wanted, strict=True) if want]
-            grads = list(torch.autograd.grad(loss, inputs)) if inputs else []
-            if wanted[0]:
-                grad_hidden[positions] = grads.pop(0)
-            if wanted[1]:
-                grad_weight += grads.pop(0)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VH.dtype))
+            if not loss.requires_grad:
+                continue
+            gradient = torch.autograd.grad(loss, logits)[0].to(gradient_dtype(dtype))
+            if wants_hidden:
+                grad_hidden[positions] = gradient_product(gradient, weight)
+            if wants_weight:
+                grad_weight += gradient_product(gradient.T, hidden[positions])
+        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        gradients = zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
+        ctx.save_for_backward(
+            *(None if gradient is None else gradient.to(gradient_dtype(given)) for gradient, given in gradients)
+        )
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None,
-            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad_total.to(grad_weight.dtype),
-            None,
-        )
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = (None if gradient is None else (gradient * grad_total).to(dtype) for gradient, dtype in gradients)
+        return None, *scaled, None

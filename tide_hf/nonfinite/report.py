@@ -1,0 +1,161 @@
+"""What is said of a step that is not finite, the file that holds its batches, and the way to run them again."""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from ..models.masked_diffusion import PADDING_STREAM, STREAMS_PER_ROW
+from .checks import NAMED, gradient_norms, some
+
+TEXT_LENGTH = 80  # characters of a row that a sentence quotes
+
+
+@dataclass
+class Step:
+    """What one process has seen of one optimizer step.
+
+    Args:
+        number (`int`): counted from 1.
+        batches (`list[Mapping]`): noised micro-batches, on the host.
+        losses (`list[torch.Tensor]`): of each.
+        names (`list[str]`), norms (`torch.Tensor`, *optional*): of the gradients.
+    """
+
+    number: int = 0
+    batches: list[Mapping] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    norms: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def find_causes(step: Step, trainer, terms_of) -> tuple[list[str], list[str]]:
+    """Clauses that name terms with their rows, and gradients, of this process; on all processes together."""
+    process, found = f"process {trainer.accelerator.process_index}", []
+    with at_step(trainer, step.number - 1):
+        for index, (batch, loss) in enumerate(zip(step.batches, step.losses, strict=True)):
+            where, before = f"micro-batch {index} of {process}", len(found)
+            for name, term_B in terms_of(batch).items():
+                rows = (~term_B.isfinite()).nonzero().flatten().tolist()
+                if rows:
+                    quoted = [_row_name(batch, row, trainer.processing_class) for row in rows[:NAMED]]
+                    more = [f"{len(rows) - NAMED} more"] if len(rows) > NAMED else []
+                    found.append(f"{name} is {float(term_B[rows[0]])} in {', '.join(quoted + more)} ({where})")
+            if len(found) == before and not bool(loss.isfinite()):
+                found.append(f"the loss of {where} was {float(loss)}, and is finite when computed once more")
+    _reshard(trainer.model_wrapped, getattr(trainer, "fake", None))
+    bad = [] if step.norms is None else (~step.norms.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return found, []
+    names = some([step.names[index] for index in bad])
+    return found, [f"{len(bad)} of {len(step.names)} gradients are not finite on {process} ({names})"]
+
+
+def _reshard(*networks) -> None:
+    """A forward without a backward leaves gathered weights, which the next optimizer step would not reach."""
+    for network in networks:
+        for module in [] if network is None else network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def write_step(step: Step, trainer, network: str, found: list[str]) -> str:
+    """Writes what `replay` needs into the output folder; returns the path."""
+    args, accelerator = trainer.args, trainer.accelerator
+    of_network = "" if network == "student" else f"-{network}"
+    stem, number = f"nonfinite-step{step.number}{of_network}-rank{accelerator.process_index}", 1
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    while (path := folder / f"{stem}{f'-{number}' if number > 1 else ''}.pt").exists():
+        number += 1
+    content = {
+        "network": network,
+        "step": step.number,
+        "max_steps": trainer.state.max_steps,
+        "seed": args.seed,
+        "rank": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "found": found,
+        "losses": [float(loss) for loss in step.losses],
+        "batches": [
+            {name: value.cpu() if torch.is_tensor(value) else value for name, value in batch.items()}
+            for batch in step.batches
+        ],
+    }
+    torch.save(content, path)
+    return str(path)
+
+
+def replay(trainer, path: str | Path) -> tuple[list[float], dict[str, float]]:
+    """Runs the micro-batches of a step that was not finite again, under the weights that the trainer has.
+
+    Those that the step met are in the interrupted trainer, or come from training up to the step before. Dropout is
+    drawn anew.
+
+    Args:
+        trainer ([`TIDETrainer`] or [`IDLMTrainer`]): of the settings and networks of the run.
+        path (`str` or `Path`): a `nonfinite-step….pt` of the run.
+
+    Returns:
+        the loss of each micro-batch, and the norm of each trained parameter's gradient over all of them.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    of_fake = saved["network"] == "fake"
+    network, losses = trainer.fake if of_fake else trainer.model, []
+    network.zero_grad()
+    with at_step(trainer, saved["step"] - 1, saved["max_steps"]):
+        for batch in saved["batches"]:
+            if of_fake:
+                loss = trainer._fake_loss(trainer.model_wrapped, batch)
+            else:
+                with trainer.compute_loss_context_manager():
+                    loss = trainer.compute_loss(trainer.model_wrapped, trainer._prepare_inputs(batch))
+            loss.backward()
+            losses.append(float(loss.detach()))
+    found = gradient_norms(dict(network.named_parameters()))
+    network.zero_grad()
+    return losses, found
+
+
+@contextmanager
+def at_step(trainer, global_step: int, max_steps: int | None = None):
+    """Inside, the trainer's state says so many steps done (and to do): what λ(s) depends on."""
+    state = trainer.state
+    kept = state.global_step, state.max_steps
+    state.global_step = global_step
+    state.max_steps = kept[1] if max_steps is None else max_steps
+    try:
+        yield
+    finally:
+        state.global_step, state.max_steps = kept
+
+
+def _row_name(batch: Mapping, row: int, tokenizer) -> str:
+    """Its number, id and text."""
+    ids = _row_ids(batch, row)
+    text = tokenizer.decode(ids) if len(ids) else ""
+    if len(text) > TEXT_LENGTH:
+        text = text[:TEXT_LENGTH] + "…"
+    key = f" (row_key {int(batch['row_key'][row])})" if "row_key" in batch else ""
+    return f"row {row}{key} {text!r}"
+
+
+def _row_ids(batch: Mapping, row: int) -> torch.Tensor:
+    """Token ids of a row as a network was given them: of block students its clean copy, then the noised one."""
+    if "asked" in batch:
+        columns = batch["asked"][batch["row"] == row]
+    elif "soft" in batch:
+        columns = torch.cat([batch[kind][batch[f"{kind}_row"] == row] for kind in ("soft", "seen")])
+    else:
+        return batch["input_ids"][row][batch["attention_mask"][row].bool()]
+    if not len(columns):
+        return columns
+    # several rows stand on a line
+    line, column = divmod(int(columns[0]), batch["stream"].shape[1])
+    stream = batch["stream"][line]
+    own = (stream // STREAMS_PER_ROW == stream[column] // STREAMS_PER_ROW) & (stream != PADDING_STREAM)
+    return batch["input_ids"][line][own][stream[own].argsort(stable=True)]
