@@ -20,7 +20,7 @@ RANKS = {
     "models": 0,
     **dict.fromkeys(("losses", "diffusion", "alignment"), 1),
     **dict.fromkeys(("teachers", "data", "hub", "objective", "config", "adapter", "diffusion_trainer"), 2),
-    **dict.fromkeys(("arguments", "checks", "later_changes", "measuring", "nonfinite"), 2),
+    **dict.fromkeys(("arguments", "checks", "later_changes", "measuring", "nonfinite", "row_reading"), 2),
     **dict.fromkeys(("trainer", "few_step", "evaluation"), 3),
     **dict.fromkeys(("demo", "cli", "distill", "prepare"), 4),
     "recipes": 5,

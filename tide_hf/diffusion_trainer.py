@@ -4,13 +4,10 @@ The batch of a step is noised on the host, before any network runs.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Mapping
 from os import PathLike
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import (
@@ -19,7 +16,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
 )
 from transformers.utils import logging
 
@@ -32,17 +28,17 @@ from .arguments import (
 )
 from .checks import refuse_data_parallel, require_rows, require_tokenizer, require_vocabulary
 from .config import DiffusionTrainingArguments
-from .data import RowStream, StreamLoader, is_prepared, prepare_dataset, require_same_preparation, without_weight
 from .hub import HubTrainerMixin
 from .later_changes import LaterChangesMixin
 from .models.masked_diffusion import PADDING_STREAM, block_visibility
 from .nonfinite import StepGuard, require_finite
+from .row_reading import RowReadingMixin, StreamEpoch
 from .teachers import resolve_mask_token_id
 
 logger = logging.get_logger(__name__)
 
 
-class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
+class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trainer):
     """`transformers.Trainer` for diffusion LMs; subclasses set `_preparation` and say what a step is.
 
     What of `transformers` is read and what is refused stands in [`~tide_hf.arguments`].
@@ -55,8 +51,6 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
     guard: StepGuard | None = None  # of the student's steps; made with its optimizer
     # what `config.objective` of a model may be
     OBJECTIVES = ("block", "full")
-    _train_stream: StreamLoader | None = None  # what training reads, if that is a stream
-    _pass = 0  # over the training rows
     CONFIG = DiffusionTrainingArguments
     # arguments of Trainer, and own fields of the config, that a trainer refuses when they are set -> why
     REFUSED_ARGUMENTS = {}  # noqa: RUF012
@@ -71,7 +65,7 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
         self._refuse_other_optimizer()
         self._optimizer_is_given = self.optimizer is not None
         self._args_before = snapshot(args)
-        self.add_callback(_StreamEpoch(self))
+        self.add_callback(StreamEpoch(self))
 
     def _check_given(self, args, kwargs: dict, train_dataset, eval_dataset) -> None:
         """Refuses, before anything is loaded, what could not be honoured."""
@@ -154,35 +148,6 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
         if settings.pad_token_id is None:
             settings.pad_token_id = pad_token_id(tokenizer)
 
-    def _prepare_datasets(self, train_dataset, eval_dataset, args) -> tuple:
-        """Both prepared, and what became of their rows noted."""
-        self.preparation_reports = {}
-        train_dataset = self._prepare("train", train_dataset, args, self.preparation_reports)
-        if not isinstance(eval_dataset, dict):
-            return train_dataset, self._prepare("eval", eval_dataset, args, self.preparation_reports)
-        prepared = {}
-        for name, rows in eval_dataset.items():
-            noted_as = f"eval_{name}" if name in self.preparation_reports else name
-            prepared[name] = self._prepare(noted_as, rows, args, self.preparation_reports)
-        return train_dataset, prepared
-
-    def _prepare(self, name: str, dataset, args, reports: dict):
-        """Token columns for a raw dataset; one prepared for this run's tokenizers and settings passes."""
-        if dataset is None:
-            return None
-        if is_prepared(dataset):
-            report = require_same_preparation(dataset, self._preparation, name)
-            if report is not None:
-                reports[name] = report
-            return dataset
-        if isinstance(dataset, IterableDataset):
-            stream = RowStream(dataset, self._preparation)
-            reports[name] = stream.report  # grows as the stream is read
-            return stream
-        with args.main_process_first(desc=f"preparing the {name} dataset"):
-            dataset, reports[name] = prepare_dataset(dataset, self._preparation, num_proc=args.dataset_num_proc)
-        return dataset
-
     # -- training and evaluating --------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
@@ -218,36 +183,6 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
             self._honour_changes()
         return super().predict(self._prepare_given("test", test_dataset), None, metric_key_prefix)
 
-    def _prepare_given(self, name: str, rows):
-        """Rows given to a method, prepared; an eval_dataset of the constructor, or its name, as it is."""
-        if isinstance(rows, RowStream):
-            return rows
-        if isinstance(rows, str):
-            known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
-            if rows not in known:
-                raise ValueError(
-                    f"There is no eval_dataset named {rows!r}; the constructor was given {', '.join(known) or 'none'} "
-                    "by name. Give the rows themselves."
-                )
-            return rows
-        if rows is None:
-            raise ValueError(f"There are no rows to evaluate under the name {name!r}: got None.")
-        require_rows(f"The dataset {name!r}", rows)
-        return self._prepare(name, rows, self.args, {})
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """As [`~transformers.Trainer.get_eval_dataloader`], which with persistent workers takes any rows given later
-        for those it met first."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            return super().get_eval_dataloader(eval_dataset)
-        kept = getattr(self, "_eval_dataloaders", {}).pop("eval", None)
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
-            if kept is not None:
-                self._eval_dataloaders["eval"] = kept
-
     def hyperparameter_search(self, *args, **kwargs):
         """Refused: it makes a new model for each trial."""
         raise ValueError(
@@ -264,93 +199,6 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
         count = is_real.sum() if self.args.include_num_input_tokens_seen == "non_padding" else is_real.numel()
         count = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
         self.state.num_input_tokens_seen += self.accelerator.gather(count).sum().item()
-
-    @contextmanager
-    def _host_batches(self, is_training: bool):
-        """Data loaders made inside leave batches on the host, where the noise is drawn; no held-out row is dropped."""
-        placement, self.accelerator.device_placement = self.accelerator.device_placement, False
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training
-        try:
-            yield
-        finally:
-            self.accelerator.device_placement, self.args.dataloader_drop_last = placement, drop_last
-
-    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
-        """A table's loader is accelerate's; a stream is read by the library's own."""
-        if isinstance(dataset, IterableDataset):
-            dataset = RowStream(dataset)
-        loader = None
-        if isinstance(dataset, RowStream):
-            loader = self._stream_loader(dataset, batch_size, is_training)
-        if is_training:
-            self._train_stream = loader
-        if loader is not None:
-            return loader
-        with self._host_batches(is_training):
-            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
-
-    def _stream_loader(self, stream: RowStream, batch_size: int, is_training: bool) -> StreamLoader:
-        args, num_processes = self.args, self.accelerator.num_processes
-        if not args.dataloader_in_order:
-            raise ValueError(
-                "dataloader_in_order=False would hand out the rows of a stream as its workers finish, and a resumed "
-                "run could not find its place: leave it True for a streaming dataset."
-            )
-        return StreamLoader(
-            stream,
-            self.data_collator,
-            batch_size,
-            num_batches=args.gradient_accumulation_steps if is_training else 1,
-            num_processes=num_processes,
-            process_index=self.accelerator.process_index,
-            gather=gather_object if num_processes > 1 else list,
-            drop_last=args.dataloader_drop_last and is_training,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            start_method=args.dataloader_multiprocessing_context,
-            persistent_workers=args.dataloader_persistent_workers and is_training,
-        )
-
-    # -- which rows a step sees ---------------------------------------------------------------------------------------
-
-    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
-        """Where to go on: a stream is read up to there, since nobody knows how long its passes are."""
-        epoch, num_batches = super()._init_training_state(*args, **kwargs)
-        if self._train_stream is None or self.args.ignore_data_skip:
-            return epoch, num_batches
-        return self._train_stream.seek(self.state.global_step)[0], 0
-
-    def _run_epoch(self, **kwargs):
-        """Counts the pass: `state.epoch` lags behind it on streams and after an epoch that was cut short."""
-        self._pass = kwargs["epoch"]
-        return super()._run_epoch(**kwargs)
-
-    def _next_batches(self, iterator: Iterator, num_batches: int) -> list[dict[str, torch.Tensor]]:
-        """The micro-batches of an optimizer step; none at the end of a pass."""
-        if self._train_stream is not None:
-            return list(islice(iterator, num_batches))
-        batches = islice(iterator, num_batches)
-        if self.args.dataloader_drop_last or self.args.train_sampling_strategy == "batch_rebalance":
-            return list(batches)  # nothing is repeated
-        state, dataset = self.accelerator.gradient_state, self.train_dataset
-        return [self._counted_once(batch, state.end_of_dataloader, dataset) for batch in batches]
-
-    def _counted_once(self, batch: dict[str, torch.Tensor], is_last: bool, dataset) -> dict[str, torch.Tensor]:
-        """The batch in which rows that accelerate repeated, to fill the last one of a table, weigh nothing."""
-        num_rows, num_processes = len(batch["row_key"]), self.accelerator.num_processes
-        num_new = len(dataset) % (num_rows * num_processes)
-        if num_processes == 1 or not is_last or not num_new:
-            return batch
-        first = num_new - self.accelerator.process_index * num_rows
-        return batch if first >= num_rows else without_weight(batch, max(first, 0))
-
-    def _evaluation_batches(self, loader) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches in which every row of the dataset counts once."""
-        for batch in loader:
-            if not isinstance(loader, StreamLoader):
-                batch = self._counted_once(batch, loader.end_of_dataloader, loader.dataset)
-            yield batch
 
     # -- what is not finite is neither stepped on nor saved nor best ------------------------------------------------
 
@@ -417,18 +265,6 @@ class DiffusionTrainer(LaterChangesMixin, HubTrainerMixin, Trainer):
         if best is not None and f"eval_{best.removeprefix('eval_')}" in odd:
             return False
         return super()._determine_best_metric(metrics, trial)
-
-
-class _StreamEpoch(TrainerCallback):
-    """Says how far a stream is as an uninterrupted run would: Trainer counts the steps since the last resume."""
-
-    def __init__(self, trainer: DiffusionTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        stream = self.trainer._train_stream
-        if stream is not None:
-            state.epoch = stream.epoch + stream.window / state.max_steps
 
 
 def load_student(
