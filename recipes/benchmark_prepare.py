@@ -144,7 +144,7 @@ def measure(preparation, conversations: list, repeats: int) -> dict[str, float]:
     for _ in range(repeats):
         alignment = seconds(lambda pair: align_chunks(*pair[0], *pair[1]), list(zip(ours, theirs, strict=True)))
         tokenisation = seconds(lambda pair: (student(pair[0]), teacher(pair[1])), texts)
-        whole = seconds(lambda messages: preparation({"messages": messages}, 0), conversations)
+        whole = seconds(lambda messages: preparation({"messages": messages}), conversations)
         rounds.append((num_tokens / alignment, num_tokens / tokenisation, num_tokens / whole, whole / tokenisation))
     values = [statistics.median(column) for column in zip(*rounds, strict=True)]
     names = ("alignment", "tokenisations", "preparation", "cost")

@@ -77,7 +77,7 @@ def test_the_report_holds_what_the_recipe_says(benchmark, preparation, tmp_path,
     for who, tokenizer in (("one", preparation.tokenizer), ("two", preparation.teacher_tokenizer)):
         tokenizer.save_pretrained(tmp_path / who)
     prepared = []
-    monkeypatch.setattr(type(preparation), "__call__", lambda self, row, index: prepared.append(row) or {})
+    monkeypatch.setattr(type(preparation), "__call__", lambda self, row: prepared.append(row) or {})
     with pytest.raises(KeyError):  # the rows reach the preparation; what it was made to return here does not
         benchmark.peak_memory(str(tmp_path), "streaming", ["x = 1\n"], 2)
     assert prepared

@@ -133,7 +133,7 @@ def test_flags_reach_generate(saved, monkeypatch):
     flags = ["--do_sample", "--top_k", "0", "--top_p", "0.9", "--temperature", "0.5", "--max_new_tokens", "7"]
     main(["chat", str(saved), "--device", "cpu", *flags])
     expected = {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 0.5, "max_new_tokens": 7}
-    assert seen[0] == {"system": None, "generator": None, **expected}
+    assert seen[0] == {"system": None, "generator": None, "template_kwargs": {}, **expected}
 
 
 def test_mask_token_of_the_tokenizer_is_used(saved):

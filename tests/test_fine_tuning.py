@@ -142,6 +142,7 @@ def test_the_guard_leaves_other_users_of_the_body_alone():
     assert torch.isfinite(model(ids, labels=ids).loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["messages", "prompt-completion"])
 def test_trl_with_the_models_loss_trains_the_answers(rows, tmp_path):
     """Catches prompts that are trained on, and a student that learns nothing from TRL's batches."""

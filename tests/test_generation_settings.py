@@ -315,6 +315,14 @@ def test_stop_strings_end_a_row_in_the_middle_of_a_block():
         model.generate(ids, stop_strings="x", **settings)
 
 
+def test_stop_strings_need_letters():
+    """Catches "substring not found" for a tokenizer of words alone, which transformers' criterion cannot measure."""
+    model = tiny_model(dtype=torch.float32)
+    ids = torch.tensor([build_tokenizer().encode("<user>739152<assistant>")])
+    with pytest.raises(ValueError, match="stop_strings=.*needs a tokenizer that can write any letters"):
+        model.generate(ids, stop_strings=["9"], tokenizer=build_tokenizer(), max_new_tokens=4)
+
+
 def test_max_time_finishes_the_block_and_stops():
     """Catches a time limit that is never asked for, or throws away all but one token of the block just finished."""
     model = tiny()

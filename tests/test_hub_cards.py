@@ -76,6 +76,7 @@ def test_card_of_a_run_is_complete_and_true(run):
     assert str(Path(run.args.output_dir).parent) not in text and "2505.09388" in text
 
 
+@pytest.mark.slow
 def test_programs_of_the_card_run(run):
     """Catches an example that does not load or generate, where a reader would run it: beside the card."""
     programs = python_blocks(card_of(run).read_text())

@@ -304,6 +304,7 @@ def train_while_gone(folder, name):
     return {"error": None}
 
 
+@pytest.mark.slow
 def test_two_pushers_at_once(hub, client, tmp_path):
     """Catches a commit lost when two runs push to one repository."""
     first = client.start("-c", PUSHER, str(tmp_path / "one"), "alice/both", "1")
@@ -343,6 +344,7 @@ def interrupt_and_resume(folder, name):
     return steps, same_weights(whole, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [None, "trainer_state.json", "/cdn/"])
 def test_resume_from_the_hub_goes_on_exactly(hub, client, tmp_path, pattern):
     """Catches a resumed run that starts anew, or with another optimizer state, or one that a cut download ends."""

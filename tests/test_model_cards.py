@@ -12,18 +12,18 @@ ROOT = Path(__file__).parents[1]
 NUM_HELD_OUT = 400
 # file -> report, its row, recipe, day of the run
 CARDS = {
-    "sorting-ce": ("sorting", "ce", "dense_teacher", "2026-11-26"),
-    "sorting-kl": ("sorting", "kl", "dense_teacher", "2026-11-26"),
-    "sorting-tide-shared": ("sorting", "tide_raw", "dense_teacher", "2026-11-26"),
-    "sorting-tide-shared-normalized": ("sorting", "tide", "dense_teacher", "2026-11-26"),
-    "sorting-across-tokenizers-ce": ("sorting_across_tokenizers", "ce", "moe_teacher", "2026-11-23"),
-    "sorting-across-tokenizers-calm": ("sorting_across_tokenizers", "calm", "moe_teacher", "2026-11-23"),
-    "sorting-across-tokenizers-tide-cross": ("sorting_across_tokenizers", "tide_cross", "moe_teacher", "2026-11-23"),
+    "sorting-ce": ("sorting", "ce", "dense_teacher", "2026-11-27"),
+    "sorting-kl": ("sorting", "kl", "dense_teacher", "2026-11-27"),
+    "sorting-tide-shared": ("sorting", "tide_raw", "dense_teacher", "2026-11-27"),
+    "sorting-tide-shared-normalized": ("sorting", "tide", "dense_teacher", "2026-11-27"),
+    "sorting-across-tokenizers-ce": ("sorting_across_tokenizers", "ce", "moe_teacher", "2026-11-27"),
+    "sorting-across-tokenizers-calm": ("sorting_across_tokenizers", "calm", "moe_teacher", "2026-11-27"),
+    "sorting-across-tokenizers-tide-cross": ("sorting_across_tokenizers", "tide_cross", "moe_teacher", "2026-11-27"),
     "sorting-across-tokenizers-tide-shared": (
         "sorting_across_tokenizers",
         "tide_shared_raw",
         "moe_teacher",
-        "2026-11-23",
+        "2026-11-27",
     ),
 }
 

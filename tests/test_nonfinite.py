@@ -143,12 +143,10 @@ def test_the_row_is_the_right_one(tmp_path):
     (batch,) = torch.load(tmp_path / "nonfinite-step1-rank0.pt")["batches"]
     row = int(batch["row"][0])
     assert f"distill is nan in row {row} " in str(raised.value)
-    quoted = str(raised.value).split(f"row {row} ")[1].split(" (micro-batch")[0]
-    targets = set(batch["targets"][batch["row"] == row].tolist())
-    # the clean copy stands in front, and holds the prompt of the row whose tokens are the targets
-    clean = [row["input_ids"] for row in trainer.train_dataset]
-    (own,) = [ids for ids in clean if quoted[1:].startswith(trainer.processing_class.decode(ids[:8]))]
-    assert targets <= set(own)
+    key, quoted = str(raised.value).split(f"row {row} (row_key ")[1].split(" (micro-batch")[0].split(") ", 1)
+    (own,) = [row["input_ids"] for row in trainer.train_dataset if row["row_key"] == int(key)]
+    assert quoted[1:].startswith(trainer.processing_class.decode(own[:8]))
+    assert set(batch["targets"][batch["row"] == row].tolist()) <= set(own)
 
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0])

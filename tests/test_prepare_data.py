@@ -503,6 +503,7 @@ def test_what_cannot_be_prepared_is_one_sentence(folders, flags, said):
         run_preparation(parse_prepare_arguments([*flags_of(folders), *flags]))
 
 
+@pytest.mark.slow
 def test_recipe_without_arguments_says_what_it_needs(tmp_path):
     """Catches a traceback, or a usage text of a hundred flags, as the answer to the bare command."""
     command = [sys.executable, str(ROOT / "recipes" / "prepare_data.py")]

@@ -45,6 +45,7 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_python_blocks_run(tmp_path):
     """Catches an example that no longer runs: the Python blocks of each document, in order, in one process per
     document, after stand-ins for the main job's checkpoints and for the autoregressive model that is named."""
@@ -103,6 +104,7 @@ def test_method_table_names_files_that_exist():
             assert (ROOT / "tests" / "golden" / f"{name}.json").exists(), name
 
 
+@pytest.mark.slow
 def test_the_picture_is_made_by_its_recipe(tmp_path):
     """Catches a picture that no command makes: the recipe on a random student prints the same lines but for the
     tokens that are revealed."""
@@ -139,9 +141,8 @@ def test_few_step_table_is_that_of_the_report():
 def test_findings_are_those_of_the_reports():
     """Catches a sentence about the embedded comparisons that a later run contradicts."""
     match = {row["name"]: row["exact_match"]["mean"] for row in report_of("sorting")["rows"]}
-    assert (
-        match["kl_weight_3"] >= match["tide"] > match["kl"] > match["tide_raw"] > match["ce"] > match["ce_equal_time"]
-    )
+    assert match["kl_weight_3"] > max(match["tide"], match["kl"]) and abs(match["tide"] - match["kl"]) < 0.02
+    assert match["tide"] > match["tide_raw"] > match["ce"] > match["ce_equal_time"]
     nll = {row["name"]: list(row["nll"]["mean"].values()) for row in report_of("python_stdlib")["rows"]}
     for kl, tide, ce in zip(nll["kl"], nll["tide"], nll["ce"], strict=True):
         assert kl < tide < ce, "KL is ahead of TIDE, CE behind, at every noise level"
@@ -153,7 +154,7 @@ def test_findings_are_those_of_the_reports():
     rows = {row["name"]: row for row in report_of("sorting_across_tokenizers")["rows"]}
     match = {name: row["exact_match"]["mean"] for name, row in rows.items() if name not in ("teacher", "start")}
     equal_time, ce = match.pop("ce_equal_time"), match.pop("ce")
-    assert min(match.values()) > ce and max(match, key=match.get) == "calm" and equal_time >= match["calm"]
+    assert min(match.values()) > ce and max(match, key=match.get) == "calm" and abs(equal_time - match["calm"]) < 0.02
     nll = {name: row["nll"]["mean"]["0.5"] for name, row in rows.items() if name != "teacher"}
     assert min(nll, key=nll.get) == "bernoulli_reverse_kl" and nll["tide_cross"] < nll["calm"] < nll["ce_equal_time"]
     chunks = report_of("sorting_across_tokenizers")["preparation"]["num_chunks"]

@@ -64,6 +64,7 @@ def without_tide_hf(folder: Path, again: Path, cache: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config_class",
     [TIDEQwen3Config, TIDEQwen2Config, TIDELlamaConfig, A2DQwen2Config, LLaDA2MoeConfig],

@@ -270,10 +270,11 @@ def test_stream_resumes_exactly(tmp_path, step):
     in the third."""
     options = {
         "rows": as_stream(rows_with_gaps(10), 2), "teacher": tiny_model(1), "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2, "max_steps": 9, "save_strategy": "steps", "save_steps": 1,
+        "gradient_accumulation_steps": 2, "max_steps": 9,
     }  # fmt: skip
     whole = tiny_trainer(tmp_path / "whole", **options)
     whole.train()
+    options |= {"save_strategy": "steps", "save_steps": step}
     tiny_trainer(tmp_path / "cut", **options, trainer_kwargs={"callbacks": [_StopAt(step)]}).train()
     resumed = tiny_trainer(tmp_path / "cut", model=tiny_model(5), **options)
     resumed.train(resume_from_checkpoint=True)

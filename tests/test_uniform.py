@@ -184,6 +184,7 @@ def test_generation_keeps_the_prompt_and_samples_the_denoiser():
         model.generate(prompt, num_steps=0)
 
 
+@pytest.mark.slow
 def test_model_loads_where_the_package_is_not_installed(tmp_path):
     """Catches a checkpoint that misses one of the files its code imports."""
     model = tiny_uniform(dtype=torch.float32).eval()

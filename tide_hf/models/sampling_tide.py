@@ -62,8 +62,22 @@ def transformers_rules(
     return Rules(
         model._get_logits_processor(asked, logits_processor=LogitsProcessorList(processors or []), **options),
         model._get_logits_processor(narrowed, logits_processor=LogitsProcessorList(), **options),
-        model._get_stopping_criteria(stops, StoppingCriteriaList(criteria or []), tokenizer=tokenizer),
+        _stopping_criteria(model, stops, criteria, tokenizer),
     )
+
+
+def _stopping_criteria(model, stops: GenerationConfig, criteria, tokenizer) -> StoppingCriteriaList:
+    """transformers' criteria; those of `stop_strings` read the text of each token of the vocabulary."""
+    try:
+        return model._get_stopping_criteria(stops, StoppingCriteriaList(criteria or []), tokenizer=tokenizer)
+    except ValueError as error:
+        if "substring not found" not in str(error):
+            raise
+        raise ValueError(
+            f"stop_strings={stops.stop_strings!r} needs a tokenizer that can write any letters, since transformers' "
+            f"criterion measures its tokens behind some, and this {type(tokenizer).__name__} cannot: pass a "
+            "stopping_criteria of your own."
+        ) from error
 
 
 def _part(settings, names: Iterable[str], **changes) -> GenerationConfig:

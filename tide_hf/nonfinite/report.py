@@ -135,7 +135,7 @@ def at_step(trainer, global_step: int, max_steps: int | None = None):
 
 
 def _row_name(batch: Mapping, row: int, tokenizer) -> str:
-    """Its number, id and text."""
+    """Its number, key and text."""
     ids = _row_ids(batch, row)
     text = tokenizer.decode(ids) if len(ids) else ""
     if len(text) > TEXT_LENGTH:
