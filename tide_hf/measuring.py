@@ -48,6 +48,12 @@ def count_rows(rows: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like_B).index_add_(0, rows, torch.ones_like(rows, dtype=like_B.dtype))
 
 
+def with_means(rows_RC: torch.Tensor) -> torch.Tensor:
+    """Columns of an evaluated batch with two more in front: 1, and each row's own mean of ce."""
+    ones_R1, trained_R1, ce_R1 = torch.ones_like(rows_RC[:, :1]), rows_RC[:, :1], rows_RC[:, 3:4]
+    return torch.cat([ones_R1, ce_R1 / trained_R1.clamp(min=1), rows_RC], 1)
+
+
 @torch.no_grad()
 def predict_masked(
     hidden_NH: torch.Tensor, weight_VH: torch.Tensor, targets_N: torch.Tensor, preprocess: Callable | None

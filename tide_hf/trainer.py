@@ -23,7 +23,16 @@ from .data import DistillationCollator, Noising, RowPreparation
 from .diffusion import LayoutSpec, row_uniforms
 from .diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, run_packed
 from .losses import lambda_schedule
-from .measuring import Predictions, count_rows, fill_positions, mark_fill, on_rows, predict_masked, without_chunks
+from .measuring import (
+    Predictions,
+    count_rows,
+    fill_positions,
+    mark_fill,
+    on_rows,
+    predict_masked,
+    with_means,
+    without_chunks,
+)
 from .objective import PRESET_DEFAULTS, resolve_objective
 from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 
@@ -308,7 +317,7 @@ class TIDETrainer(DiffusionTrainer):
             device = self.args.device
             # a row that fills a batch up, or stands in for one, trains on nothing
             counts_R = self.accelerator.gather((batch["labels"] != -100).any(1).to(device))
-            totals = totals + _with_means(self.accelerator.gather(sums)[counts_R].double()).sum(0)
+            totals = totals + with_means(self.accelerator.gather(sums)[counts_R].double()).sum(0)
             if not loss_only:
                 if "inputs" in self.args.include_for_metrics:
                     predicted["inputs"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100).to(device)
@@ -384,7 +393,7 @@ class TIDETrainer(DiffusionTrainer):
         return [count_rows(rows, inputs["t"]), terms["distill"]]
 
     def _metrics(self, totals: list[float]) -> dict[str, float]:
-        """Metrics from the sums of `_with_means`, and the number of rows."""
+        """Metrics from the sums of `with_means`, and the number of rows."""
         objective = self.objective
         rows, mean_ce, trained, answer, distilled, ce, ce_answer, distill, *levels = totals
         ce = {"token": ce / max(trained, 1), "sequence": mean_ce / max(rows, 1), "batch": ce / max(rows, 1)}
@@ -395,9 +404,3 @@ class TIDETrainer(DiffusionTrainer):
         for t, masked, nll in zip(self.args.eval_noise_levels or [], levels[::2], levels[1::2], strict=True):
             metrics[f"nll_{t:g}"] = nll / max(masked, 1)
         return metrics | {"rows": rows}
-
-
-def _with_means(rows_RC: torch.Tensor) -> torch.Tensor:
-    """Columns of `_measure` with two more in front: 1, and each row's own mean of ce."""
-    ones_R1, trained_R1, ce_R1 = torch.ones_like(rows_RC[:, :1]), rows_RC[:, :1], rows_RC[:, 3:4]
-    return torch.cat([ones_R1, ce_R1 / trained_R1.clamp(min=1), rows_RC], 1)

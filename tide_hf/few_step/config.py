@@ -1,6 +1,6 @@
 """IDLMConfig: the arguments of an inverse distillation."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -127,3 +127,20 @@ class IDLMConfig(DiffusionTrainingArguments):
         """A setting of the fake: its own, or the student's."""
         own = getattr(self, f"fake_{name}")
         return getattr(self, name) if own is None else own
+
+
+@dataclass(frozen=True)
+class InverseObjective:
+    """What one run optimises. Field meanings: [`IDLMConfig`]."""
+
+    schedule: str
+    num_steps: int
+    student_times: str
+    stratified_times: bool
+    fake_steps_per_student_step: int
+    ema_decay: float
+    save_weights: str
+
+    def to_dict(self) -> dict:
+        """Plain values, for logs and cards."""
+        return {"method": "idlm", "alignment": "token", **asdict(self)}

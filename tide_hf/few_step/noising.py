@@ -32,6 +32,17 @@ def stratified_times(uniform_B: torch.Tensor) -> torch.Tensor:
     return ((rank + offset) / len(uniform_B)).float().clamp(max=1 - 2.0**-24)
 
 
+class ByRow:
+    """Values found by row key; rows that weigh nothing get 0, which no loss reads."""
+
+    def __init__(self, row_keys: list[int], values: torch.Tensor):
+        self.index = {key: index for index, key in enumerate(row_keys)}
+        self.values = torch.cat([values, values.new_zeros(1)])
+
+    def __getitem__(self, row_keys: list[int]) -> torch.Tensor:
+        return self.values[[self.index.get(key, -1) for key in row_keys]]
+
+
 @dataclass(frozen=True)
 class Draws:
     """Uniform draws in [0, 1) of one update.

@@ -7,7 +7,7 @@ with noise of their own.
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -23,32 +23,15 @@ from ..data import DistillationCollator, RowPreparation
 from ..diffusion import LayoutSpec, row_uniforms
 from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id
 from ..nonfinite import StepGuard
-from .config import IDLMConfig
+from .config import IDLMConfig, InverseObjective
 from .fake import FakeTraining
 from .networks import WeightAverage, restore, three_networks, total_weight, trained, whole
-from .noising import Draws, InverseNoising, stratified_times
+from .noising import ByRow, Draws, InverseNoising, stratified_times
 from .step import InverseStep
 
 logger = logging.get_logger(__name__)
 STATE_FILE = "few_step_state.pt"
 OF_THE_FAKES_OPTIMIZER = frozenset({"fake_learning_rate", "fake_optim", "fake_weight_decay"})
-
-
-@dataclass(frozen=True)
-class InverseObjective:
-    """What one run optimises. Field meanings: [`IDLMConfig`]."""
-
-    schedule: str
-    num_steps: int
-    student_times: str
-    stratified_times: bool
-    fake_steps_per_student_step: int
-    ema_decay: float
-    save_weights: str
-
-    def to_dict(self) -> dict:
-        """Plain values, for logs and cards."""
-        return {"method": "idlm", "alignment": "token", **asdict(self)}
 
 
 class IDLMTrainer(DiffusionTrainer):
@@ -231,7 +214,7 @@ class IDLMTrainer(DiffusionTrainer):
         """Times of the rows of a global batch, spread evenly."""
         names = ("student_time", "time")
         draws = [row_uniforms(self.args.seed, epoch, row_keys, 0, stream=2 * update + i)[0] for i in range(2)]
-        return {name: _ByRow(row_keys, stratified_times(uniform)) for name, uniform in zip(names, draws, strict=True)}
+        return {name: ByRow(row_keys, stratified_times(uniform)) for name, uniform in zip(names, draws, strict=True)}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The fake's updates before the first micro-batch of a step; then the student's share."""
@@ -405,14 +388,3 @@ class _AverageWeights(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.ema.update(self.trainer.guard.bad)
-
-
-class _ByRow:
-    """Values found by row key; rows that weigh nothing get 0, which no loss reads."""
-
-    def __init__(self, row_keys: list[int], values: torch.Tensor):
-        self.index = {key: index for index, key in enumerate(row_keys)}
-        self.values = torch.cat([values, values.new_zeros(1)])
-
-    def __getitem__(self, row_keys: list[int]) -> torch.Tensor:
-        return self.values[[self.index.get(key, -1) for key in row_keys]]
