@@ -62,6 +62,7 @@ def test_memory_that_grows_is_seen(benchmark):
     assert leaking["peak_bytes"] > len(kept) << 20
 
 
+@pytest.mark.slow
 def test_the_report_holds_what_the_recipe_says(benchmark, tmp_path, capsys, monkeypatch):
     """Catches a run that fails behind its measurements, and JSON without the figures that are quoted."""
     monkeypatch.setattr(benchmark, "QUICK", {key: value for key, value in TINY.items() if key != "block_size"})

@@ -58,6 +58,7 @@ def test_wrong_rows_are_not_timed(benchmark, preparation, monkeypatch):
             benchmark.require_correct(preparation, conversations)
 
 
+@pytest.mark.slow
 def test_the_report_holds_what_the_recipe_says(benchmark, preparation, tmp_path, monkeypatch):
     """Catches a run that fails behind its measurements, and JSON without the figures that are quoted."""
     tokenizers = iter([preparation.tokenizer, preparation.teacher_tokenizer])

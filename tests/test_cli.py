@@ -143,6 +143,7 @@ def test_mask_token_of_the_tokenizer_is_used(saved):
     assert model.generation_config.mask_token_id == tokenizer.mask_token_id
 
 
+@pytest.mark.slow
 def test_the_command_runs(saved):
     """Catches a command that works only when called from Python."""
     options = [

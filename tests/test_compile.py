@@ -19,16 +19,10 @@ def batches():
         yield {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "training"),
-    [
-        ("block", True),
-        ("uniform", False),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("block", False), ("full", True), ("uniform", True))
-        ),
-    ],
+    [("block", True), ("block", False), ("full", True), ("uniform", True), ("uniform", False)],
 )
 def test_lengths_and_batch_sizes_may_change(kind, training):
     """Catches a graph that takes its first batch's length for a constant, or that fails at the second."""

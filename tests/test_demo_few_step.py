@@ -172,6 +172,7 @@ def test_a_second_model_as_teacher_is_refused(folders):
         run_inverse_distillation(parse_arguments("outputs", flags, IDLMConfig))
 
 
+@pytest.mark.slow
 def test_recipe_shows_its_flags():
     """Catches a recipe that does not start, or fields that are no flags."""
     environment = {**os.environ, "COLUMNS": "200"}

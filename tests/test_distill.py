@@ -36,6 +36,7 @@ def recipe(*flags: str, cache: Path, name: str = "dense_teacher") -> tuple[subpr
 # -- before anything is loaded ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), [("dense_teacher", "wedlm_to_qwen3"), ("moe_teacher", "llada2_to_qwen3")])
 def test_the_papers_run_says_offline_what_it_misses(name, config, tmp_path):
     """Catches the full run, started without network, failing late, item by item, or for this machine's precision."""
