@@ -254,6 +254,12 @@ def test_stream_trains_logs_and_evaluates_as_the_table(tmp_path, num_rows, num_s
     assert_close(stream.model.state_dict(), table.model.state_dict(), rtol=1e-12, atol=1e-12)
     for name in ("train", "eval"):
         assert vars(stream.preparation_reports[name]) == vars(table.preparation_reports[name])
+    cards = [
+        [(result.metric, result.num_samples) for result in trainer.run_record.results]
+        for trainer in (stream, table)
+        if trainer.create_model_card() is None
+    ]
+    assert cards[0] == cards[1] and cards[0]
 
 
 class _StopAt(TrainerCallback):

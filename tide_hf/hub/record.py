@@ -194,7 +194,10 @@ def _evaluations(trainer) -> list[Measurement]:
     entries = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
     try:
         num_rows = len(trainer.eval_dataset)
-    except TypeError:  # streamed, several, or none
+    except TypeError:  # streamed, or none
+        report = trainer.preparation_reports.get("eval")
+        num_rows = 0 if report is None else report.num_kept
+    if not num_rows:
         return []
     columns = {AFTER: entries[-1]} if entries and entries[-1]["step"] > 0 else {}
     columns |= {BEFORE: entries[0]} if entries and entries[0]["step"] == 0 else {}
