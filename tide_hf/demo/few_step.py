@@ -84,11 +84,11 @@ class FewStepResult:
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def copying_task(teacher_steps: int = 1500, student_steps: int = 100, num_held_out: int = 100) -> FewStepTask:
+def copying_task(teacher_steps: int = 2000, student_steps: int = 100, num_held_out: int = 100) -> FewStepTask:
     """Copy 32 letters in small letters or in capitals, the whole answer at once.
 
-    The teacher's length is the shortest of 600, 1,000 and 1,500 steps after which three seeds' teachers answer nine in
-    ten of 40 validation prompts rightly.
+    The teacher's length is the shortest of 600, 1,000, 1,500 and 2,000 steps after which three seeds' teachers answer
+    nine in ten of 40 validation prompts rightly.
     """
     teacher = Network(hidden=64, layers=2, heads=4, steps=teacher_steps)
     return FewStepTask(
