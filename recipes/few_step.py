@@ -5,7 +5,7 @@ student makes, and the student moves to where the teacher finds its text likelie
 student start from one checkpoint, a full-sequence or a block-diffusion one.
 
 Embedded comparison, on a CPU, nothing downloaded: a teacher, students taught on its answers, and an IDLM student, each
-decoded in few and in many steps; three seeds in twelve minutes on 2 cores. It also takes the sorting teacher of
+decoded in few and in many steps; three seeds in about fifteen minutes on 2 cores. It also takes the sorting teacher of
 recipes/dense_teacher.py, if that has run.
 
     accelerate launch recipes/few_step.py

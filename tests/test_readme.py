@@ -170,7 +170,8 @@ def test_few_step_findings_are_those_of_the_report():
     greedy = copying["taught on its greedy answers"]["1"]["accuracy"]["values"]
     teacher = copying["teacher"]["full"]
     told = " ".join(RECIPES.split())
-    assert f"({100 * idlm:.0f} %; 83.5 % or more on every seed), where its teacher needs 33 ({100 * teacher['accuracy']['mean']:.0f} %)" in told
+    found = f"({100 * idlm:.0f} %; 83.5 % or more on every seed), where its teacher needs 33"
+    assert f"{found} ({100 * teacher['accuracy']['mean']:.0f} %)" in told
     assert min(copying["IDLM"]["1"]["accuracy"]["values"]) > 0.83 and idlm > teacher["accuracy"]["mean"] - 0.03
     assert sorted(value > 0.98 for value in greedy) == [False, True, True], "does as well on two of three seeds"
     assert f"differ in {100 * teacher['differ']['mean']:.1f} % of cases" in told

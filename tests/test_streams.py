@@ -16,7 +16,16 @@ from tiny import tiny_model, tiny_trainer
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
-from tide_hf.data import DistillationCollator, RowPreparation, RowStream, StreamLoader, prepare_dataset, row_key
+from tide_hf.data import (
+    DistillationCollator,
+    PreparationRecord,
+    RowPreparation,
+    RowStream,
+    StreamLoader,
+    prepare_dataset,
+    row_key,
+    write_prepared,
+)
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 
 
@@ -57,6 +66,24 @@ def test_row_key_is_a_hash_of_tokens_and_labels():
     others = [row_key([1, 2, 3], [-100, -100, 3]), row_key([2, 1, 3], [-100, 2, 3]), row_key([-100, 2, 3], [1, 2, 3])]
     assert len({row_key([1, 2, 3], [-100, 2, 3]), *others}) == 4
     assert all(-(2**63) <= key < 2**63 for key in others)
+
+
+def test_equal_rows_draw_noise_of_their_own(tmp_path):
+    """Catches a dataset of few different rows, or an oversampled one, trained under a few draws only; and a stream or
+    a prepared dataset that numbers its equal rows differently from the table."""
+    different = list(sorting_rows(3, seed=0))
+    rows = [different[index] for index in (0, 1, 0, 0, 2, 1, 0)]
+    table, _ = prepare_dataset(Dataset.from_list(rows), preparation())
+    keys = table["row_key"][:]
+    assert len(set(keys)) == 7 and table.column_names[0] == "row_key"
+    assert keys[0] == row_key(table[0]["input_ids"], table[0]["labels"])
+    assert PreparationRecord.read(table) == PreparationRecord.of(preparation())
+    loader = StreamLoader(RowStream(as_stream(rows, 2), preparation()), DistillationCollator(0), 2)
+    assert [key for batch in loader for key in batch["row_key"].tolist()] == keys
+    written = write_prepared({"train": Dataset.from_list(rows)}, preparation(), tmp_path / "out", rows_per_part=3)
+    assert written["train"]["row_key"][:] == keys
+    again = StreamLoader(RowStream(written["train"].to_iterable_dataset()), DistillationCollator(0), 2)
+    assert [key for batch in again for key in batch["row_key"].tolist()] == keys
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ from os import PathLike
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def require_rows(name: str, dataset) -> None:
@@ -40,16 +43,28 @@ def require_tokenizer(name: str, tokenizer) -> None:
 def require_vocabulary(who: str, tokenizer, config) -> None:
     """Refuses a tokenizer with ids that a network has no embedding for.
 
+    Special tokens that the tokenizer itself never writes stand in no text but their own, and some tokenizer classes
+    add theirs to any vocabulary: they are named in a warning, and a row that does hold one is refused when it is read.
+
     Raises:
         ValueError: naming the token, its id and the vocabulary.
     """
-    token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if index >= config.vocab_size:
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size}
+    if not beyond:
+        return
+    written = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}
+    index = max(beyond)
+    what = (
+        f"The {who}'s tokenizer has the token {beyond[index]!r} with id {index}, and its embedding has "
+        f"{config.vocab_size} rows, ids 0 to {config.vocab_size - 1}"
+    )
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if written & beyond.keys() or beyond.keys() - special:
         raise ValueError(
-            f"The {who}'s tokenizer has the token {token!r} with id {index}, and its embedding has "
-            f"{config.vocab_size} rows, ids 0 to {config.vocab_size - 1}: make room for it with "
-            "model.resize_token_embeddings(len(tokenizer)), or give the tokenizer that belongs to the model."
+            f"{what}: make room for it with model.resize_token_embeddings(len(tokenizer)), or give the tokenizer that "
+            "belongs to the model."
         )
+    logger.warning_once(f"{what}. Rows that hold it will be refused.")
 
 
 def refuse_data_parallel(args) -> None:

@@ -9,7 +9,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
 from .formats import unread_columns
-from .preparation import COLUMNS, COVERAGE, COVERAGE_COUNTS, STATUS, RowPreparation
+from .preparation import COLUMNS, COVERAGE, COVERAGE_COUNTS, STATUS, RowPreparation, nth_key
 from .record import CARRIER, PreparationRecord
 from .report import PreparationReport
 
@@ -46,7 +46,24 @@ def prepare_dataset(
         raise ValueError(f"No row is left to train on: {report}")
     report.refuse_nothing_aligned()
     logger.info(f"Prepared dataset: {report}")
-    return prepared, report
+    return number_equal_rows(prepared), report
+
+
+def number_equal_rows(dataset: Dataset) -> Dataset:
+    """Gives the second and further of equal rows a key of their own, in the order of the dataset."""
+    columns, features = dataset.column_names, dataset.features
+    found = Counter()
+    keys = [next_key(key, found) for key in dataset[CARRIER][:]]
+    if len(found) == len(keys):
+        return dataset
+    rest = dataset.remove_columns(CARRIER)
+    return rest.add_column(CARRIER, keys, feature=features[CARRIER]).select_columns(columns)
+
+
+def next_key(key: int, found: Counter) -> int:
+    """The key of the next row of this content; counts it."""
+    found[key] += 1
+    return nth_key(key, found[key] - 1)
 
 
 def prepare_table(

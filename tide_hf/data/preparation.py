@@ -46,9 +46,17 @@ def row_key(input_ids: list[int], labels: list[int]) -> int:
     """What a row's noise is keyed by: a 64-bit hash of its student tokens and labels, signed, as Arrow stores it.
 
     A row has the same key wherever it is read: in a table or a stream, in any shard, split or mixture, by any worker
-    or process. Rows that are equal share their key, and so their noise within one pass; from pass to pass it differs.
+    or process. Of equal rows in one dataset the second and further ones get a key of their own: see [`nth_key`].
     """
-    content = np.array([input_ids, labels], dtype="<i8").tobytes()
+    return _hash(np.array([input_ids, labels], dtype="<i8").tobytes())
+
+
+def nth_key(key: int, occurrence: int) -> int:
+    """The key of a row that stands in a dataset for the n-th time, counted from 0: repeated rows draw other noise."""
+    return _hash(np.array([key, occurrence], dtype="<i8").tobytes()) if occurrence else key
+
+
+def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 

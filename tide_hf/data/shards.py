@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Json, concatenate_datasets, load_from_disk
 from datasets.utils.tqdm import tqdm
 
-from .dataset import is_prepared, prepare_table
+from .dataset import is_prepared, number_equal_rows, prepare_table
 from .formats import RAW_COLUMNS, to_json
 from .preparation import RowPreparation
 from .record import PreparationRecord
@@ -180,7 +180,7 @@ def _read_part(folder: Path) -> tuple[Path | None, PreparationReport]:
 
 def _joined(parts: list[Path], name: str, record: PreparationRecord) -> Dataset:
     """The parts of a split as one table, still on disk, with the final record."""
-    whole = record.attach(concatenate_datasets([load_from_disk(part) for part in parts]))
+    whole = record.attach(number_equal_rows(concatenate_datasets([load_from_disk(part) for part in parts])))
     return Dataset(whole.data, info=whole.info, split=name)
 
 

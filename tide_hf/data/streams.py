@@ -6,7 +6,7 @@ its share of every optimizer step.
 """
 
 import multiprocessing
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, count, islice
@@ -17,7 +17,7 @@ from datasets import IterableDataset
 from transformers.utils import logging
 
 from .collator import DistillationCollator
-from .dataset import removed_columns, report_of, take_in
+from .dataset import next_key, removed_columns, report_of, take_in
 from .preparation import COLUMNS, COVERAGE, STATUS, RowPreparation
 from .report import PreparationReport
 
@@ -182,6 +182,7 @@ class StreamLoader:
         self.dataset.set_epoch(epoch)
         self.dataset.begin_pass()
         chunks, rows, ended = self._chunks(self.num_batches * self.batch_size), [], False
+        found = Counter()  # of keys: some hundred bytes for each different row of a pass
         while True:
             while len(rows) < size and not ended:
                 for part in self.gather([_next_or_error(chunks)]):
@@ -189,7 +190,7 @@ class StreamLoader:
                         raise part  # on all processes: none waits for another one for ever
                     ended |= part is None
                     if part is not None:
-                        rows += part[0]
+                        rows += [{**row, "row_key": next_key(row["row_key"], found)} for row in part[0]]
                         self.dataset.take_in(part[1])
             if ended and not rows:
                 break
