@@ -284,6 +284,7 @@ class TIDEConfig(DiffusionTrainingArguments):
     _VALID_DICT_FIELDS = [*DiffusionTrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
 
     def check_own_fields(self) -> None:
+        """Also the noise levels of evaluation, of which each is reported under a name of its own."""
         super().check_own_fields()
         levels = self.eval_noise_levels or []
         for level in levels:

@@ -104,6 +104,7 @@ class IDLMConfig(DiffusionTrainingArguments):
     }
 
     def check_own_fields(self) -> None:
+        """Also what the fake can follow: its optimizer and schedule, its own or the student's."""
         super().check_own_fields()
         check_fields(self, CHOICES, RANGES)
         optim, schedule = OptimizerNames(self.for_fake("optim")), SchedulerType(self.for_fake("lr_scheduler_type"))
