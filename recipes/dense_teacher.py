@@ -26,9 +26,10 @@ Your own models and data; every TIDEConfig field is a flag:
 
 
 def main() -> None:
-    from tide_hf.demo import dense_task
-    from tide_hf.demo.command import run_embedded
-    from tide_hf.distill import parse_arguments, run_distillation
+    from embedded import dense_task
+    from embedded.command import run_embedded
+
+    from tide_hf.commands.distill import parse_arguments, run_distillation
 
     arguments = parse_arguments("outputs/dense_teacher")
     if arguments.model.model_name_or_path is None:

@@ -24,9 +24,10 @@ Three networks for about the memory of one, as adapters over a base that is the 
 
 
 def main() -> None:
+    from embedded import show_few_step
+
     from tide_hf import IDLMConfig
-    from tide_hf.demo import show_few_step
-    from tide_hf.distill import parse_arguments, run_inverse_distillation
+    from tide_hf.commands.distill import parse_arguments, run_inverse_distillation
 
     arguments = parse_arguments("outputs/few_step", config_class=IDLMConfig)
     if arguments.model.model_name_or_path is None:

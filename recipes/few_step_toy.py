@@ -10,7 +10,7 @@ with a table of its own for each step. A CPU, about a minute:
 
 
 def main() -> None:
-    from tide_hf.demo.two_modes import distances
+    from embedded.two_modes import distances
 
     steps, shares, seeds = (1, 2, 3, 4), (0.01, 0.12, 0.16), (0, 1, 2)
     columns = [distances(num_steps, shares, seeds) for num_steps in steps]

@@ -12,7 +12,7 @@ def main() -> None:
     from pathlib import Path
     from statistics import mean, stdev
 
-    from tide_hf.demo.uniform_state import compare
+    from embedded.uniform_state import compare
 
     steps, seeds = (1, 2, 4, 8, 16, 32), (0, 1, 2)
     found = compare(Path("outputs/few_step_uniform"), seeds, num_steps=4, steps=steps)

@@ -25,10 +25,11 @@ adapter is distilled instead. The adapter's block size is its base's. To merge:
 
 
 def main() -> None:
+    from embedded.adapter import format_adapter_table, run_adapter_demo
+    from embedded.command import refuse_other_flags
+
     from tide_hf import TIDEConfig
-    from tide_hf.demo.adapter import format_adapter_table, run_adapter_demo
-    from tide_hf.demo.command import refuse_other_flags
-    from tide_hf.distill import parse_arguments, run_distillation
+    from tide_hf.commands.distill import parse_arguments, run_distillation
 
     arguments = parse_arguments("outputs/finetune_lora")
     if arguments.model.model_name_or_path is not None:

@@ -24,9 +24,10 @@ Your own models and data; every TIDEConfig field is a flag:
 
 
 def main() -> None:
-    from tide_hf.demo import moe_task
-    from tide_hf.demo.command import run_embedded
-    from tide_hf.distill import parse_arguments, run_distillation
+    from embedded import moe_task
+    from embedded.command import run_embedded
+
+    from tide_hf.commands.distill import parse_arguments, run_distillation
 
     arguments = parse_arguments("outputs/moe_teacher")
     if arguments.model.model_name_or_path is None:

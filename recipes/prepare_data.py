@@ -23,7 +23,7 @@ Also push it (a private dataset with --hub_private), and train on it:
 
 
 def main() -> None:
-    from tide_hf.prepare import parse_prepare_arguments, run_preparation
+    from tide_hf.commands.prepare import parse_prepare_arguments, run_preparation
 
     run_preparation(parse_prepare_arguments())
 

@@ -21,9 +21,10 @@ import sys
 
 
 def main() -> None:
-    from tide_hf.demo.command import refuse_other_flags
-    from tide_hf.demo.from_autoregressive import show_from_autoregressive
-    from tide_hf.distill import parse_arguments, run_distillation
+    from embedded.command import refuse_other_flags
+    from embedded.from_autoregressive import show_from_autoregressive
+
+    from tide_hf.commands.distill import parse_arguments, run_distillation
 
     command_line = sys.argv[1:]
     if not any(flag.split("=")[0].replace("-", "_") == "__preset" for flag in command_line):

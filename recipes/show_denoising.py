@@ -16,8 +16,9 @@ def main() -> None:
     parser.add_argument("question", nargs="?", default="739152", help="What the user says.")
     parser.add_argument("num_tokens", nargs="?", type=int, default=8, help="Tokens to generate.")
     arguments = parser.parse_args()
-    from tide_hf.cli import load_chat_model
-    from tide_hf.demo.decoding import DenoisingLines
+    from embedded.decoding import DenoisingLines
+
+    from tide_hf.commands.chat import load_chat_model
 
     class WholeAnswer(DenoisingLines):
         def put_draft(self, value, **kwargs):

@@ -16,7 +16,7 @@ import pytest
 from localhub import ALICE, LocalHub
 
 TESTS = Path(__file__).parent
-PRELOADED = ["tide_hf.distill", "tide_hf.hub", "tiny", "peft", "matplotlib.figure", "datasets.arrow_dataset"]
+PRELOADED = ["tide_hf.commands.distill", "tide_hf.hub", "tiny", "peft", "matplotlib.figure", "datasets.arrow_dataset"]
 
 
 class HubClient:

@@ -15,8 +15,8 @@ from tiny import FSDP2, tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
 from tide_hf import NonFiniteError
-from tide_hf.nonfinite import StepGuard
-from tide_hf.nonfinite.checks import local
+from tide_hf.training.nonfinite import StepGuard
+from tide_hf.training.nonfinite.checks import local
 
 
 class Weights(TrainerCallback):

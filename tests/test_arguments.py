@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
-from tide_hf import IDLMConfig, IDLMTrainer, TIDEConfig, TIDETrainer, UniformIDLMTrainer, arguments
+from tide_hf import IDLMConfig, IDLMTrainer, TIDEConfig, TIDETrainer, UniformIDLMTrainer
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.few_step.config import _REFUSED_OPTIMIZERS
+from tide_hf.training import arguments
 
 CONFIGS = {"tide": TIDEConfig, "idlm": IDLMConfig}
 

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tide_hf.cli import chat, load_chat_model, main
+from tide_hf.commands.chat import chat, load_chat_model, main
 from tide_hf.demo.sorting import build_tokenizer
 
 
@@ -129,7 +129,7 @@ def test_flags_that_contradict_are_refused_before_the_first_question(flags, mess
 def test_flags_reach_generate(saved, monkeypatch):
     """Catches a flag that is parsed and not passed on."""
     seen = []
-    monkeypatch.setattr("tide_hf.cli.chat", lambda *args, **kwargs: seen.append(kwargs))
+    monkeypatch.setattr("tide_hf.commands.chat.chat", lambda *args, **kwargs: seen.append(kwargs))
     flags = ["--do_sample", "--top_k", "0", "--top_p", "0.9", "--temperature", "0.5", "--max_new_tokens", "7"]
     main(["chat", str(saved), "--device", "cpu", *flags])
     expected = {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 0.5, "max_new_tokens": 7}
@@ -159,7 +159,7 @@ def test_the_command_runs(saved):
         "cpu",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "tide_hf.cli", "chat", str(saved), *options],
+        [sys.executable, "-m", "tide_hf.commands.chat", "chat", str(saved), *options],
         input="312\n/reset\n45\n/exit\n",
         capture_output=True,
         text=True,

@@ -8,8 +8,8 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from tide_hf import TIDEConfig
-from tide_hf.distill import parse_arguments
-from tide_hf.objective import PRESETS, resolve_objective
+from tide_hf.commands.distill import parse_arguments
+from tide_hf.training.objective import PRESETS, resolve_objective
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,7 +129,7 @@ def test_ce_turns_tidal_and_compdemo_off(config):
 def test_fields_without_a_part_in_the_objective_are_named(config, monkeypatch):
     """Catches a λ, a β or a temperature that is given and silently plays no part."""
     heard = []
-    monkeypatch.setattr("tide_hf.objective.logger.warning", heard.append)
+    monkeypatch.setattr("tide_hf.training.objective.logger.warning", heard.append)
     resolve_objective(config(), "token")
     resolve_objective(config(preset="kl", temperature=3.0, tidal=False), "token")
     assert not heard
@@ -364,7 +364,7 @@ PAPER_RUNS = {
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_files_are_the_papers_runs(path, monkeypatch):
     """Catches a recipe's file that no longer parses, or that trains with another setting than the paper."""
-    monkeypatch.setattr("tide_hf.distill.require_available", lambda models, datasets: None)
+    monkeypatch.setattr("tide_hf.commands.distill.require_available", lambda models, datasets: None)
     arguments = parse_arguments("outputs", ["--config", str(path), "--bf16", "false", "--use_cpu"])
     alignment, teacher, teacher_length, divergence, tidal = PAPER_RUNS[path.stem]
     training, objective = arguments.training, resolve_objective(arguments.training, alignment)

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from tide_hf.demo import (
+from embedded import (
     build_report,
     complete,
     format_table,
@@ -18,9 +16,11 @@ from tide_hf.demo import (
     sorting_across_tokenizers_task,
     sorting_task,
 )
-from tide_hf.demo.command import run_and_show
-from tide_hf.demo.comparison import RowResult
-from tide_hf.demo.networks import Network, build_network
+from embedded.command import run_and_show
+from embedded.comparison import RowResult
+from embedded.networks import Network, build_network
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dense_teacher.py"

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded import build_case_tokenizer, copying_rows, copying_task, run_and_show_few_step, sorting_few_step_task
+from embedded.few_step import FULL, NETWORKS, _dense_teacher, measure
+from embedded.few_step_report import METRICS, format_few_step_table, show_few_step
 from tiny import tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tide_hf import IDLMConfig
-from tide_hf.demo import build_case_tokenizer, copying_rows, copying_task, run_and_show_few_step, sorting_few_step_task
+from tide_hf.commands.distill import parse_arguments, run_inverse_distillation
 from tide_hf.demo.copying import HELD_OUT_SEED, VALIDATION_SEED, both_cases
-from tide_hf.demo.few_step import FULL, NETWORKS, _dense_teacher, measure
-from tide_hf.demo.few_step_report import METRICS, format_few_step_table, show_few_step
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-from tide_hf.distill import parse_arguments, run_inverse_distillation
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "recipes" / "reports" / "few_step.json"
@@ -126,7 +126,7 @@ def test_comparison_from_end_to_end(tmp_path, capsys):
 def test_embedded_run_refuses_flags_it_would_ignore(flags, monkeypatch):
     """Catches a setting of the user that the embedded comparison silently does not use."""
     monkeypatch.setattr(
-        "tide_hf.demo.few_step_report.run_and_show_few_step", lambda *args: pytest.fail("the comparison was started")
+        "embedded.few_step_report.run_and_show_few_step", lambda *args: pytest.fail("the comparison was started")
     )
     with pytest.raises(SystemExit, match="has no meaning for an embedded comparison"):
         show_few_step(parse_arguments("outputs", flags, IDLMConfig))

@@ -5,9 +5,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
-from tide_hf.data import RowPreparation
-from tide_hf.demo.python_stdlib import (
+from embedded.python_stdlib import (
     SPLITS,
     build_tokenizer,
     dataset_texts,
@@ -15,6 +13,8 @@ from tide_hf.demo.python_stdlib import (
     stdlib_datasets,
     stdlib_functions,
 )
+
+from tide_hf.data import RowPreparation
 
 SOURCE = '''
 import functools

@@ -6,9 +6,9 @@ import references
 import torch
 from tiny import BLOCK, MASK, SHAPE
 
-from tide_hf.data import Noising
 from tide_hf.diffusion import (
     LayoutSpec,
+    Noising,
     block_layout,
     chunk_loss_weight,
     chunk_member,

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from embedded import dense_task, moe_task
+from embedded.command import run_embedded
 from peft import AutoPeftModelForCausalLM
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tide_hf.demo import dense_task, moe_task
-from tide_hf.demo.command import run_embedded
+from tide_hf.commands.distill import parse_arguments, run_distillation
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-from tide_hf.distill import parse_arguments, run_distillation
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +65,7 @@ def test_the_papers_run_says_offline_what_it_misses(name, config, tmp_path):
 )
 def test_embedded_run_refuses_flags_it_would_ignore(flags, named, monkeypatch):
     """Catches a setting of the user that an embedded comparison silently does not use."""
-    monkeypatch.setattr("tide_hf.demo.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
+    monkeypatch.setattr("embedded.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
     with pytest.raises(SystemExit) as stopped:
         run_embedded(parse_arguments("outputs", flags), dense_task)
     assert str(stopped.value).startswith(f"{named} has no meaning for an embedded comparison")
@@ -73,7 +73,7 @@ def test_embedded_run_refuses_flags_it_would_ignore(flags, named, monkeypatch):
 
 def test_embedded_run_refuses_a_file_of_settings(tmp_path, monkeypatch):
     """Catches a YAML file whose settings an embedded comparison silently does not use."""
-    monkeypatch.setattr("tide_hf.demo.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
+    monkeypatch.setattr("embedded.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 1e-3\nuse_cpu: true\n")
     with pytest.raises(SystemExit, match="--config has no meaning"):
@@ -95,7 +95,7 @@ def test_embedded_run_takes_its_own_flags(flags, expected, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     started = []
     monkeypatch.setattr(
-        "tide_hf.demo.command.run_and_show", lambda task, seeds, folder: started.append((task.name, seeds, folder))
+        "embedded.command.run_and_show", lambda task, seeds, folder: started.append((task.name, seeds, folder))
     )
     run_embedded(parse_arguments("outputs", flags), dense_task)
     assert started == [expected]
@@ -105,7 +105,7 @@ def test_the_other_recipe_embeds_one_comparison(monkeypatch):
     """Catches a comparison of another recipe run in place of the one that was named."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     started = []
-    monkeypatch.setattr("tide_hf.demo.command.run_and_show", lambda task, seeds, folder: started.append(task.name))
+    monkeypatch.setattr("embedded.command.run_and_show", lambda task, seeds, folder: started.append(task.name))
     run_embedded(parse_arguments("outputs", []), moe_task)
     with pytest.raises(SystemExit, match="--dataset_name python_stdlib names another"):
         run_embedded(parse_arguments("outputs", ["--dataset_name", "python_stdlib"]), moe_task)
@@ -114,7 +114,7 @@ def test_the_other_recipe_embeds_one_comparison(monkeypatch):
 
 def test_embedded_run_refuses_several_processes(monkeypatch):
     """Catches the same comparison run once per GPU, all writing into one folder."""
-    monkeypatch.setattr("tide_hf.demo.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
+    monkeypatch.setattr("embedded.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
     arguments = parse_arguments("outputs", [])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="--num_processes 1"):
@@ -230,7 +230,9 @@ def test_run_on_a_mixture_with_evaluation(folders, tmp_path):
 
 def test_missing_evaluation_split_is_said_before_loading(folders, monkeypatch):
     """Catches an evaluation that was asked for and silently left out."""
-    monkeypatch.setattr("tide_hf.distill.TIDETrainer", lambda *args, **kwargs: pytest.fail("the trainer was made"))
+    monkeypatch.setattr(
+        "tide_hf.commands.distill.TIDETrainer", lambda *args, **kwargs: pytest.fail("the trainer was made")
+    )
     with pytest.raises(SystemExit, match="--eval_strategy steps needs a 'test' split, and the dataset has train"):
         run_distillation(parse_arguments("outputs", [*flags_of(folders), "--eval_strategy", "steps"]))
 

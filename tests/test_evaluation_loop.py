@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.diffusion import row_uniforms
-from tide_hf.measuring import fill_positions
+from tide_hf.training.measuring import fill_positions
 
 PAIRS = ("12", "34", "56", "78", "89", "01")
 NUMBERS = ("loss", "ce", "ce_answer", "distill", "nll_0.3")
@@ -213,7 +213,7 @@ def accuracy(predicted) -> dict[str, float]:
 @pytest.mark.parametrize("size", [6, 4])
 def test_predictions_equal_naive_ones(tmp_path, monkeypatch, with_teacher, size):
     """Catches predictions of other positions, rows or masks, and labels that do not belong to them."""
-    monkeypatch.setattr("tide_hf.measuring.SLICE_LOGITS", 64)  # a few positions at a time
+    monkeypatch.setattr("tide_hf.training.measuring.SLICE_LOGITS", 64)  # a few positions at a time
     trainer = trainer_with_rows(
         tmp_path,
         teacher=tiny_model(1) if with_teacher else None,
@@ -233,7 +233,7 @@ def test_predictions_equal_naive_ones(tmp_path, monkeypatch, with_teacher, size)
 
 def test_logits_are_preprocessed_a_slice_at_a_time(tmp_path, monkeypatch):
     """Catches a preprocess that is never called, is called with all logits at once, or whose result is lost."""
-    monkeypatch.setattr("tide_hf.measuring.SLICE_LOGITS", 64)
+    monkeypatch.setattr("tide_hf.training.measuring.SLICE_LOGITS", 64)
     seen = []
 
     def preprocess(logits, labels):

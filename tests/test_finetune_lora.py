@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded import Network, adapter
+from embedded.adapter import format_adapter_table, run_adapter_demo
 from peft import AutoPeftModelForCausalLM
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from tide_hf.demo import Network, adapter
-from tide_hf.demo.adapter import format_adapter_table, run_adapter_demo
+from tide_hf.commands.distill import parse_arguments
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-from tide_hf.distill import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,7 +129,7 @@ def test_embedded_example_refuses_what_it_would_ignore(flags, world_size, messag
     """Catches a setting that is silently not used, and one example per process, all writing into one folder."""
     monkeypatch.setattr(adapter, "run_adapter_demo", lambda *args: pytest.fail("the example was started"))
     arguments = parse_arguments("outputs", flags)
-    monkeypatch.setattr("tide_hf.distill.parse_arguments", lambda output_dir: arguments)
+    monkeypatch.setattr("tide_hf.commands.distill.parse_arguments", lambda output_dir: arguments)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(SystemExit, match=message):
         runpy.run_path(str(ROOT / "recipes" / "finetune_lora.py"), run_name="__main__")

@@ -9,7 +9,7 @@ from tiny import tiny_model, tiny_trainer
 from torch.testing import assert_close
 
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-from tide_hf.diffusion_trainer import run_packed
+from tide_hf.training.base import run_packed
 
 PAIRS = ("12", "34", "56", "78", "89", "01")
 OBJECTIVES = [

@@ -11,8 +11,8 @@ import torch
 from golden_cases import assert_golden, golden
 
 from tide_hf.alignment import Answer, align_equal_tokens, cut_equal_bytes
-from tide_hf.data import DistillationCollator, Noising
-from tide_hf.diffusion import LayoutSpec
+from tide_hf.data import DistillationCollator
+from tide_hf.diffusion import LayoutSpec, Noising
 from tide_hf.losses import (
     calm_loss,
     chunk_log_likelihood,
@@ -33,7 +33,7 @@ from tide_hf.models import (
     loss_weight,
     masked_probability,
 )
-from tide_hf.objective import Objective
+from tide_hf.training.objective import Objective
 
 AXES = {"both": "both", "training_only": "progress", "timestep_only": "time"}
 
@@ -431,7 +431,7 @@ def test_golden_step_losses(case, monkeypatch):
     The divisor of the cross-entropy is every label that is not −100. The recorded batches have no padding flag on the
     student's side: columns behind an answer carry −100 and count nowhere, exactly as padding does here.
     """
-    monkeypatch.setattr("tide_hf.objective.loss_weight", recorded_loss_weight)
+    monkeypatch.setattr("tide_hf.training.objective.loss_weight", recorded_loss_weight)
     step = Step(case)
     # what the teacher returned over our columns; nothing is asked at the clean copy
     views = [step.noised_half(case.array(f"teacher_logits_{view + 1}")) for view in range(step.views)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded.cards import report_card
 from huggingface_hub import ModelCard
 from tiny import tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,6 @@ from tide_hf.hub import (
     dataset_card,
     find_source,
     python_blocks,
-    report_card,
     write_card,
 )
 from tide_hf.hub.card import BEGIN, END

@@ -10,11 +10,11 @@ from huggingface_hub import HfApi
 from localhub import Handler, Refused
 from tiny import tiny_model
 
+from tide_hf.commands.prepare import _license, parse_prepare_arguments, run_preparation
 from tide_hf.data import PreparationRecord
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.hub import check_card, python_blocks
 from tide_hf.hub.sources import DataSource
-from tide_hf.prepare import _license, parse_prepare_arguments, run_preparation
 
 STUDENT, TEACHER, RAW = "alice/prep-student", "alice/prep-teacher", "alice/prep-raw"
 PAIRS = ("12", "34", "56")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from embedded.networks import Network, build_network
 from huggingface_hub import HfApi
 from tiny import tiny_model
 
-from tide_hf.demo.networks import Network, build_network
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.hub import check_card, python_blocks
 

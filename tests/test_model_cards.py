@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from embedded.cards import report_card
 from huggingface_hub import ModelCard
 
-from tide_hf.hub import check_card, report_card
+from tide_hf.hub import check_card
 
 ROOT = Path(__file__).parents[1]
 NUM_HELD_OUT = 400

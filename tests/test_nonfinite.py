@@ -18,7 +18,7 @@ from uniform_run import tiny_trainer as tiny_uniform
 
 from tide_hf import IDLMConfig, NonFiniteError, TIDEConfig
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-from tide_hf.nonfinite import StepGuard, guard, replay
+from tide_hf.training.nonfinite import StepGuard, guard, replay
 
 LORA = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
 
@@ -544,12 +544,12 @@ def test_choices(tmp_path, config_class):
 
 def test_recipes_end_in_a_sentence(tmp_path, monkeypatch):
     """Catches a traceback, or a status of 0, where a run stopped."""
-    from tide_hf import distill
+    from tide_hf.commands import distill
 
     def train(self, *args, **kwargs):
         raise NonFiniteError("Step 3: distill is nan.")
 
-    monkeypatch.setattr("tide_hf.trainer.TIDETrainer.train", train)
+    monkeypatch.setattr("tide_hf.training.trainer.TIDETrainer.train", train)
     trainer = tiny_trainer(tmp_path)
     arguments = SimpleNamespace(
         script=SimpleNamespace(

@@ -27,8 +27,9 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import is_bitsandbytes_available
 
-from tide_hf import TIDEGenerationConfig, adapter
+from tide_hf import TIDEGenerationConfig
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+from tide_hf.training import adapter
 
 ATTENTION = ["q_proj", "v_proj"]
 KINDS = {

@@ -17,6 +17,8 @@ from real_tokenizers import qwen, sentencepiece, wordpiece
 from tiny import tiny_model, tiny_trainer
 from transformers import AutoTokenizer
 
+from tide_hf.commands.distill import parse_arguments, run_distillation
+from tide_hf.commands.prepare import parse_prepare_arguments, run_preparation
 from tide_hf.data import (
     COLUMNS,
     PreparationRecord,
@@ -28,8 +30,6 @@ from tide_hf.data import (
     write_prepared,
 )
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-from tide_hf.distill import parse_arguments, run_distillation
-from tide_hf.prepare import parse_prepare_arguments, run_preparation
 
 ROOT = Path(__file__).parent.parent
 PAIRS = ("12", "34", "56", "78", "89", "01")
@@ -483,7 +483,7 @@ def test_streaming_writes_the_same(folders):
 
 def test_the_papers_file_is_understood(monkeypatch):
     """Catches a published configuration that the preparation cannot read."""
-    monkeypatch.setattr("tide_hf.prepare.check_available", lambda *names: None)
+    monkeypatch.setattr("tide_hf.commands.prepare.check_available", lambda *names: None)
     arguments = parse_prepare_arguments(["--config", str(ROOT / "recipes/configs/wedlm_to_qwen3.yaml")])
     assert (arguments.run.max_length, arguments.run.teacher_max_length, arguments.run.block_size) == (512, 768, 32)
     assert len(arguments.mixture.datasets) == 9

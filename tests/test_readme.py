@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded.few_step_report import format_few_step_table
+from embedded.report import format_table
 from tiny import SHAPE, tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import tide_hf.losses
-from tide_hf.demo.few_step_report import format_few_step_table
-from tide_hf.demo.report import format_table
 from tide_hf.demo.sorting import build_tokenizer
 
 ROOT = Path(__file__).parents[1]

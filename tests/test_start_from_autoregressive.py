@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded.from_autoregressive import run_from_autoregressive
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tide_hf.demo.from_autoregressive import run_from_autoregressive
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,8 @@ from published import VOCAB, naive_logits, write_checkpoint
 from tiny import BLOCK, MASK, SHAPE, tiny_trainer
 from transformers import AutoModelForCausalLM
 
-from tide_hf.data import Noising
 from tide_hf.demo.sorting import build_tokenizer
-from tide_hf.diffusion import LayoutSpec, block_layout
+from tide_hf.diffusion import LayoutSpec, Noising, block_layout
 from tide_hf.models import (
     A2DLlamaConfig,
     A2DQwen2Config,

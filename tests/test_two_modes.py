@@ -5,8 +5,8 @@ import math
 import pytest
 import references
 import torch
+from embedded import two_modes as toy
 
-from tide_hf.demo import two_modes as toy
 from tide_hf.losses import soft_denoising_loss
 
 STEPS = (1, 2, 3, 4)

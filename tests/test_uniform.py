@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import references
 import torch
+from embedded import uniform_state as demo
 from peft import LoraConfig
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from uniform_run import tiny_trainer, tiny_uniform, weights
 
 from tide_hf import IDLMConfig, IDLMTrainer, TIDEConfig, TIDETrainer, TIDEUniformQwen3Config, UniformIDLMTrainer
-from tide_hf.demo import uniform_state as demo
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.diffusion import gaussian_schedule
 from tide_hf.few_step.noising import Draws

@@ -11,12 +11,12 @@ from . import models
 __version__ = "0.1.0"
 
 _LAZY = {
-    "TIDEConfig": "config",
-    "TIDETrainer": "trainer",
+    "TIDEConfig": "training",
+    "TIDETrainer": "training",
     "IDLMConfig": "few_step",
     "IDLMTrainer": "few_step",
-    "Objective": "objective",
-    "NonFiniteError": "nonfinite",
+    "Objective": "training",
+    "NonFiniteError": "training.nonfinite",
     "TIDELlamaConfig": "models",
     "TIDELlamaForBlockDiffusion": "models",
     "TIDEQwen2Config": "models",
@@ -27,7 +27,7 @@ _LAZY = {
     "TIDEUniformQwen3Config": "models",
     "TIDEUniformQwen3ForDiffusion": "models",
     "UniformIDLMTrainer": "few_step",
-    "export_for_serving": "hub.export",
+    "export_for_serving": "serving",
     "convert_to_diffusion": "models",
 }
 __all__ = ["models", *_LAZY]

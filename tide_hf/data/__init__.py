@@ -1,9 +1,8 @@
-"""From conversations to the tensors of a step: preparation, collation, noise."""
+"""From conversations to the tensors of a step: preparation and collation."""
 
 from .collator import DistillationCollator, without_weight
 from .dataset import is_prepared, prepare_dataset
 from .formats import RowSkipped
-from .noising import Noising
 from .preparation import COLUMNS, EOS_FILLS, TRAINED_TURNS, RowPreparation, row_key
 from .record import PreparationRecord, require_same_preparation, tokenizer_fingerprint
 from .report import PreparationReport
@@ -15,7 +14,6 @@ __all__ = [
     "EOS_FILLS",
     "TRAINED_TURNS",
     "DistillationCollator",
-    "Noising",
     "PreparationRecord",
     "PreparationReport",
     "RowPreparation",

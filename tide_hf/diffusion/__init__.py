@@ -12,10 +12,12 @@ from .corruption import (
 )
 from .gaussian import GaussianToDiscrete, gaussian_schedule
 from .layout import LayoutSpec, PackedLayout, block_layout
+from .noising import Noising
 
 __all__ = [
     "GaussianToDiscrete",
     "LayoutSpec",
+    "Noising",
     "PackedLayout",
     "block_layout",
     "chunk_loss_weight",

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..config import DiffusionTrainingArguments, _knob, check_fields
+from ..training.config import DiffusionTrainingArguments, _knob, check_fields
 
 # of the fake's optimizer and schedule; the trainer steps them itself
 _REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")

@@ -23,7 +23,7 @@ class FakeTraining:
     Attributes:
         wrapped (`torch.nn.Module`): the network as accelerate prepared it; before that the network itself.
         optimizer, scheduler: from `prepare` on.
-        guard ([`~tide_hf.nonfinite.StepGuard`]): of its updates; set by the trainer before the first one.
+        guard ([`~tide_hf.training.nonfinite.StepGuard`]): of its updates; set by the trainer before the first one.
     """
 
     def __init__(self, network: PreTrainedModel, args: IDLMConfig):

@@ -9,8 +9,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, set_seed
 
-from ..adapter import prepare_adapter
-from ..diffusion_trainer import trained_parameters as trained
+from ..training.adapter import prepare_adapter
+from ..training.base import trained_parameters as trained
 
 
 def three_networks(
@@ -23,8 +23,9 @@ def three_networks(
 
     Args:
         model (`PreTrainedModel`): the start; it becomes the student.
-        peft_config (`PeftConfig`, *optional*): see [`~tide_hf.adapter.prepare_adapter`]; one adapter for the student
-            and one, as large, for the fake.
+        peft_config (`PeftConfig`, *optional*): see [`~tide_hf.training.prepare_adapter`]; one adapter for the student
+            and one,
+            as large, for the fake.
         revision (`str`, *optional*): of the base on the Hub, for the adapter's configuration.
         seed (`int`): of the adapters' first weights, of which LoRA draws half.
 

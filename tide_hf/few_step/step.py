@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..diffusion_trainer import run_packed
 from ..losses import (
     chunked_head_loss,
     clean_token_probabilities,
@@ -21,6 +20,7 @@ from ..losses import (
     soft_denoising_loss,
     without_mask_token,
 )
+from ..training.base import run_packed
 
 
 class InverseStep:

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..arguments import BY_THE_OPTIMIZER, changed_since, refuse_changes, refuse_unread
 from ..data import DistillationCollator, RowPreparation
 from ..diffusion import LayoutSpec, row_uniforms
-from ..diffusion_trainer import DiffusionTrainer, load_student, pad_token_id
-from ..nonfinite import StepGuard
+from ..training.arguments import BY_THE_OPTIMIZER, changed_since, refuse_changes, refuse_unread
+from ..training.base import DiffusionTrainer, load_student, pad_token_id
+from ..training.nonfinite import StepGuard
 from .config import IDLMConfig, InverseObjective
 from .fake import FakeTraining
 from .networks import WeightAverage, restore, three_networks, total_weight, trained, whole

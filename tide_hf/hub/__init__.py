@@ -3,7 +3,7 @@
 from .availability import NotAvailableError, require_available
 from .card import write_card
 from .check import check_card, python_blocks
-from .other_cards import dataset_card, report_card
+from .data_card import dataset_card
 from .pushing import PushError
 from .record import Decoding, Measurement, RunRecord
 from .sources import Source, find_source
@@ -21,7 +21,6 @@ __all__ = [
     "dataset_card",
     "find_source",
     "python_blocks",
-    "report_card",
     "require_available",
     "write_card",
 ]

@@ -29,7 +29,7 @@ reproduced.
 - Cards, pushes, faults: one state, one commit; a push that fails is reported.
   hub/; test_hub_*.py, against a Hub on loopback
 - The whole step: both halves in full, loops over rows.
-  trainer.py; test_trainer.py, test_trainer_chunks.py
+  training/trainer.py; test_trainer.py, test_trainer_chunks.py
 """
 
 from .calm import (

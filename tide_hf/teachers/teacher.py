@@ -32,7 +32,7 @@ class Teacher:
         copy, so the states equal those of two passes.
 
         Args:
-            batch (`Mapping`): the `teacher_…` tensors of [`~tide_hf.data.Noising`].
+            batch (`Mapping`): the `teacher_…` tensors of [`~tide_hf.diffusion.Noising`].
 
         Returns:
             `torch.Tensor` of shape `(M_T, K)`, in the teacher's dtype, on the batch's device, in the order of

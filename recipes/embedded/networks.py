@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import LLaDA2MoeConfig, LLaDA2MoeModelLM, TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
+from tide_hf.models import LLaDA2MoeConfig, LLaDA2MoeModelLM, TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
 
 
 @dataclass(frozen=True)

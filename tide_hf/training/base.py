@@ -19,6 +19,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..hub import HubTrainerMixin
+from ..models.masked_diffusion import PADDING_STREAM, block_visibility
+from ..teachers import resolve_mask_token_id
 from .arguments import (
     check_engine,
     check_method_arguments,
@@ -28,12 +31,9 @@ from .arguments import (
 )
 from .checks import refuse_data_parallel, require_rows, require_tokenizer, require_vocabulary
 from .config import DiffusionTrainingArguments
-from .hub import HubTrainerMixin
 from .later_changes import LaterChangesMixin
-from .models.masked_diffusion import PADDING_STREAM, block_visibility
 from .nonfinite import StepGuard, require_finite
 from .row_reading import RowReadingMixin, StreamEpoch
-from .teachers import resolve_mask_token_id
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trainer):
     """`transformers.Trainer` for diffusion LMs; subclasses set `_preparation` and say what a step is.
 
-    What of `transformers` is read and what is refused stands in [`~tide_hf.arguments`].
+    What of `transformers` is read and what is refused stands in [`~tide_hf.training.arguments`].
 
     Attributes:
         preparation_reports (`dict`): what became of the rows of each dataset.

@@ -10,14 +10,14 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
-from .alignment import resolve_alignment
-from .config import TIDEConfig
-from .data import PreparationRecord, RowPreparation, write_prepared
-from .data.loading import MixtureConfig, load_mixture
+from ..alignment import resolve_alignment
+from ..data import PreparationRecord, RowPreparation, write_prepared
+from ..data.loading import MixtureConfig, load_mixture
+from ..hub import dataset_card, find_source
+from ..hub.sources import PERMISSIVE, Source, resolve_license
+from ..teachers import resolve_mask_token_id
+from ..training.config import TIDEConfig
 from .distill import DistillArguments, check_available, load_named
-from .hub import dataset_card, find_source
-from .hub.sources import PERMISSIVE, Source, resolve_license
-from .teachers import resolve_mask_token_id
 
 # what of a run's settings the preparation depends on
 OF_THE_RUN = (

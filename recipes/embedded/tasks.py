@@ -6,12 +6,13 @@ from functools import partial
 
 from datasets import Dataset
 
-from ..data.loading import as_messages, load_rows
+from tide_hf.data.loading import as_messages, load_rows
+from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
+
 from .comparison import START, Task, TaskData
 from .networks import Network
 from .python_stdlib import build_tokenizer as build_bpe_tokenizer
 from .python_stdlib import dataset_texts, stdlib_datasets
-from .sorting import build_tokenizer, held_out_rows, sorting_rows
 
 WRONG_DIGITS = 0.2
 # chosen on the validation modules of the standard library

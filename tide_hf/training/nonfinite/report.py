@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from ..models.masked_diffusion import PADDING_STREAM, STREAMS_PER_ROW
+from ...models.masked_diffusion import PADDING_STREAM, STREAMS_PER_ROW
 from .checks import NAMED, gradient_norms, some
 
 TEXT_LENGTH = 80  # characters of a row that a sentence quotes

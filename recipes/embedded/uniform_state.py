@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from ..few_step import IDLMConfig, UniformIDLMTrainer
-from ..models import TIDEUniformQwen3Config, TIDEUniformQwen3ForDiffusion
-from .sorting import build_tokenizer
+from tide_hf.demo.sorting import build_tokenizer
+from tide_hf.few_step import IDLMConfig, UniformIDLMTrainer
+from tide_hf.models import TIDEUniformQwen3Config, TIDEUniformQwen3ForDiffusion
 
 NUM_REPEATS, PROMPT = 4, [{"role": "user", "content": "0"}]
 QUIET = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True}

@@ -15,14 +15,15 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..alignment import resolve_alignment
+from ..data import DistillationCollator, RowPreparation
+from ..diffusion import LayoutSpec, Noising, row_uniforms
+from ..losses import lambda_schedule
+from ..teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 from .adapter import prepare_adapter
-from .alignment import resolve_alignment
+from .base import DiffusionTrainer, load_student, pad_token_id, run_packed
 from .checks import refuse_loading_arguments, refuse_own_teacher, require_tokenizer, require_vocabulary
 from .config import TIDEConfig
-from .data import DistillationCollator, Noising, RowPreparation
-from .diffusion import LayoutSpec, row_uniforms
-from .diffusion_trainer import DiffusionTrainer, load_student, pad_token_id, run_packed
-from .losses import lambda_schedule
 from .measuring import (
     Predictions,
     count_rows,
@@ -34,7 +35,6 @@ from .measuring import (
     without_chunks,
 )
 from .objective import PRESET_DEFAULTS, resolve_objective
-from .teachers import Teacher, contract_for, load_teacher, resolve_mask_token_id
 
 logger = logging.get_logger(__name__)
 
@@ -53,12 +53,12 @@ class TIDETrainer(DiffusionTrainer):
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; from `teacher` if that is a
             name, otherwise the student's.
         peft_config (`peft.PeftConfig`, *optional*): trains an adapter in place of the whole student (see
-            [`~tide_hf.adapter.prepare_adapter`]).
+            [`~tide_hf.training.adapter.prepare_adapter`]).
         kwargs: further arguments of [`~transformers.Trainer`]: callbacks, optimizers, compute_metrics and
-            preprocess_logits_for_metrics (see `evaluation_loop`); those of [`~tide_hf.arguments`] are refused.
+            preprocess_logits_for_metrics (see `evaluation_loop`); those of `training.arguments` are refused.
 
     Attributes:
-        objective ([`~tide_hf.objective.Objective`]): what the run optimises, every field decided.
+        objective ([`~tide_hf.training.objective.Objective`]): what the run optimises, every field decided.
         preparation_reports (`dict`): what became of the rows of each dataset.
 
     Raises:

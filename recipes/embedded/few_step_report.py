@@ -8,8 +8,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from ..hub.provenance import hardware
-from ..hub.record import today
+from tide_hf.hub.provenance import hardware
+from tide_hf.hub.record import today
+
 from .command import loading_lines, refuse_other_flags
 from .few_step import (
     IDLM,

@@ -16,8 +16,8 @@ from itertools import product
 import numpy as np
 import torch
 
-from ..losses import inverse_distillation_loss
-from ..models import TIME_EPSILON, loss_weight
+from tide_hf.losses import inverse_distillation_loss
+from tide_hf.models import TIME_EPSILON, loss_weight
 
 NUM_TOKENS, LENGTH, MASK = 2, 3, 2
 STATES_SL = torch.tensor(list(product(range(NUM_TOKENS + 1), repeat=LENGTH)))

@@ -17,15 +17,16 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from ..config import TIDEConfig
-from ..evaluation import unigram_entropy
-from ..few_step import IDLMConfig, IDLMTrainer
-from ..trainer import TIDETrainer
+from tide_hf.demo.copying import HELD_OUT_SEED, both_cases, build_case_tokenizer, copying_rows
+from tide_hf.demo.sorting import held_out_rows, sorting_rows
+from tide_hf.evaluation import unigram_entropy
+from tide_hf.few_step import IDLMConfig, IDLMTrainer
+from tide_hf.training.config import TIDEConfig
+from tide_hf.training.trainer import TIDETrainer
+
 from .comparison import NUM_WORKERS, Job, single_threaded_children, train_row
-from .copying import HELD_OUT_SEED, both_cases, build_case_tokenizer, copying_rows
 from .decoding import complete
 from .networks import Network, build_network
-from .sorting import held_out_rows, sorting_rows
 from .tasks import sorting_task
 
 TEACHER, SAMPLED, GREEDY, IDLM = "teacher", "taught on its samples", "taught on its greedy answers", "IDLM"

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from transformers.utils import logging
 
-from .diffusion import chunk_loss_weight
-from .losses import (
+from ..diffusion import chunk_loss_weight
+from ..losses import (
     ChunkTerm,
     TokenTerm,
     bernoulli_reverse_kl_loss,
@@ -35,7 +35,7 @@ from .losses import (
     timestep_weight,
     true_token_log_probs,
 )
-from .models.masked_diffusion import loss_weight, masked_probability
+from ..models.masked_diffusion import loss_weight, masked_probability
 
 logger = logging.get_logger(__name__)
 TOKEN_DIVERGENCES = {"forward_kl": forward_kl_loss, "reverse_kl": reverse_kl_loss, "jsd": jsd_loss}
@@ -140,7 +140,7 @@ class Objective:
 
         Args:
             student_logits_NV (`torch.Tensor` of shape `(N, V)`): at the masked positions.
-            batch (`Mapping`): see [`~tide_hf.data.Noising`].
+            batch (`Mapping`): see [`~tide_hf.diffusion.Noising`].
             counts (`torch.Tensor` of shape `(4,)`): trained-on tokens, pairs, active chunks and rows of the whole
                 global batch.
             lambda_progress (`float`): λ(s) at this step.

@@ -6,7 +6,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextDiffusionStreamer, TextStreamer
 
-from .alignment import read_template, resolve_template_kwargs
+from ..alignment import read_template, resolve_template_kwargs
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
 

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from ..config import TIDEConfig
-from ..trainer import TIDETrainer
+from tide_hf.training.config import TIDEConfig
+from tide_hf.training.trainer import TIDETrainer
+
 from .decoding import complete, decode_and_match
 from .networks import Network, build_network
 

@@ -10,9 +10,9 @@ from typing import Union, get_args, get_origin
 
 from transformers import TrainingArguments
 
+from ..data import EOS_FILLS, TRAINED_TURNS
+from ..models.masked_diffusion import SCHEDULES, TIME_EPSILON
 from .arguments import check_training_arguments
-from .data import EOS_FILLS, TRAINED_TURNS
-from .models.masked_diffusion import SCHEDULES, TIME_EPSILON
 from .objective import DIVERGENCES, PRESETS
 
 CHOICES = {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from ..data import PreparationReport
+from tide_hf.data import PreparationReport
+
 from .comparison import RowResult, Task, TaskData, run_comparison
 from .decoding import complete, show_denoising
 from .report import build_report, format_table, write_report
@@ -23,7 +24,7 @@ def run_embedded(arguments, choose_task: Callable[[str | None], Task]) -> None:
     """Runs the comparison that `--dataset_name` asks for.
 
     Args:
-        arguments ([`~tide_hf.distill.Arguments`]): of the recipe.
+        arguments ([`~tide_hf.commands.distill.Arguments`]): of the recipe.
         choose_task (`Callable`): name, or None for the default -> task, see [`dense_task`] and [`moe_task`].
     """
     refuse_other_flags(arguments, FLAGS)
@@ -39,7 +40,7 @@ def refuse_other_flags(arguments, flags: set[str]) -> None:
     """Stops a run without models of the user's if it was given flags it would ignore, or several processes.
 
     Args:
-        arguments ([`~tide_hf.distill.Arguments`]): of the recipe.
+        arguments ([`~tide_hf.commands.distill.Arguments`]): of the recipe.
         flags (`set[str]`): the ones that mean something to its embedded run.
     """
     unused = sorted(arguments.given - flags)

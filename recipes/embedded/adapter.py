@@ -7,11 +7,12 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM
 
-from ..config import TIDEConfig
-from ..trainer import TIDETrainer
+from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
+from tide_hf.training.config import TIDEConfig
+from tide_hf.training.trainer import TIDETrainer
+
 from .decoding import decode_and_match
 from .networks import Network, build_network
-from .sorting import build_tokenizer, held_out_rows, sorting_rows
 
 BLOCK_SIZE, MAX_LENGTH, BATCH_SIZE = 4, 16, 32
 BASE = Network(hidden=64, layers=2, heads=4, steps=600)

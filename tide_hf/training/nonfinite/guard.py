@@ -203,7 +203,7 @@ class StepGuard:
         done = "DeepSpeed may have taken it" if self.is_deepspeed else "The optimizer did not take it"
         message = f"{number}: {'; '.join(found) or 'the gradient norm is not finite'}. {done}"
         if paths:
-            message += f"; its batches are in {', '.join(paths)}, for tide_hf.nonfinite.replay"
+            message += f"; its batches are in {', '.join(paths)}, for tide_hf.training.nonfinite.replay"
         if broken:
             raise NonFiniteError(f"{message}. Go on from a checkpoint that was written before.")
         if self.args.nonfinite == "stop":

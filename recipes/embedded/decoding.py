@@ -5,7 +5,7 @@ import time
 import torch
 from datasets import Dataset
 
-from ..evaluation import exact_match
+from tide_hf.evaluation import exact_match
 
 
 def complete(

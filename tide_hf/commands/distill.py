@@ -8,13 +8,13 @@ from datasets import DatasetDict
 from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
-from .config import DiffusionTrainingArguments, TIDEConfig
-from .data.loading import MixtureConfig, load_mixture, load_rows
-from .diffusion_trainer import DiffusionTrainer
-from .few_step import IDLMConfig, IDLMTrainer
-from .hub import NotAvailableError, PushError, require_available
-from .nonfinite import NonFiniteError
-from .trainer import TIDETrainer
+from ..data.loading import MixtureConfig, load_mixture, load_rows
+from ..few_step import IDLMConfig, IDLMTrainer
+from ..hub import NotAvailableError, PushError, require_available
+from ..training.base import DiffusionTrainer
+from ..training.config import DiffusionTrainingArguments, TIDEConfig
+from ..training.nonfinite import NonFiniteError
+from ..training.trainer import TIDETrainer
 
 
 @dataclass

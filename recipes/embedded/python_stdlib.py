@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from .sorting import SPECIAL_TOKENS, with_special_tokens
+from tide_hf.demo.sorting import SPECIAL_TOKENS, with_special_tokens
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT_PERCENT = 10  # of the modules, for validation and for test each

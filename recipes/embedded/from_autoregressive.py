@@ -15,11 +15,12 @@ from transformers import (
     default_data_collator,
 )
 
-from ..config import TIDEConfig
-from ..models import convert_to_diffusion
-from ..trainer import TIDETrainer
+from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
+from tide_hf.models import convert_to_diffusion
+from tide_hf.training.config import TIDEConfig
+from tide_hf.training.trainer import TIDETrainer
+
 from .decoding import decode_and_match
-from .sorting import build_tokenizer, held_out_rows, sorting_rows
 
 HIDDEN, LAYERS, HEADS = 64, 2, 4
 BATCH_SIZE, LEARNING_RATE = 32, 3e-3

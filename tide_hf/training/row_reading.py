@@ -13,8 +13,8 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 from transformers import TrainerCallback
 
+from ..data import RowStream, StreamLoader, is_prepared, prepare_dataset, require_same_preparation, without_weight
 from .checks import require_rows
-from .data import RowStream, StreamLoader, is_prepared, prepare_dataset, require_same_preparation, without_weight
 
 
 class RowReadingMixin:

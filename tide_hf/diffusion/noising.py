@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..diffusion import (
-    LayoutSpec,
-    block_layout,
+from ..models.masked_diffusion import TIME_EPSILON
+from .corruption import (
     chunk_member,
     complementary_split,
     complete_chunks,
@@ -22,7 +21,7 @@ from ..diffusion import (
     mask_positions,
     masked_chunks,
 )
-from ..models.masked_diffusion import TIME_EPSILON
+from .layout import LayoutSpec, block_layout
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Entry points: `tide-hf chat`, and what the recipes share."""
