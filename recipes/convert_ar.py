@@ -5,7 +5,7 @@ embeddings have to spare. What comes out still has to learn to denoise: go on wi
 CPU; needs memory for two copies of the model.
 
     python recipes/convert_ar.py Qwen/Qwen3-0.6B outputs/qwen3-0.6b-diffusion
-    python recipes/convert_ar.py Qwen/Qwen2.5-0.5B-Instruct outputs/qwen2.5-0.5b-mdlm --objective full
+    python recipes/convert_ar.py Qwen/Qwen2.5-0.5B-Instruct outputs/qwen2.5-0.5b-mdlm --diffusion_type full
 
 The whole chain for one person, an autoregressive model -> a diffusion LM -> distilled:
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hub name or folder of the model to convert.")
     parser.add_argument("output_dir", help="Folder for the student and its tokenizer.")
-    parser.add_argument("--objective", choices=["block", "full"], help="Block or full-sequence diffusion. block.")
+    parser.add_argument("--diffusion_type", choices=["block", "full"], help="Block or full-sequence diffusion. block.")
     parser.add_argument("--block_size", type=int, help="Tokens per block. 32.")
     parser.add_argument("--mask_token", default="<|mask|>", help="Text of the mask token, unless there is one.")
     parser.add_argument("--dtype", default="auto", help="Precision to load and save in; as saved by default.")
@@ -34,7 +34,7 @@ def main() -> None:
 
     student, tokenizer = convert_to_diffusion(
         arguments.model,
-        objective=arguments.objective,
+        diffusion_type=arguments.diffusion_type,
         block_size=arguments.block_size,
         mask_token=arguments.mask_token,
         dtype=arguments.dtype,

@@ -54,7 +54,7 @@ def noised_step(trainer, rows=8, micro_batches=1):
 def naive_logits(model, noised, clean) -> torch.Tensor:
     """Logits of every position of x_t in the textbook layout, full length, full vocabulary."""
     length, config = len(clean), model.config
-    if config.objective == "full":
+    if config.diffusion_type == "full":
         out = model.model(input_ids=noised[None], attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool))
         return model.lm_head(out.last_hidden_state)[0]
     visible = torch.from_numpy(references.block_visibility_mask(length, config.block_size))
@@ -116,15 +116,15 @@ def naive_losses(trainer, student, teacher, fake, rows, update):
     return fake_total / len(rows), student_total / len(rows)
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
-def test_step_equals_a_straightforward_one(tmp_path, objective):
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
+def test_step_equals_a_straightforward_one(tmp_path, diffusion_type):
     """Catches any error of packing, sampling, pairing, weighting, or a gradient that reaches the wrong network: both
     losses and gradients of a step against whole layouts, full logits and loops over rows and positions."""
-    model = tiny_model(0, objective=objective)
+    model = tiny_model(0, diffusion_type=diffusion_type)
     trainer = tiny_few_step(tmp_path, model=model, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     student, fake, teacher = trainer.model, trainer.fake, trainer.teacher
     for seed, network in ((5, fake), (6, teacher)):
-        network.load_state_dict(tiny_model(seed, objective=objective).state_dict())
+        network.load_state_dict(tiny_model(seed, diffusion_type=diffusion_type).state_dict())
     rows, (fake_batches,), student_batches = noised_step(trainer, 8, 2)
     trainer.fake_training.wrapped = fake
     inverse = trainer.inverse
@@ -180,10 +180,10 @@ def test_student_stands_still_where_fake_equals_teacher(tmp_path):
     assert loss == 0 and all((value.grad == 0).all() for value in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
-def test_prompts_never_change(tmp_path, objective):
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
+def test_prompts_never_change(tmp_path, diffusion_type):
     """Catches prompt or prefix tokens that are masked, drawn anew, or scored."""
-    trainer = tiny_few_step(tmp_path, model=tiny_model(objective=objective), fake_steps_per_student_step=3)
+    trainer = tiny_few_step(tmp_path, model=tiny_model(diffusion_type=diffusion_type), fake_steps_per_student_step=3)
     trainer.noising = replace(trainer.noising, pack=False)  # a row a line, in its own order
     rows, fake_batches, student_batches = noised_step(trainer)
     clean = trainer.data_collator(rows)
@@ -496,10 +496,12 @@ def test_checkpoints_hold_the_weights_that_were_asked_for(tmp_path, save_weights
 # -- what is saved ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
-def test_saved_student_decodes_as_it_was_made(tmp_path, objective):
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
+def test_saved_student_decodes_as_it_was_made(tmp_path, diffusion_type):
     """Catches a generation config that forgets the number of steps, the random order or the sampling."""
-    trainer = tiny_few_step(tmp_path, model=tiny_model(objective=objective, dtype=torch.float32), num_steps=2)
+    trainer = tiny_few_step(
+        tmp_path, model=tiny_model(diffusion_type=diffusion_type, dtype=torch.float32), num_steps=2
+    )
     trainer.train()
     trainer.save_model()
     model, tokenizer = AutoModel.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -514,7 +516,7 @@ def test_saved_student_decodes_as_it_was_made(tmp_path, objective):
         )
         for seed in range(4)
     ]  # fmt: skip
-    num_blocks = 1 if objective == "full" else 2
+    num_blocks = 1 if diffusion_type == "full" else 2
     assert {output.forward_passes for output in outputs} == {2 * num_blocks}
     assert len({tuple(output.sequences[0].tolist()) for output in outputs}) > 1, "it samples"
     assert all(tokenizer.mask_token_id not in output.sequences[0] for output in outputs)

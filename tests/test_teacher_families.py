@@ -75,7 +75,7 @@ def test_contracts_of_all_families():
     assert contract_for(LLaDA2MoeConfig(block_size=16), 5, "native", 8).block_size == 16
     assert contract_for(SDARConfig(block_size=16), 5, "paper", 8).block_size == 16
     assert contract_for(A2DQwen2Config(block_size=16), 5, "paper", 8) == LayoutSpec(5, 16, True)
-    assert contract_for(A2DQwen2Config(objective="full"), 5, "paper", 8) == whole
+    assert contract_for(A2DQwen2Config(diffusion_type="full"), 5, "paper", 8) == whole
 
 
 @pytest.mark.parametrize(

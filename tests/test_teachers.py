@@ -22,7 +22,7 @@ from tide_hf.teachers import (
 
 TEACHERS = {
     "block": (TIDEQwen3ForBlockDiffusion, TIDEQwen3Config, {"block_size": BLOCK}),
-    "full": (TIDEQwen3ForBlockDiffusion, TIDEQwen3Config, {"objective": "full"}),
+    "full": (TIDEQwen3ForBlockDiffusion, TIDEQwen3Config, {"diffusion_type": "full"}),
     "wedlm": (WeDLMForCausalLM, WeDLMConfig, {}),
 }
 
@@ -167,7 +167,7 @@ def test_contracts_of_the_known_families():
     """Catches a teacher fed with the student's blocks, or a full-sequence teacher fed with a clean copy."""
     assert contract_for(TIDEQwen3Config(**SHAPE, block_size=8), 5, "paper", 4) == LayoutSpec(5, 8, True)
     assert contract_for(TIDEQwen3Config(**SHAPE, block_size=8), 5, "native", 4) == LayoutSpec(5, 8, True)
-    full = TIDEQwen3Config(**SHAPE, objective="full")
+    full = TIDEQwen3Config(**SHAPE, diffusion_type="full")
     assert contract_for(full, 5, "paper", 4) == LayoutSpec(5, None, False)
     assert contract_for(WeDLMConfig(**SHAPE), 5, "paper", 4) == LayoutSpec(5, 4, True)
 

@@ -362,8 +362,8 @@ def test_checkpoint_decodes_on_the_grid_it_was_trained_on(tmp_path):
 
 def test_whole_sequence_students_decode_whole_answers(tmp_path):
     """Catches a block size left in the generation settings, which makes decoding semi-autoregressive."""
-    for objective, expected in (("full", None), ("block", 4)):
-        trainer = tiny_trainer(tmp_path, model=tiny_model(objective=objective))
+    for diffusion_type, expected in (("full", None), ("block", 4)):
+        trainer = tiny_trainer(tmp_path, model=tiny_model(diffusion_type=diffusion_type))
         assert trainer.model.generation_config.block_size == expected
 
 

@@ -379,7 +379,7 @@ def test_trainers_refuse_the_other_kind_of_diffusion(tmp_path):
         IDLMTrainer(model=tiny_uniform(), args=IDLMConfig(**settings), **common)
     from tiny import tiny_model
 
-    with pytest.raises(ValueError, match="objective uniform"):
+    with pytest.raises(ValueError, match="diffusion_type uniform"):
         UniformIDLMTrainer(model=tiny_model(), args=IDLMConfig(**settings), **common)
     assert AutoModelForCausalLM._model_mapping[TIDEUniformQwen3Config] is TIDEUniformQwen3ForDiffusion
 

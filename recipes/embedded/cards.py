@@ -60,7 +60,7 @@ def report_card(
             "architecture": "LLaDA2MoeModelLM" if size.get("experts") else "TIDEQwen3ForBlockDiffusion",
             "parameters": rows[row]["parameters"],
             "block_size": settings["block_size"],
-            "objective": "block",
+            "diffusion_type": "block",
         },
         objective=objective.to_dict(),
         preparation={"train": report["preparation"]} if row != "teacher" and report.get("preparation") else {},

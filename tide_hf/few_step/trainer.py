@@ -158,7 +158,7 @@ class IDLMTrainer(DiffusionTrainer):
 
     def _make_step(self, config, args) -> tuple[InverseNoising, InverseStep]:
         """What noises a micro-batch, and what makes the two losses of it."""
-        full = config.objective == "full"
+        full = config.diffusion_type == "full"
         noising = InverseNoising(
             LayoutSpec(config.mask_token_id, None if full else config.block_size, not full),
             config.noise_schedule,

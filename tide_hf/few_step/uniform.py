@@ -135,7 +135,7 @@ class UniformIDLMTrainer(IDLMTrainer):
     memory than the masked case. FSDP is refused.
     """
 
-    OBJECTIVES = ("uniform",)
+    DIFFUSION_TYPES = ("uniform",)
     UNREAD = {  # noqa: RUF012
         "schedule": "a uniform-state model has one, of its Gaussian noise",
         "time_epsilon": "a uniform-state model keeps its own distance from both ends of time",
@@ -146,7 +146,7 @@ class UniformIDLMTrainer(IDLMTrainer):
 
     def _configure_student(self, model, args: IDLMConfig, tokenizer) -> None:
         """Writes into the student's config what it generates with."""
-        self._refuse_other_objectives(model)
+        self._refuse_other_diffusion_types(model)
         config = model.config
         config.num_steps = args.num_steps
         if config.eos_token_id is None:

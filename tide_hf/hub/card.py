@@ -144,7 +144,7 @@ def card_metadata(record: RunRecord) -> dict:
 
 def _tags(record: RunRecord, base_model: str | None) -> list[str]:
     """The library's, and the user's; PEFT's own where the weights are an adapter."""
-    tags = [*TAGS, "block-diffusion"] if record.network["objective"] == "block" else [*TAGS]
+    tags = [*TAGS, "block-diffusion"] if record.network["diffusion_type"] == "block" else [*TAGS]
     if not record.teachers:
         tags.remove("distillation")
     if record.method == "idlm":
@@ -258,7 +258,7 @@ def _decoding_arguments(record: RunRecord) -> str:
     """What an adapter of a few-step student decodes with: its base's own settings know nothing of it."""
     if record.method != "idlm" or not record.is_adapter:
         return ""
-    if record.network["objective"] == "uniform":
+    if record.network["diffusion_type"] == "uniform":
         return f", num_steps={record.objective['num_steps']}"
     return f', steps_per_block={record.objective["num_steps"]}, remasking="random", temperature=1.0'
 
@@ -280,10 +280,10 @@ model.print_trainable_parameters()"""
 
 
 def _diffusion(network: dict) -> str:
-    if network["objective"] == "block":
+    if network["diffusion_type"] == "block":
         return f"block diffusion with {network['block_size']} tokens per block"
     return {"full": "diffusion", "uniform": "uniform-state diffusion"}[
-        network["objective"]
+        network["diffusion_type"]
     ] + " over the full sequence"
 
 
@@ -366,7 +366,7 @@ def _license_table(record: RunRecord) -> str:
 def _citations(record: RunRecord) -> list[tuple[str, str]]:
     """Papers of what the run used, then those that its models' cards name."""
     objective = record.objective
-    keys = [record.network["objective"]]
+    keys = [record.network["diffusion_type"]]
     if objective.get("tidal") or objective.get("comp_demo") or objective.get("divergence") == "reverse_calm":
         keys.insert(0, "tide")
     if record.teachers and objective.get("alignment") == "chunk":

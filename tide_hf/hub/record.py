@@ -76,7 +76,7 @@ class RunRecord:
         revision (`str`, *optional*): branch that has to be named to load it.
         start ([`Source`]): the weights the student started from.
         teachers, datasets (`list[Source]`): where it learned.
-        network (`dict`): `architecture`, `parameters`, `block_size`, `objective` ("block", "full" or
+        network (`dict`): `architecture`, `parameters`, `block_size`, `diffusion_type` ("block", "full" or
             "uniform").
         objective (`dict`): every field of [`~tide_hf.Objective`], decided.
         arguments (`dict`): training arguments that differ from the defaults, and the teacher's context.
@@ -147,7 +147,7 @@ def record_run(trainer, datasets: list[str] = ()) -> RunRecord:
             "architecture": type(base).__name__,
             "parameters": base.num_parameters(),
             "block_size": getattr(base.config, "block_size", None),
-            "objective": base.config.objective,
+            "diffusion_type": base.config.diffusion_type,
         },
         objective=objective,
         arguments=arguments,

@@ -11,7 +11,7 @@ TASK_TYPE = "CAUSAL_LM"
 # the linear layers of every student family, by short names, which also fit a student loaded in another way
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # what an adapter's user generates with; it stands in the base's config.json and in no adapter
-DECODING_FIELDS = ("objective", "block_size", "mask_token_id")
+DECODING_FIELDS = ("diffusion_type", "block_size", "mask_token_id")
 
 
 def prepare_adapter(

@@ -49,8 +49,8 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
 
     loss_is_scaled_for_ga = True
     guard: StepGuard | None = None  # of the student's steps; made with its optimizer
-    # what `config.objective` of a model may be
-    OBJECTIVES = ("block", "full")
+    # what `config.diffusion_type` of a model may be
+    DIFFUSION_TYPES = ("block", "full")
     CONFIG = DiffusionTrainingArguments
     # arguments of Trainer, and own fields of the config, that a trainer refuses when they are set -> why
     REFUSED_ARGUMENTS = {}  # noqa: RUF012
@@ -107,31 +107,31 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
                 "optimizers, or make it from the model that is trained."
             )
 
-    def _refuse_other_objectives(self, model) -> None:
+    def _refuse_other_diffusion_types(self, model) -> None:
         """Says which models this trainer does not know the noise of."""
-        objective = getattr(model.config, "objective", None)
-        if objective is None:
+        diffusion_type = getattr(model.config, "diffusion_type", None)
+        if diffusion_type is None:
             raise ValueError(
                 f"The student is a {type(model).__name__} (model_type={model.config.model_type!r}), which is no "
                 "diffusion LM of this library. Load a tide_… or a2d-… checkpoint, or make one with "
                 "convert_to_diffusion."
             )
-        if objective not in self.OBJECTIVES:
+        if diffusion_type not in self.DIFFUSION_TYPES:
             raise ValueError(
-                f"{type(self).__name__} trains diffusion LMs with objective {' or '.join(self.OBJECTIVES)}, got "
-                f"{objective!r}. Uniform-state models go with UniformIDLMTrainer or, without a teacher, with "
+                f"{type(self).__name__} trains diffusion LMs of diffusion_type {' or '.join(self.DIFFUSION_TYPES)}, "
+                f"got {diffusion_type!r}. Uniform-state models go with UniformIDLMTrainer or, without a teacher, with "
                 "transformers.Trainer; masked ones with TIDETrainer and IDLMTrainer."
             )
 
     def _configure_student(self, model, args, tokenizer) -> None:
         """Writes what the run decides into the student's config, so that a checkpoint generates as it was trained."""
-        self._refuse_other_objectives(model)
+        self._refuse_other_diffusion_types(model)
         config = model.config
         require_vocabulary("student", tokenizer, config)
         config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
         if args.block_size is not None:
             config.block_size = args.block_size
-        elif config.objective == "block" and args.max_length % config.block_size:
+        elif config.diffusion_type == "block" and args.max_length % config.block_size:
             raise ValueError(
                 f"The student's block_size={config.block_size} does not fit max_length={args.max_length}: choose a "
                 "multiple of it as max_length, or set block_size."
@@ -141,7 +141,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         settings = model.generation_config
         settings.mask_token_id = config.mask_token_id
         # a whole-sequence student decodes the whole answer at once, unless its own settings say otherwise
-        if config.objective == "block" and (args.block_size is not None or settings.block_size is None):
+        if config.diffusion_type == "block" and (args.block_size is not None or settings.block_size is None):
             settings.block_size = config.block_size
         if settings.eos_token_id is None:
             settings.eos_token_id = tokenizer.eos_token_id

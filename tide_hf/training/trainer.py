@@ -166,7 +166,7 @@ class TIDETrainer(DiffusionTrainer):
 
     def _noising_for(self, student_config, args) -> Noising:
         """How student and teacher are fed."""
-        full = student_config.objective == "full"
+        full = student_config.diffusion_type == "full"
         return Noising(
             student=LayoutSpec(student_config.mask_token_id, None if full else student_config.block_size, not full),
             teacher=self.teacher.contract if self.objective.distills else None,
