@@ -3,8 +3,9 @@
 The batch of a step is noised on the host, before any network runs.
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from os import PathLike
 
 import torch
@@ -19,9 +20,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..diffusion import PackedInputs, Record
 from ..hub import HubTrainerMixin
-from ..models.masked_diffusion import PADDING_STREAM, block_visibility
-from ..teachers import resolve_mask_token_id
+from ..models.masked_diffusion import block_visibility
 from .arguments import (
     check_engine,
     check_method_arguments,
@@ -29,21 +30,23 @@ from .arguments import (
     refuse_unread,
     snapshot,
 )
-from .checks import refuse_data_parallel, require_rows, require_tokenizer, require_vocabulary
+from .checks import refuse_data_parallel, require_rows, require_tokenizer
 from .config import DiffusionTrainingArguments
 from .later_changes import LaterChangesMixin
 from .nonfinite import StepGuard, require_finite
+from .plan import RunPlan
 from .row_reading import RowReadingMixin, StreamEpoch
 
 logger = logging.get_logger(__name__)
 
 
 class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trainer):
-    """`transformers.Trainer` for diffusion LMs; subclasses set `_preparation` and say what a step is.
+    """`transformers.Trainer` for diffusion LMs; subclasses say what a step is.
 
     What of `transformers` is read and what is refused stands in [`~tide_hf.training.arguments`].
 
     Attributes:
+        plan ([`~tide_hf.training.plan.RunPlan`]): what the run feeds its networks, resolved once.
         preparation_reports (`dict`): what became of the rows of each dataset.
     """
 
@@ -56,9 +59,11 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
     REFUSED_ARGUMENTS = {}  # noqa: RUF012
     UNREAD = {}  # noqa: RUF012
 
-    def __init__(self, model, args, **kwargs):
+    def __init__(self, model, args, plan: RunPlan, train_dataset=None, eval_dataset=None, **kwargs):
+        self.plan = plan
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
         use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer writes its own default over the checkpoint's
         check_engine(self.accelerator)
@@ -123,21 +128,21 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
                 "transformers.Trainer; masked ones with TIDETrainer and IDLMTrainer."
             )
 
-    def _configure_student(self, model, args, tokenizer) -> None:
+    @property
+    def objective(self):
+        """What the run optimises, every field decided."""
+        return self.plan.objective
+
+    def _announce(self) -> None:
+        """Logs what was decided."""
+        for what, values in (("Plan", self.plan.to_dict()), ("Objective", self.objective.to_dict())):
+            logger.info(f"{what}: {json.dumps(values)}")
+
+    def _configure_student(self, model, args, tokenizer, plan: RunPlan) -> None:
         """Writes what the run decides into the student's config, so that a checkpoint generates as it was trained."""
-        self._refuse_other_diffusion_types(model)
         config = model.config
-        require_vocabulary("student", tokenizer, config)
-        config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
-        if args.block_size is not None:
-            config.block_size = args.block_size
-        elif config.diffusion_type == "block" and args.max_length % config.block_size:
-            raise ValueError(
-                f"The student's block_size={config.block_size} does not fit max_length={args.max_length}: choose a "
-                "multiple of it as max_length, or set block_size."
-            )
-        if args.schedule is not None:
-            config.noise_schedule = args.schedule
+        config.mask_token_id, config.noise_schedule = plan.student.mask_token_id, plan.schedule
+        config.block_size = plan.block_size
         settings = model.generation_config
         settings.mask_token_id = config.mask_token_id
         # a whole-sequence student decodes the whole answer at once, unless its own settings say otherwise
@@ -190,20 +195,27 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
             "each trial, for example inside the objective of an optuna study."
         )
 
+    def _prepare_inputs(self, inputs: Record) -> Record:
+        """A noised micro-batch on the device."""
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs) -> int:
+        """As [`~transformers.Trainer.floating_point_ops`], of the columns that the student is run on."""
+        return super().floating_point_ops({"input_ids": inputs.inputs.input_ids})
+
     def _track_num_input_tokens(self, inputs) -> None:
-        """Counts the columns of the packed layout that the student is run on: noised and clean copies."""
-        names = [name for name in ("student_stream", "stream") if name in inputs]
-        if self.args.include_num_input_tokens_seen == "no" or not names:
-            return super()._track_num_input_tokens(inputs)
-        is_real = inputs[names[0]] != PADDING_STREAM
+        """Counts the columns that the student is run on: of packed layouts noised and clean copies."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        is_real = inputs.inputs.is_real
         count = is_real.sum() if self.args.include_num_input_tokens_seen == "non_padding" else is_real.numel()
         count = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
         self.state.num_input_tokens_seen += self.accelerator.gather(count).sum().item()
 
     # -- what is not finite is neither stepped on nor saved nor best ------------------------------------------------
 
-    def _row_terms(self, batch: Mapping) -> dict[str, torch.Tensor]:
-        """The loss's terms by row of one micro-batch of the host."""
+    def _row_terms(self, batch: Record) -> dict[str, torch.Tensor]:
+        """The loss's terms by row of one micro-batch on the host."""
         raise NotImplementedError
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -295,19 +307,19 @@ def load_student(
     return AutoModelForCausalLM.from_pretrained(model, **kwargs), processing_class, kwargs.get("revision")
 
 
-def run_packed(network, inputs: Mapping[str, torch.Tensor], head_fn: Callable):
-    """A (wrapped) student's forward on a packed layout, `head_fn` in place of its head.
+def run_packed(network, inputs: PackedInputs, head_fn: Callable):
+    """A (wrapped) student's forward on a packed layout, `head_fn` instead of its head.
 
     Args:
         network (`Callable`): a student of this library, wrapped by accelerate or not.
-        inputs (`Mapping`): `input_ids`, `position_ids`, `stream` and `block` of a [`~tide_hf.diffusion.PackedLayout`].
+        inputs ([`~tide_hf.diffusion.PackedInputs`]): on its device.
         head_fn (`Callable`): `head_fn(hidden (B, P, H), lm_head_weight (V, H)) -> (loss, terms)`.
     """
-    stream, block = inputs["stream"], inputs["block"]
+    stream, block = inputs.stream, inputs.block
     return network(
-        input_ids=inputs["input_ids"],
+        input_ids=inputs.input_ids,
         attention_mask=block_visibility(stream, block, stream, block),
-        position_ids=inputs["position_ids"],
+        position_ids=inputs.position_ids,
         use_cache=False,
         head_fn=head_fn,
     )

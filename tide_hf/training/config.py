@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from inspect import get_annotations
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -11,14 +11,17 @@ from typing import Union, get_args, get_origin
 from transformers import TrainingArguments
 
 from ..data import EOS_FILLS, TRAINED_TURNS
+from ..losses import DIVERGENCES
 from ..models.masked_diffusion import SCHEDULES, TIME_EPSILON
 from .arguments import check_training_arguments
-from .objective import DIVERGENCES, PRESETS
+from .checks import check_block_size
+from .objective import NO_DIVERGENCE
+from .presets import PRESETS
 
 CHOICES = {
     "preset": (*PRESETS, None),
     "alignment": ("auto", "token", "chunk"),
-    "divergence": (*DIVERGENCES, None),
+    "divergence": (*DIVERGENCES, NO_DIVERGENCE, None),
     "lambda_growth": ("cosine", "linear", None),
     "lambda_axes": ("both", "progress", "time", None),
     "timestep_weight": ("midrange", "uniform", None),
@@ -33,6 +36,8 @@ CHOICES = {
     "teacher_context": ("paper", "native"),
     "teacher_dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+# parameters of the divergences, as fields of TIDEConfig: {divergence}_{parameter}
+PARAMETERS = {f"{name}_{knob.name}": knob for name, cls in DIVERGENCES.items() for knob in fields(cls)}
 # field -> (smallest, largest, whether the ends are allowed); None, NaN and infinities never lie in a range
 RANGES = {
     "max_length": (1, float("inf"), True),
@@ -47,7 +52,7 @@ RANGES = {
     "lambda_init": (0.0, 1.0, True),
     "lambda_max": (0.0, 1.0, True),
     "demo_ratio": (0.0, 1.0, True),
-    "jsd_beta": (0.0, 1.0, False),
+    **{name: (*knob.metadata["range"], False) for name, knob in PARAMETERS.items()},
     "time_epsilon": (0.0, 1.0, False),
 }
 # metrics of the trainers, all of them the smaller the better, with or without a dataset's name in front
@@ -193,17 +198,24 @@ class DiffusionTrainingArguments(TrainingArguments):
         """Checks the fields that transformers does not know."""
         check_types(self)
         check_fields(self, CHOICES, RANGES)
-        if self.block_size is not None and (self.block_size < 1 or self.max_length % self.block_size):
-            raise ValueError(
-                f"block_size={self.block_size} does not fit max_length={self.max_length}: the last block of a full "
-                "row would be cut short. Choose a block_size that divides max_length."
-            )
+        if self.block_size is not None:
+            check_block_size(self.block_size, self.max_length)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop row_key, which keys the noise; leave it False.")
 
 
+_DivergenceParameters = make_dataclass(
+    "_DivergenceParameters",
+    [
+        (name, float | None, _knob(None, f"{knob.metadata['help']}. {knob.default:g}."))
+        for name, knob in PARAMETERS.items()
+    ],
+    bases=(DiffusionTrainingArguments,),
+)
+
+
 @dataclass
-class TIDEConfig(DiffusionTrainingArguments):
+class TIDEConfig(_DivergenceParameters):
     """Arguments of [`TIDETrainer`].
 
     Everything of [`DiffusionTrainingArguments`], and the fields below. Those that default to None are filled from
@@ -224,8 +236,11 @@ class TIDEConfig(DiffusionTrainingArguments):
     )
     divergence: str | None = _knob(
         None,
-        "forward_kl, reverse_kl, jsd (token distributions), calm, reverse_calm, bernoulli_reverse_kl (chunk "
-        "likelihoods), none.",
+        "; ".join(
+            f"of {pairs}s: {', '.join(name for name, cls in DIVERGENCES.items() if cls.pairs == pairs)}"
+            for pairs in ("token", "chunk")
+        )
+        + "; or none.",
     )
     tidal: bool | None = _knob(None, "TIDAL: targets that move from the student's to the teacher's distribution.")
     allow_reverse_tidal: bool = _knob(False, "Allow tidal with reverse_calm, an ablation of the paper's code.")
@@ -238,7 +253,6 @@ class TIDEConfig(DiffusionTrainingArguments):
     temperature: float | None = _knob(
         None, "T > 0 of both softmaxes, or root of the chunk probabilities. Token terms are multiplied by T². 2."
     )
-    jsd_beta: float | None = _knob(None, "β of the Jensen-Shannon divergence, in (0, 1). 0.5.")
     lambda_init: float | None = _knob(None, "TIDAL: λ at the start of training, in [0, 1]. 0.1.")
     lambda_max: float | None = _knob(None, "TIDAL: λ at the end of training, in [0, 1]. 0.9.")
     lambda_growth: str | None = _knob(None, "TIDAL: cosine or linear growth of λ over training. cosine.")

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from transformers.utils import logging
 
+from ...diffusion import Record
 from .checks import NonFiniteError, local, norms, not_finite, some
 from .report import Step, find_causes, write_step
 
@@ -55,7 +56,7 @@ class StepGuard:
         ValueError: for an optimizer or engine that steps before anybody can look.
     """
 
-    def __init__(self, trainer, network: str, parameters: Mapping, optimizer, terms_of: Callable[[Mapping], dict]):
+    def __init__(self, trainer, network: str, parameters: Mapping, optimizer, terms_of: Callable[[Record], dict]):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.network, self.parameters, self.terms_of = network, parameters, terms_of
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -73,11 +74,11 @@ class StepGuard:
         supported = self.scaler is not None or getattr(self.optimizer, "_step_supports_amp_scaling", False)
         return supported and self.accelerator.device.type == "cuda"
 
-    def saw(self, batch: Mapping, loss: torch.Tensor, is_last: bool) -> torch.Tensor:
+    def saw(self, batch: Record, loss: torch.Tensor, is_last: bool) -> torch.Tensor:
         """Takes a micro-batch in; with the last of a step, when its gradients are there, decides on the step.
 
         Args:
-            batch (`Mapping`): as it was noised, on the host.
+            batch (`Record`): as it was noised, on the host.
             loss (`torch.Tensor`): scalar.
 
         Returns:
@@ -98,7 +99,7 @@ class StepGuard:
         before, self._shown = self._shown, None
         return torch.where(self.bad, 0.0 if before is None else -before, shown)
 
-    def before_backward(self, batch: Mapping, loss: torch.Tensor) -> None:
+    def before_backward(self, batch: Record, loss: torch.Tensor) -> None:
         """Looks at the loss alone where the backward pass steps, under DeepSpeed; elsewhere does nothing.
 
         Raises:
