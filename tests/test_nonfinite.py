@@ -25,7 +25,7 @@ LORA = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"
 
 def poison_teacher(trainer, step: int, value: float = math.nan, healthy_calls: int = 0) -> None:
     """One NaN in the teacher's hidden states of one optimizer step, after so many healthy micro-batches of it."""
-    hidden, calls = trainer.teacher.hidden, []
+    hidden, calls = trainer.signal.hidden, []
 
     def poisoned(batch):
         found = hidden(batch)
@@ -34,7 +34,7 @@ def poison_teacher(trainer, step: int, value: float = math.nan, healthy_calls: i
             found[0, 0] = value
         return found
 
-    trainer.teacher.hidden = poisoned
+    trainer.signal.hidden = poisoned
 
 
 def poison_gradient(trainer, network, name: str, step: int) -> None:
@@ -140,13 +140,13 @@ def test_the_row_is_the_right_one(tmp_path):
     poison_teacher(trainer, step=1)
     with pytest.raises(NonFiniteError) as raised:
         trainer.train()
-    (batch,) = torch.load(tmp_path / "nonfinite-step1-rank0.pt")["batches"]
-    row = int(batch["row"][0])
+    (batch,) = torch.load(tmp_path / "nonfinite-step1-rank0.pt", weights_only=False)["batches"]
+    row = int(batch.row[0])
     assert f"distill is nan in row {row} " in str(raised.value)
     key, quoted = str(raised.value).split(f"row {row} (row_key ")[1].split(" (micro-batch")[0].split(") ", 1)
     (own,) = [row["input_ids"] for row in trainer.train_dataset if row["row_key"] == int(key)]
     assert quoted[1:].startswith(trainer.processing_class.decode(own[:8]))
-    assert set(batch["targets"][batch["row"] == row].tolist()) <= set(own)
+    assert set(batch.student.targets[batch.row == row].tolist()) <= set(own)
 
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
@@ -195,7 +195,7 @@ def test_file_reproduces(tmp_path):
     saved = torch.load(path)  # without unpickling code
     assert (saved["step"], saved["seed"], saved["rank"], saved["max_steps"]) == (3, trainer.args.seed, 0, 4)
     assert len(saved["batches"]) == 2 and math.isfinite(saved["losses"][0]) and math.isnan(saved["losses"][1])
-    del trainer.teacher.hidden  # the healthy one
+    del trainer.signal.hidden  # the healthy one
     losses, norms = replay(trainer, path)
     assert losses[0] == pytest.approx(saved["losses"][0], rel=1e-12)
     assert math.isfinite(losses[1]) and all(map(math.isfinite, norms.values()))
@@ -213,7 +213,7 @@ def test_file_reproduces(tmp_path):
 def skipping(folder, bad_steps, **overrides):
     """A run of which some steps end in a micro-batch that is not finite."""
     trainer = distilling(folder, nonfinite="skip", max_steps=6, logging_steps=6, **overrides)
-    hidden, calls = trainer.teacher.hidden, []
+    hidden, calls = trainer.signal.hidden, []
 
     def poisoned(batch):
         found, step = hidden(batch), trainer.state.global_step + 1
@@ -222,7 +222,7 @@ def skipping(folder, bad_steps, **overrides):
             found[0, 0] = math.nan
         return found
 
-    trainer.teacher.hidden = poisoned
+    trainer.signal.hidden = poisoned
     return trainer
 
 

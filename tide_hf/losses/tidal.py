@@ -91,8 +91,9 @@ def tidal_logits(
 
     Source: TIDE 2604.26951 §2.1.
     """
-    lambda_N1 = lambda_N.to(student_logits_NS.dtype)[:, None]
-    return torch.lerp(student_logits_NS.detach(), teacher_logits_NS.detach(), lambda_N1)
+    dtype = torch.promote_types(student_logits_NS.dtype, teacher_logits_NS.dtype)
+    student, teacher = student_logits_NS.detach().to(dtype), teacher_logits_NS.detach().to(dtype)
+    return torch.lerp(student, teacher, lambda_N.to(dtype)[:, None])
 
 
 def tidal_log_probabilities(
