@@ -72,7 +72,7 @@ def check_card(card: str | Path) -> list[str]:
         if not metadata:
             return ["There is no metadata between --- lines at the top."]
         lost = sorted(set(metadata) - set(ModelCard(card).data.to_dict()))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return [f"The metadata cannot be parsed: {error}"]
     return [
         *(f"The metadata key {key} does not survive huggingface_hub.ModelCard." for key in lost),

@@ -1,4 +1,4 @@
-"""What a card says of a run: plain values, from what a trainer tells or from a report."""
+"""What a card says of a run, as plain values: collected from what a trainer states, or filled in from a report."""
 
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -11,7 +11,6 @@ from .provenance import changed_arguments, command_line, hardware, leaks, source
 from .sources import Source, find_source
 
 BEFORE, AFTER = "student before", "student after"
-EVALUATION = ".evaluate"  # ends the name of the harness of what a trainer measured itself
 PROMPTS = ("What is 17 + 25?", "739152")
 METRIC_NAMES = {
     "loss": "objective, nats",
@@ -24,7 +23,7 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a trainer tells its card, each time that one is written.
+    """What a trainer states about its run each time that the card is written.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the student, without the wrappers of accelerate.
@@ -36,7 +35,7 @@ class RunFacts:
         step, max_steps (`int`): optimizer steps taken so far, and in total.
         log_history (`list[dict]`): of the `TrainerState`.
         num_evaluated_rows (`int`): rows of the evaluation dataset; 0 without one.
-        trainer_name (`str`): its class, which names the evaluation.
+        evaluation (`str`): name of the trainer's own evaluation: the harness of the numbers in `log_history`.
         plan (`dict`): what the run feeds its networks, as plain values and dicts of them: alignment, layouts, block
             size, shared vocabulary, preparation.
     """
@@ -51,7 +50,7 @@ class RunFacts:
     max_steps: int
     log_history: list[dict]
     num_evaluated_rows: int
-    trainer_name: str
+    evaluation: str
     plan: dict = field(default_factory=dict)
 
 
@@ -223,7 +222,7 @@ def update_record(record: RunRecord, facts: RunFacts) -> None:
     record.plan = {name: value for name, value in _flat(facts.plan).items() if not leaks(value)}
     record.step, record.max_steps, record.log_history = facts.step, facts.max_steps, list(facts.log_history)
     record.preparation = {name: vars(report) for name, report in facts.preparation.items() if report.num_rows}
-    given = [result for result in record.results if not result.harness.endswith(EVALUATION)]
+    given = [result for result in record.results if result.harness != facts.evaluation]
     record.results = given + _evaluations(facts, record.datasets[0].name if record.datasets else "held-out rows")
 
 
@@ -246,7 +245,7 @@ def _evaluations(facts: RunFacts, dataset: str) -> list[Measurement]:
     for network, entry in sorted(columns.items(), reverse=True):
         how = {
             "dataset": dataset,
-            "harness": f"{facts.trainer_name}{EVALUATION}",
+            "harness": facts.evaluation,
             "settings": f"noise keyed by (seed {facts.args.seed}, row), after step {entry['step']}",
             "num_samples": facts.num_evaluated_rows,
             "date": today(),

@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 class HubTrainerMixin:
     """Writes a model card at every save, pushes each state in one commit, and reports every push that fails.
 
-    It comes before `transformers.Trainer` among the bases of a class, which defines `_run_facts`.
+    A trainer lists it before `transformers.Trainer` among its bases, and defines `_run_facts`.
 
     Attributes:
         run_record ([`~tide_hf.hub.RunRecord`]): what the card says; add results, decoding speeds and data to it.

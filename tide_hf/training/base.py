@@ -269,7 +269,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
             max_steps=self.state.max_steps,
             log_history=self.state.log_history,
             num_evaluated_rows=num_evaluated_rows,
-            trainer_name=type(self).__name__,
+            evaluation=f"{type(self).__name__}.evaluate",
         )
 
     def create_model_card(self, *args, **kwargs):
