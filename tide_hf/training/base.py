@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..diffusion import PackedInputs, Record
-from ..hub import HubTrainerMixin
+from ..hub import HubTrainerMixin, RunFacts
 from ..models.masked_diffusion import block_visibility
 from .arguments import (
     check_engine,
@@ -261,6 +261,28 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel):
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _run_facts(self) -> RunFacts:
+        """What the model card says of this run, as it stands now."""
+        try:
+            num_evaluated_rows = len(self.eval_dataset)
+        except TypeError:  # streamed, or none
+            report = self.preparation_reports.get("eval")
+            num_evaluated_rows = 0 if report is None else report.num_kept
+        return RunFacts(
+            model=self.accelerator.unwrap_model(self.model),
+            teachers=[] if self.teacher is None else [self.teacher],
+            tokenizer=self.processing_class,
+            args=self.args,
+            objective=self.objective.to_dict(),
+            plan=self.plan.to_dict(),
+            preparation=self.preparation_reports,
+            step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            log_history=self.state.log_history,
+            num_evaluated_rows=num_evaluated_rows,
+            evaluation=f"{type(self).__name__}.evaluate",
+        )
 
     def create_model_card(self, *args, **kwargs):
         """See [`~tide_hf.hub.HubTrainerMixin.create_model_card`]; none of weights that are not finite."""
