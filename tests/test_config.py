@@ -356,7 +356,7 @@ def test_misspelled_setting_of_a_file_is_refused(tmp_path):
         parse_arguments("outputs", ["--config", str(path)])
 
 
-# the paper's table of hyperparameters (TIDE 2604.26951): file -> alignment, teacher, teacher's length, divergence, TIDAL
+# TIDE 2604.26951, table of hyperparameters: file -> alignment, teacher, teacher's length, divergence, TIDAL
 PAPER_RUNS = {
     "wedlm_to_qwen3": ("token", "tencent/WeDLM-8B-Instruct", 768, "forward_kl", True),
     "llada2_to_qwen3": ("chunk", "inclusionAI/LLaDA2.0-mini", 1024, "reverse_calm", False),

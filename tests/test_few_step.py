@@ -247,7 +247,7 @@ def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):
         trainer.inverse.fake_loss(trainer.model, trainer.fake, fake_batch).backward()
         trainer.compute_loss(trainer.model, batch).backward()
     assert {(1, vocabulary), (2, vocabulary)} & found
-    assert all(shape[0] in (1, 2, hidden) for shape in found), "positions at a time, or the head transposed"
+    assert all(shape[0] in (0, 1, 2, hidden) for shape in found), "positions at a time, or the head transposed"
 
 
 def test_nothing_masked_trains(tmp_path):
@@ -421,12 +421,12 @@ def test_noise_of_the_updates_of_a_step_differs(tmp_path):
     """Catches a student scored on the very noise that the fake was just fitted to, and the same noise each epoch."""
     trainer = tiny_few_step(tmp_path, fake_steps_per_student_step=2)
     _, fake_batches, (batch,) = noised_step(trainer)
-    masks = [tuple(b["student_asked"].tolist()) for b in (fake_batches[0][0], fake_batches[1][0], batch)]
+    masks = [tuple(b.student_asked.tolist()) for b in (fake_batches[0][0], fake_batches[1][0], batch)]
     assert len(set(masks)) == 3
     trainer._pass = 1
     rows = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
     (later,), _ = trainer.get_batch_samples(iter([rows]), 1, torch.device("cpu"))
-    assert tuple(later["student_asked"].tolist()) not in masks
+    assert tuple(later.student_asked.tolist()) not in masks
 
 
 # -- the moving average -----------------------------------------------------------------------------------------------
@@ -581,8 +581,8 @@ def test_adapters_equal_whole_networks_with_their_weights(tmp_path):
     _, ((fake_batch,),), (batch,) = noised_step(trainer)
     losses = []
     for _ in range(2):
-        losses.append((trainer.inverse.fake_loss(student, fake, fake_batch, 8.0).detach(),
-                       trainer.inverse.student_loss(student, teacher, fake, batch, 8.0).detach()))  # fmt: skip
+        losses.append((trainer.inverse.fake_loss(student, fake, fake_batch).detach(),
+                       trainer.inverse.student_loss(student, teacher, fake, batch).detach()))  # fmt: skip
         if len(losses) == 1:
             teacher = tiny_model(0)
             # copies first: merging writes into the base, which all three share

@@ -167,7 +167,7 @@ def test_the_plan_of_a_run_is_shown(run):
     table = text.split("What the run fed its networks:")[1].split("Training arguments")[0]
     lines = [line for line in table.splitlines() if line.startswith("| `")]
     assert lines == ["| `alignment` | chunk |", "| `student.block_size` | 4 |", "| `tokenizer.size` | 24 |"]
-    update_record(record, run._run_facts())
+    update_record(record, replace(run._run_facts(), plan={}))
     assert "What the run fed" not in write_card(record) and (record.tags, record.model_name) == (["mine"], "named")
 
 
@@ -208,7 +208,7 @@ def test_facts_alone_make_a_record():
 
 def test_a_uniform_student_is_decoded_as_it_can_be(run):
     """Catches a card that recommends decoding settings which `generate` of a uniform-state model refuses."""
-    network = {**run.run_record.network, "objective": "uniform", "block_size": None}
+    network = {**run.run_record.network, "diffusion_type": "uniform", "block_size": None}
     few_step = replace(run.run_record, network=network, method="idlm", objective={"num_steps": 2, "method": "idlm"})
     text = write_card(few_step)
     assert check_card(text) == [] and "decoded in 2 network calls per answer: `num_steps=2`" in text

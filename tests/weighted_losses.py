@@ -1,4 +1,4 @@
-"""Each divergence as the sum that a step takes of it, `Σ w · D / count`, as recorded results and derivations state it."""
+"""Each divergence as the sum that a step takes of it, `Σ w · D / count`; recorded results state it so."""
 
 from functools import partial
 

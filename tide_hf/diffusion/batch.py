@@ -4,7 +4,7 @@ Shapes: B rows, D lines of P packed columns, N asked positions, M of them paired
 """
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import torch
 
@@ -18,12 +18,40 @@ class Record:
         """The same with every tensor on a `device`."""
         return type(self)(**{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
 
+    def to_dict(self) -> dict:
+        """Plain dictionaries of tensors, for a file that is read without running code; see `from_dict`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value.to_dict() if isinstance(value, Record) else value._asdict() if _is_named(value) else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Record":
+        """The record that `to_dict` made these `values` of."""
+        kinds = get_type_hints(cls)
+        return cls(**{name: _made(kinds[name], value) for name, value in values.items()})
+
 
 def _moved(value, device):
-    """A tensor, a record, or a tuple of tensors, on a device; anything else as it is."""
-    if isinstance(value, torch.Tensor | Record):
-        return value.to(device) if isinstance(value, Record) else value.to(device, non_blocking=True)
-    return type(value)(*(_moved(item, device) for item in value)) if isinstance(value, tuple) else value
+    """A tensor, a record, or a named tuple of tensors, on a device; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Record):
+        return value.to(device)
+    return type(value)(*(_moved(item, device) for item in value)) if _is_named(value) else value
+
+
+def _is_named(value) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_asdict")
+
+
+def _made(kind, value):
+    """A field's value from plain dictionaries; `kind` is its declared type."""
+    if not isinstance(value, dict):
+        return value
+    kind = next(part for part in get_args(kind) or (kind,) if isinstance(part, type) and part is not type(None))
+    return kind.from_dict(value) if issubclass(kind, Record) else kind(**value)
 
 
 class Counts(NamedTuple):

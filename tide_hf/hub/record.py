@@ -112,8 +112,8 @@ class RunRecord:
         model_name (`str`): the title.
         location (`str`): the argument of `from_pretrained`: a repository, or a folder relative to the reader's.
         start ([`Source`]): the model that the student was initialised from.
-        network (`dict`): `architecture`, `parameters`, `block_size` and `objective` ("block", "full" or "uniform") of
-            the student.
+        network (`dict`): `architecture`, `parameters`, `block_size` and `diffusion_type` ("block", "full" or
+            "uniform") of the student.
         revision (`str`, *optional*): the branch to load, if it is not the default one.
         teachers, datasets (`list[Source]`): what it learned from.
         objective (`dict`): every field of [`~tide_hf.Objective`], decided.

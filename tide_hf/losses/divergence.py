@@ -165,4 +165,5 @@ def kl_divergence(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor) -> torch.Tenso
         log_p_NV, log_q_NV (`torch.Tensor` of shape `(N, V)`): log-probabilities; −∞ is allowed in both.
     """
     p_NV = log_p_NV.exp()
-    return torch.where(p_NV > 0, p_NV * (log_p_NV - log_q_NV), 0.0).sum(-1)
+    # only zeros are replaced: a NaN has to stay one
+    return torch.where(p_NV == 0, 0.0, p_NV * (log_p_NV - log_q_NV)).sum(-1)
