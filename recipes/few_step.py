@@ -24,7 +24,7 @@ Three networks for about the memory of one, as adapters over a base that is the 
 
 
 def main() -> None:
-    from embedded import show_few_step
+    from embedded.command import show_few_step
 
     from tide_hf import IDLMConfig
     from tide_hf.commands.distill import parse_arguments, run_inverse_distillation

@@ -21,7 +21,6 @@ import sys
 
 
 def main() -> None:
-    from embedded.command import refuse_other_flags
     from embedded.from_autoregressive import show_from_autoregressive
 
     from tide_hf.commands.distill import parse_arguments, run_distillation
@@ -35,8 +34,7 @@ def main() -> None:
     if arguments.model.model_name_or_path is not None:
         run_distillation(arguments)
     else:
-        refuse_other_flags(arguments, {"output_dir", "preset"})
-        show_from_autoregressive(arguments.training.output_dir)
+        show_from_autoregressive(arguments)
 
 
 if __name__ == "__main__":

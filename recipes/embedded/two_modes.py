@@ -10,7 +10,8 @@ loss. The teacher of the training is therefore exact for data with a small unifo
 Shapes: K steps, S = 27 partially masked states, X = 8 clean sequences, L = 3 positions, V = 2 tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -18,6 +19,9 @@ import torch
 
 from tide_hf.losses import inverse_distillation_loss
 from tide_hf.models import TIME_EPSILON, loss_weight
+
+from .harness import Job, Result, run_jobs, tick
+from .report import format_table, summarize
 
 NUM_TOKENS, LENGTH, MASK = 2, 3, 2
 STATES_SL = torch.tensor(list(product(range(NUM_TOKENS + 1), repeat=LENGTH)))
@@ -182,20 +186,68 @@ def best_table(num_steps: int, knows_time: bool = False) -> torch.Tensor:
     return table_KSLV
 
 
-def distances(num_steps: int, uniform_shares: Sequence[float], seeds: Sequence[int]) -> dict[str, list[float]]:
-    """Total variation to the two modes at one number of steps: teacher, best and IDLM tables, one value a seed."""
+def bounds(steps: Sequence[int]) -> list[Result]:
+    """Total variation to the two modes, of the exact teacher and of the best tables.
 
-    def distance(table_KSLV):
-        return total_variation(output_distribution(table_KSLV), two_modes()).item()
+    Args:
+        steps (`Sequence[int]`): numbers of steps of the sampler; one metric each.
+    """
+    tables = {
+        "teacher": lambda num_steps: exact_denoiser(two_modes()).expand(num_steps, -1, -1, -1),
+        "best": best_table,
+        "best with time": partial(best_table, knows_time=True),
+    }
+    return [_measured(name, 0, table, steps) for name, table in tables.items()]
 
-    found = {"teacher": [distance(exact_denoiser(two_modes()).expand(num_steps, -1, -1, -1))]}
+
+def students(steps: Sequence[int], uniform_shares: Sequence[float], seed: int) -> list[Result]:
+    """Total variation to the two modes, of students that IDLM trains.
+
+    Args:
+        steps (`Sequence[int]`): numbers of steps of the sampler; one metric each.
+        uniform_shares (`Sequence[float]`), seed (`int`): as in [`train_student`].
+    """
+    results = []
     for knows_time in (False, True):
-        suffix = " with time" if knows_time else ""
-        found[f"best{suffix}"] = [distance(best_table(num_steps, knows_time))]
         for share in uniform_shares:
-            tables = [train_student(num_steps, share, seed, knows_time) for seed in seeds]
-            found[f"idlm{suffix} {share}"] = [distance(table) for table in tables]
-    return found
+            name = f"idlm{' with time' if knows_time else ''} {share}"
+            table = partial(train_student, uniform_share=share, seed=seed, knows_time=knows_time)
+            results.append(_measured(name, seed, table, steps))
+    return results
+
+
+def show_two_modes(
+    steps: Sequence[int] = (1, 2, 3, 4), shares: Sequence[float] = (0.01, 0.12, 0.16), num_seeds: int = 3
+) -> None:
+    """Computes all distances and prints them.
+
+    Args:
+        steps (`Sequence[int]`), shares (`Sequence[float]`): as in [`students`].
+        num_seeds (`int`): students of each kind.
+    """
+    jobs = [Job(partial(bounds, steps), 3 * len(steps))]
+    jobs += [Job(partial(students, steps, shares, seed), 2 * len(shares) * len(steps)) for seed in range(num_seeds)]
+    results = run_jobs("tables", jobs)
+    print(
+        f"\ntotal variation to the data at {steps[0]} to {steps[-1]} steps; IDLM: mean over seeds (lowest to highest)"
+    )
+    print("the number after idlm is the uniform share of the data that its teacher is exact for\n")
+    print(format_table(summarize(results), {str(number): partial(_cell, number=str(number)) for number in steps}))
+
+
+def _measured(name: str, seed: int, table: Callable[[int], torch.Tensor], steps: Sequence[int]) -> Result:
+    """The distances of the tables that `table` makes for numbers of steps."""
+    metrics = {}
+    for num_steps in steps:
+        metrics[str(num_steps)] = total_variation(output_distribution(table(num_steps)), two_modes()).item()
+        tick()
+    return Result("two modes", name, seed, metrics)
+
+
+def _cell(entry: dict, number: str) -> str:
+    values = entry[number]["values"]
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+    return f"{entry[number]['mean']:.4f}{spread}"
 
 
 def _state_law(q_SLV: torch.Tensor, masked: torch.Tensor | float, keeps_seen: bool = False) -> torch.Tensor:
