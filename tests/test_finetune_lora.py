@@ -65,7 +65,7 @@ def test_the_example_measures_what_it_saved(tmp_path, monkeypatch):
 def test_table_is_of_all_seeds():
     """Catches a table of the last seed, or a spread of one."""
     runs = [Result("sorting", "base", seed, {"ascending": a, "descending": 0.0}) for seed, a in enumerate((0.5, 1.0))]
-    assert adapter_table(runs).splitlines()[1].split() == "base 75.0 % ± 35.4 0.0 % ± 0.0".split(" ")
+    assert adapter_table(runs).splitlines()[1] == "base  75.0 % ± 35.4  0.0 % ± 0.0"
     assert "±" not in adapter_table(runs[:1])
 
 

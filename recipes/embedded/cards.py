@@ -55,7 +55,6 @@ def report_card(
     num_held_out: int,
     date: str,
     license: str = "apache-2.0",
-    commit: str | None = None,
 ) -> str:
     """The card of one network of an embedded comparison, every number from the report of the run.
 
@@ -67,7 +66,6 @@ def report_card(
         location (`str`): folder of the checkpoint after that command, relative to the checkout.
         num_held_out (`int`), date (`str`): prompts or rows it was measured on, and when (ISO).
         license (`str`): of the checkpoint; teacher and data are made by the run.
-        commit (`str`, *optional*): of this library when it ran.
 
     Raises:
         ValueError: if the report has no such row.
@@ -87,12 +85,7 @@ def report_card(
         start=Source(IN_MEMORY),
         teachers=[teacher] if objective.distills else [],
         datasets=[DataSource(f"{report['task']}, made by the command", license=license)],
-        network={
-            "architecture": "LLaDA2MoeModelLM" if size.get("experts") else "TIDEQwen3ForBlockDiffusion",
-            "parameters": rows[row]["parameters"],
-            "block_size": settings["block_size"],
-            "objective": "block",
-        },
+        network=_network(size, rows[row]["parameters"], settings["block_size"]),
         objective=objective.to_dict(),
         preparation={"train": report["preparation"]} if row != TEACHER and report.get("preparation") else {},
         arguments={**size, **settings["training"], "max_length": settings["max_length"]},
@@ -102,7 +95,6 @@ def report_card(
         results=_report_results(report, row, num_held_out, date),
         environment=report["environment"],
         command=command,
-        commit=commit,
         example_prompt=task.card.example_prompt,
         has_chat_template=True,
         license={"license": license},
@@ -110,6 +102,16 @@ def report_card(
         tags=["embedded-run"],
     )
     return write_card(record)
+
+
+def _network(size: dict, num_parameters: int, block_size: int) -> dict:
+    architecture = "LLaDA2MoeModelLM" if size.get("experts") else "TIDEQwen3ForBlockDiffusion"
+    return {
+        "architecture": architecture,
+        "parameters": num_parameters,
+        "block_size": block_size,
+        "objective": "block",
+    }
 
 
 def _report_results(report: dict, row: str, num_held_out: int, date: str) -> list[Measurement]:
