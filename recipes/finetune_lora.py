@@ -14,8 +14,8 @@ Your own student and data; every flag of TRL's ModelConfig and every TIDEConfig 
         --output_dir outputs/adapter --lora_r 16 --learning_rate 1e-4 --bf16
 
 `--use_dora` for DoRA; `--load_in_4bit` for QLoRA (pip install "tide-hf[quant]"); `--lora_target_modules q_proj v_proj`
-for other layers than all linear ones. With `--teacher_model_name_or_path` and `--preset tide-shared` (or kl, …) the
-adapter is distilled instead. The adapter's block size is its base's. To merge:
+for these layers instead of all linear ones. With `--teacher_model_name_or_path` and `--preset tide-shared` (or kl, …)
+the adapter is distilled instead. An adapter has the block size of its base. To merge:
 
     import tide_hf
     from peft import AutoPeftModelForCausalLM
