@@ -15,7 +15,15 @@ from embedded.decoding import complete
 from embedded.harness import Result
 from embedded.networks import Network, build_network
 from embedded.report import cell, format_table, mean_curve, summarize
-from embedded.tasks import rows_task, sorting_across_tokenizers_task, sorting_task
+from embedded.tasks import (
+    COMPARISONS,
+    dense_task,
+    find_comparison,
+    moe_task,
+    rows_task,
+    sorting_across_tokenizers_task,
+    sorting_task,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
@@ -100,7 +108,7 @@ def committed(name: str) -> list[tuple[list[Result], list[dict]]]:
 
 
 def of_seed(entry: dict, seed: int) -> dict:
-    """A network of a report with one seed's value in place of every summary."""
+    """A network of a report with one seed's value instead of every summary."""
     found = {}
     for key, value in entry.items():
         if isinstance(value, dict) and "values" in value:
@@ -168,6 +176,16 @@ def test_mean_curve_has_only_steps_of_every_seed():
     curves = [[{"step": 1, "ce": 2.0}, {"step": 2, "ce": 1.0}, {"step": 2, "lambda": 9.0}], [{"step": 1, "ce": 4.0}]]
     results = [Result("t", "x", seed, {}, curve=curve) for seed, curve in enumerate(curves)]
     assert mean_curve(results, "ce").to_dict() == {1: 3.0} and mean_curve(results, "distill").empty
+
+
+@pytest.mark.parametrize("name", [*COMPARISONS["dense_teacher"], *COMPARISONS["moe_teacher"], "mine.jsonl"])
+def test_the_command_of_a_report_runs_its_task(name):
+    """Catches a card that names the command of another comparison."""
+    task, recipe, command = find_comparison(name)
+    launched, _, named = command.partition(" --dataset_name ")
+    choose = {"dense_teacher": dense_task, "moe_teacher": moe_task}[recipe]
+    assert launched == f"accelerate launch recipes/{recipe}.py" and task.name == name
+    assert choose(named or None).name == name
 
 
 @pytest.mark.slow
