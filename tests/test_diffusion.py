@@ -1,4 +1,4 @@
-"""The forward process and the packed layout: schedules, draws, chunk masks, and the same logits from fewer columns."""
+"""The forward process and the packed layout: draws, chunk masks, and the same logits from fewer columns."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,6 @@ from tide_hf.diffusion import (
     LayoutSpec,
     Noising,
     block_layout,
-    chunk_loss_weight,
     chunk_member,
     complementary_split,
     complete_chunks,
@@ -27,56 +26,9 @@ from tide_hf.models import (
     TIDEQwen3Config,
     TIDEQwen3ForBlockDiffusion,
     block_visibility,
-    loss_weight,
-    masked_probability,
 )
 
 SCHEDULES = ("linear", "cosine")
-TIMES = (1e-3, 0.01, 0.2, 0.5, 0.77, 0.999)
-
-# ---- schedules ----
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedule_matches_alpha(schedule):
-    """Catches a weight that belongs to another schedule, or a sign lost in α′: the loss would bound nothing."""
-    t = torch.tensor(TIMES, dtype=torch.float64)
-    probability = [references.masked_probability(value, schedule) for value in TIMES]
-    weight = [references.loss_weight(value, schedule) for value in TIMES]
-    np.testing.assert_allclose(masked_probability(t, schedule).numpy(), probability, rtol=1e-9)
-    np.testing.assert_allclose(loss_weight(t, schedule).numpy(), weight, rtol=1e-9)
-    slope = (masked_probability(t + 1e-7, schedule) - masked_probability(t - 1e-7, schedule)) / 2e-7
-    np.testing.assert_allclose(slope / masked_probability(t, schedule), weight, rtol=1e-4)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedule_keeps_its_digits_in_float32(schedule):
-    """Catches 1 − (1 − t) in float32, which is off by 3e-5 at t = 1e-3."""
-    t = torch.tensor([1e-3, 1.3e-3, 7e-3])
-    exact = [references.loss_weight(value, schedule) for value in t.double().tolist()]
-    np.testing.assert_allclose(loss_weight(t, schedule).numpy(), exact, rtol=1e-6)
-    exact = [references.masked_probability(value, schedule) for value in t.double().tolist()]
-    np.testing.assert_allclose(masked_probability(t, schedule).numpy(), exact, rtol=1e-6)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("num_tokens", [1, 2, 8])
-def test_chunk_loss_weight(schedule, num_tokens):
-    """Catches completed chunks that count several times: with w(t) a chunk of 8 tokens weighs 2.7 times too much."""
-    t = torch.tensor(TIMES, dtype=torch.float64)
-    ours = chunk_loss_weight(t, torch.full_like(t, num_tokens), schedule)
-    expected = [references.chunk_loss_weight(value, num_tokens, schedule) for value in TIMES]
-    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-8)
-    if num_tokens == 1:
-        torch.testing.assert_close(ours, loss_weight(t, schedule))
-
-
-@pytest.mark.parametrize("function", [masked_probability, loss_weight])
-def test_unknown_schedule_is_refused(function):
-    """Catches a misspelt schedule that would train as the other one."""
-    with pytest.raises(ValueError, match="schedule must be one of"):
-        function(torch.tensor([0.5]), "quadratic")
-
 
 # ---- draws ----
 

@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .masked_diffusion import SCHEDULES
+from .masked_diffusion import named_schedule
 from .older_readers import WritesForOlderReaders
 
 AUTO_MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
@@ -96,7 +96,7 @@ class DiffusionConfig(TypedDiffusionConfig):
         block_size (`int`): tokens per diffusion block, counted from absolute position 0.
         diffusion_type (`str`, *optional*): `"block"` (blocks in order, clean prefix), the default, or `"full"` (one
             bidirectional sequence).
-        noise_schedule (`str`): α(t) the model was trained with, `"linear"` or `"cosine"`.
+        noise_schedule (`str`): α(t) the model was trained with, a name in [`~tide_hf.models.SCHEDULES`].
 
     Raises:
         ValueError: for an impossible block size, diffusion type or schedule, causal attention or sliding windows.
@@ -114,8 +114,7 @@ class DiffusionConfig(TypedDiffusionConfig):
             raise ValueError("is_causal=True: a student sees both sides of a [MASK]; leave is_causal at False.")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {self.block_size}.")
-        if self.noise_schedule not in SCHEDULES:
-            raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {self.noise_schedule!r}.")
+        named_schedule(self.noise_schedule, "noise_schedule")
         super().__post_init__(**kwargs)
         refuse_sliding_windows(self)
 

@@ -93,9 +93,16 @@ def reveal_counts(num_masked: int, steps: int) -> tuple[int, ...]:
     """How many of `num_masked` positions each of at most `steps` steps reveals, without steps that reveal none.
 
     Step j of S goes from time t = (S−j)/S to s = (S−j−1)/S. Under the linear schedule a position stays masked with
-    probability s/t, so round(left · (1 − s/t)) of those left are revealed. The quotient is taken in float32 from
-    1 − (1 − s), as in the published sampler: that decides which way a half is rounded, and the result is the same
-    token for token.
+    probability s/t, so round(left · (1 − s/t)) of those left are revealed: equal shares, whatever schedule the model
+    was trained with, since the network is not told the time. The quotient is taken in float32 from 1 − (1 − s), as in
+    the published sampler: that decides which way a half is rounded, and the result is the same token for token.
+
+    Args:
+        num_masked (`int`): masked positions of a row's block.
+        steps (`int`): S, at least 1.
+
+    Returns:
+        `tuple[int]`: positive counts that add up to `num_masked`.
 
     Source: MDLM 2406.07524 eq. 7; the sampler of dllm and TIDE.
     """
