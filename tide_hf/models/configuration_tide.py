@@ -18,6 +18,42 @@ from .older_readers import WritesForOlderReaders
 AUTO_MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 
+@dataclass(frozen=True)
+class TeacherView:
+    """How a network is fed when it teaches.
+
+    Args:
+        blocks (`str`): `"none"` (one bidirectional sequence, no clean copy), `"own"` (as its configuration says:
+            blocks of its `block_size`, or none if its `diffusion_type` is `"full"`) or `"student"` (the student's
+            blocks).
+        shifted (`bool`): whether the logits at position i − 1 are those of position i.
+        causal (`bool`): whether a block is causal inside, its unmasked tokens first.
+    """
+
+    blocks: str
+    shifted: bool = False
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherFamily:
+    """What the trainer needs to know of a kind of checkpoint that can teach: its class's `teacher_family`.
+
+    Args:
+        native ([`TeacherView`]): how it was trained.
+        paper ([`TeacherView`], *optional*): how the published TIDE (2604.26951) feeds it; as `native` by default.
+        mask_token_id (`int`, *optional*): used where neither its config nor its tokenizer gives one.
+    """
+
+    native: TeacherView
+    paper: TeacherView | None = None
+    mask_token_id: int | None = None
+
+    def view(self, context: str) -> TeacherView:
+        """The view of a `teacher_context`, `"paper"` or `"native"`."""
+        return self.paper if context == "paper" and self.paper is not None else self.native
+
+
 class CarriesItsCode(WritesForOlderReaders):
     """A configuration that is saved with the code that loads it; stands before a transformers configuration."""
 
@@ -103,6 +139,7 @@ class DiffusionConfig(TypedDiffusionConfig):
     """
 
     DIFFUSION_TYPES = ("block", "full")
+    teacher_family = TeacherFamily(TeacherView("own"))
 
     is_causal: bool = False
     mask_token_id: int | None = None
