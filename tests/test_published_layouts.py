@@ -241,7 +241,7 @@ def test_unknown_family_is_refused_before_its_weights(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match=f"'{model_type}' is not a known teacher family") as error:
         load_teacher(str(tmp_path))
-    for known in ("llada2_moe", "Dream", "sdar", "wedlm", "llada", "registered with AutoModelForCausalLM"):
+    for known in ("llada2_moe", "Dream", "sdar", "wedlm", "llada", "model class with AutoModelForCausalLM"):
         assert known in str(error.value)
 
 

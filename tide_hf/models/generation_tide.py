@@ -13,12 +13,11 @@ from transformers.modeling_outputs import ModelOutput
 
 from .canvas_tide import answer_canvas, infill_canvas
 from .decoding_tide import Decoder
-from .generation_config_tide import TIDEGenerationConfig
+from .generation_config_tide import DEFAULTS, TIDEGenerationConfig
 from .infilling_tide import TextInfillingMixin
 from .prompts_tide import check_ids, padding_mask, token_rows
 from .sampling_tide import transformers_rules
 from .settings_tide import (
-    DEFAULTS,
     FOR_ANSWERS,
     FOR_INFILL,
     READ,

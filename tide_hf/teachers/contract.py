@@ -69,6 +69,6 @@ def refuse_unknown(config) -> None:
     if family_of(config) is None:
         raise ValueError(
             f"model_type={config.model_type!r} is not a known teacher family; known are {', '.join(FAMILIES)}. To add "
-            "one, give its configuration class a teacher_family (tide_hf.teachers.TeacherFamily); its model class must "
-            "be registered with AutoModelForCausalLM."
+            "one, give its configuration class a teacher_family (tide_hf.teachers.TeacherFamily) and register its "
+            "model class with AutoModelForCausalLM."
         )
