@@ -80,7 +80,7 @@ FOR_ANSWERS = (
 READ = (*FOR_ANSWERS, *FOR_INFILL, "guidance_scale")
 
 _BEAMS = "a row is denoised as one answer, and there are no beams to compare"
-_DRAFTS = "no second model drafts tokens; steps_per_block, confidence_threshold and entropy_bound set how many a pass reveals"
+_DRAFTS = "no second model drafts tokens; how many a pass reveals follows from steps_per_block and its alternatives"
 _CACHE = "finished blocks are kept in a cache of this decoder's own"
 _ENCODER = "it belongs to models with an encoder"
 _STATES = "a pass scores all masked tokens of a block, so there is no such output per new token"
