@@ -1,4 +1,4 @@
-"""The forward process on the host: noise, masks, CompDemo's split, and which positions are run."""
+"""The forward process on the host: noise, masks, CompDemo's split, and which positions a network is run on."""
 
 from .corruption import (
     chunk_loss_weight,
