@@ -58,8 +58,8 @@ class TIDEUniformQwen3ForDiffusion(RefusesNextTokenTrainers, Qwen3ForCausalLM):
             input_ids (`torch.LongTensor` of shape `(B, L)`): clean tokens with `labels`, noised ones otherwise.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): padding mask.
             noise_level (`torch.Tensor` of shape `(B, L)`): 1 − α of each position, in [0, 1]; 0 is a clean token.
-            token_probabilities (`torch.Tensor` of shape `(B, L, V)`, *optional*): soft inputs instead of `input_ids`, with
-                or without a gradient.
+            token_probabilities (`torch.Tensor` of shape `(B, L, V)`, *optional*): soft inputs instead of `input_ids`,
+                with or without a gradient.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): `input_ids` where trained on, −100 elsewhere. α
                 is uniform per row. In eval mode a row is run at `eval_num_times` levels, and its noise follows from
                 its tokens and labels alone.

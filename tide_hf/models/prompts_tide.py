@@ -39,9 +39,9 @@ def padding_mask(
 ) -> torch.BoolTensor:
     """True at tokens, `(B, L)`, whose ids are checked against the vocabulary.
 
-    Without an attention mask the `pad_token_id`s at either end of a row are padding, unless padding is EOS or [MASK] as
-    well; if it is BOS as well, one of them stays in front of each row. A token that a mask hides between others is left
-    out, as if it had not been given.
+    Without an attention mask the `pad_token_id`s at either end of a row are padding, unless padding is EOS or [MASK]
+    as well; if it is BOS as well, one of them stays in front of each row. A token that a mask hides between others is
+    left out, as if it had not been given.
 
     Args:
         ids (`torch.LongTensor` of shape `(B, L)`): the rows.

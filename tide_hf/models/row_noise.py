@@ -93,8 +93,8 @@ def _mixed(word):
 def mean_nats(nats_B: torch.Tensor, num_trained_B: torch.Tensor, num_items_in_batch, training: bool) -> torch.Tensor:
     """The loss of a call: in training a mean over tokens, in evaluation a mean over rows of each row's own mean.
 
-    An evaluation loop averages the calls' losses, weighted by their numbers of rows; a mean over tokens would therefore
-    depend on which rows share a batch. For the same reason, a row without trained-on tokens counts as 0 there.
+    An evaluation loop averages the calls' losses, weighted by their numbers of rows; a mean over tokens would
+    therefore depend on which rows share a batch. For the same reason, a row without trained-on tokens counts as 0.
 
     Args:
         nats_B (`torch.Tensor` of shape `(B,)`): weighted nats of each row, summed over its tokens.

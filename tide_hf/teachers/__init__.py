@@ -1,4 +1,4 @@
-"""A frozen model and its contract: from packed inputs to logits at the asked positions."""
+"""Teachers: a frozen model and its contract, from packed inputs to logits at the asked positions."""
 
 from ..models.configuration_tide import TeacherFamily, TeacherView
 from .contract import CONTEXTS, FAMILIES, REFUSED, contract_for, family_of
