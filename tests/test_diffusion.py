@@ -74,7 +74,7 @@ def test_diffusion_time_range():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_masked_fraction(schedule, t):
-    """Catches masking with α(t) in place of 1 − α(t), and masked prompts."""
+    """Catches masking with α(t) instead of 1 − α(t), and masked prompts."""
     _, uniform, _ = row_uniforms(1, 0, range(400), 50)
     labels = torch.ones(400, 50, dtype=torch.long)
     labels[:, :10] = -100
@@ -203,10 +203,10 @@ def pad(rows, side, value, extra=3):
     return torch.stack(filled)
 
 
-SPEC = LayoutSpec(MASK, BLOCK)
+CONTRACT = LayoutSpec(MASK, BLOCK)
 
 
-def lay_out(rows, masks, side="right", spec=SPEC, pack=True):
+def lay_out(rows, masks, side="right", spec=CONTRACT, pack=True):
     """`block_layout` of padded rows; padding holds a real token id, which must not matter."""
     valid = pad([torch.ones(len(row), dtype=torch.bool) for row in rows], side, False)
     padded_masks = [pad([row[index] for row in masks], side, False) for index in range(len(masks[0]))]
@@ -325,7 +325,7 @@ def test_noising_names_the_row_of_each_chunk():
         "teacher_chunk_ids": torch.tensor([[0, 1, 1, -1], [2, 0, 0, 0]]),
         "teacher_attention_mask": torch.ones(2, 4, dtype=torch.long),
     }
-    out = Noising(SPEC, SPEC)(batch, (torch.full((2,), 0.5), torch.zeros(2, 4), None))
+    out = Noising(CONTRACT, CONTRACT)(batch, (torch.full((2,), 0.5), torch.zeros(2, 4), None))
     assert out["chunk_row"].tolist() == [0, 0, 1, 1]
     # each token's chunk by number, student then teacher: the clean ids tell which token it is
     assert list(zip(out["targets"].tolist(), out["pair_chunk"].tolist(), strict=False)) == [

@@ -194,7 +194,7 @@ def test_published_student_by_name(tmp_path):
 
 
 def test_adapters_are_merged_by_name_and_refused_as_instances(tmp_path):
-    """Catches an adapter that is left out of the exported weights without a word, and a caller's model changed."""
+    """Catches an adapter that is silently left out of the exported weights, and a caller's model changed."""
     model = student()
     model.save_pretrained(tmp_path / "base")
     adapted = get_peft_model(

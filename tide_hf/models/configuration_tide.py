@@ -61,10 +61,14 @@ class CarriesItsCode(WritesForOlderReaders):
     modeling: ClassVar[str]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Writes config.json and, beside it, the code that loads the checkpoint where tide_hf is not installed.
+        """Writes config.json and, next to it, the code that loads the checkpoint where tide_hf is not installed.
 
-        `register_for_auto_class` would name one Auto class, and take the file of an instance's class, which FSDP2
-        replaces by its own; here `auto_map` names all four.
+        transformers' `register_for_auto_class` would name one Auto class, and copy the file of the instance's class,
+        which FSDP2 replaces by a class of its own; here `auto_map` names all four.
+
+        Args:
+            save_directory (`str` or `Path`): the folder to write to.
+            args, kwargs: as in transformers.
         """
         own_class = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         self.auto_map = {"AutoConfig": own_class, **dict.fromkeys(AUTO_MODELS, self.modeling)}
@@ -76,16 +80,17 @@ class CarriesItsCode(WritesForOlderReaders):
 
 
 def refuse_sliding_windows(config) -> None:
-    """Raises ValueError for layers of a window, which the masks of diffusion replace by everything they show."""
+    """Raises ValueError for sliding-window layers of a `config`: the masks of a diffusion LM have no window."""
     window = getattr(config, "sliding_window", None)
-    everywhere = window is not None and getattr(config, "use_sliding_window", False)  # where layers have no types
+    everywhere = window is not None and getattr(config, "use_sliding_window", False)
     layer_types = getattr(config, "layer_types", None)
+    # older configurations have no layer_types
     if everywhere if layer_types is None else "sliding_attention" in layer_types:
         raise ValueError(
             f"Some layers of this {config.model_type} attend to a sliding window (use_sliding_window="
-            f"{config.use_sliding_window}, sliding_window={window}), which the masks of a diffusion LM "
-            "would replace by everything they show: set use_sliding_window=false, or every entry of layer_types to "
-            "'full_attention', if that is what the model was trained with."
+            f"{config.use_sliding_window}, sliding_window={window}), and a diffusion LM's masks "
+            "have no window: set use_sliding_window=false, or every entry of layer_types to 'full_attention', if that "
+            "is what the model was trained with."
         )
 
 

@@ -47,7 +47,7 @@ class BlockCacheLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes `key_states` and `value_states`, `(R, heads, columns, head size)`, after the committed columns.
 
-        Returns views of both, the committed columns included.
+        Returns views of both, the committed columns included. transformers' `args` and `kwargs` are not used.
         """
         if not self.is_initialized:
             rows, heads, _, head_dim = key_states.shape

@@ -89,7 +89,7 @@ class TIDEGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, *args, **kwargs):
-        """Checks the settings that this decoder reads.
+        """Checks the settings that this decoder reads; `args` and `kwargs`, in transformers' signature, are not used.
 
         Raises:
             ValueError: with the field, its value, and the values it may have.

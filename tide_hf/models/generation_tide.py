@@ -50,7 +50,11 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
     generation_config_class = TIDEGenerationConfig
 
     def adjust_generation_fn(self, generation_config, *args, **kwargs):
-        """Loads generation_config.json as [`TIDEGenerationConfig`]."""
+        """Reads generation_config.json, loaded as `generation_config`, as [`TIDEGenerationConfig`].
+
+        Args:
+            args, kwargs: as in transformers.
+        """
         super().adjust_generation_fn(generation_config, *args, **kwargs)
         base = TIDEGenerationConfig.from_model_config(self.config)
         self.generation_config = TIDEGenerationConfig.from_dict(said_by(base) | said_by(self.generation_config))

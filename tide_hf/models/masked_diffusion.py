@@ -61,7 +61,7 @@ def masked_probability(t: torch.Tensor, schedule: str = "linear") -> torch.Tenso
 
 
 def loss_weight(t: torch.Tensor, schedule: str = "linear") -> torch.Tensor:
-    """w(t) = −α′(t) / (1 − α(t)), the weight of the denoising loss; arguments as [`masked_probability`].
+    """w(t) = −α′(t) / (1 − α(t)), the weight of the denoising loss; `t`, `schedule` as in [`masked_probability`].
 
     Source: MDLM 2406.07524 eq. 10.
     """

@@ -83,7 +83,7 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Dispatches on `architectures`, which alone tells the two architectures of this model_type apart."""
+        """As in transformers; `architectures` in `config_dict` tells the two networks of this model_type apart."""
         is_moe = "LLaDAMoEModelLM" in (config_dict.get("architectures") or ()) or "num_experts" in config_dict
         return LLaDAMoEConfig.from_dict(config_dict, **kwargs) if is_moe else super().from_dict(config_dict, **kwargs)
 

@@ -104,7 +104,7 @@ class LLaDA2MoeModelLM(MaskedDiffusionMixin, Glm4MoeForCausalLM):
         self._keys_to_ignore_on_load_unexpected = set()
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers, in the published layout, whichever was loaded."""
+        """As in transformers, args and kwargs included, in the published layout, whichever was loaded."""
         used = getattr(self, "_weight_conversions", None)
         if used is None or any(conversion.source_patterns == MERGED for conversion in used):
             self._weight_conversions = PUBLISHED_LAYOUT

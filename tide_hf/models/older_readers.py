@@ -1,4 +1,4 @@
-"""config.json for readers on transformers 4, beside what transformers 5 reads.
+"""config.json in a form that both transformers 4 and transformers 5 read.
 
 transformers 4 looks for the rotary settings at the top level (`rope_theta`, `rope_scaling`, `partial_rotary_factor`)
 and for `torch_dtype`; where it finds only `rope_parameters` and `dtype` it silently takes its defaults. This file
@@ -30,7 +30,7 @@ class WritesForOlderReaders:
         return super().from_dict(config_dict, **kwargs)
 
     def to_json_string(self, use_diff: bool = True, **kwargs) -> str:
-        """As in transformers, `use_diff` and `kwargs` included, with the older names beside the newer ones."""
+        """As in transformers, `use_diff` and `kwargs` included, with the older names next to the newer ones."""
         values = json.loads(super().to_json_string(use_diff=use_diff, **kwargs))
         values |= older_names(values.get("rope_parameters") or {}, values.get("max_position_embeddings"))
         if values.get("dtype") is not None:

@@ -63,7 +63,7 @@ def uniforms(keys_B: torch.Tensor, draw: int, positions_BL: torch.Tensor) -> tor
 
 
 def random_tokens(keys_B: torch.Tensor, draw: int, positions_BL: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Tokens drawn uniformly from `vocab_size`, `(B, L)`; other arguments as in [`uniforms`]."""
+    """Tokens drawn uniformly from [0, vocab_size), `(B, L)`; `keys_B`, `draw`, `positions_BL` as in [`uniforms`]."""
     # the upper 32 bits of bits · V: uniform in [0, V) without a division
     return (_words(keys_B, draw, positions_BL) * vocab_size) >> 32
 

@@ -48,7 +48,7 @@ def transformers_rules(
             setting's replaces it, as in transformers.
     """
     columns, eos, options = torch.arange(prompt_ids.shape[1], device=prompt_ids.device), settings.eos_token_id, {}
-    if num_padding is None:  # a text with holes: nothing ends it, and that it has no prompt is no error
+    if num_padding is None:  # a text with holes: nothing ends it, and it has no prompt
         eos, num_columns = None, 1
     else:
         num_columns = len(columns)
