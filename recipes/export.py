@@ -18,7 +18,7 @@ class ExportArguments:
 
     model_name_or_path: str = field(metadata={"help": "Student or adapter: Hub name or folder."})
     output_dir: str = field(metadata={"help": "Folder to write."})
-    format: str = field(default="sdar", metadata={"help": "Layout to write: sdar."})
+    format: str = field(default="sdar", metadata={"help": "Network that engines serve it as: sdar."})
     confidence_threshold: float = field(
         default=0.9, metadata={"help": "Probability in (0, 1] at which the engines reveal a token."}
     )

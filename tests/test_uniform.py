@@ -162,7 +162,7 @@ def test_loss_of_labels_noises_and_scores_the_answer_alone():
 
 
 def test_generation_keeps_the_prompt_and_samples_the_denoiser():
-    """Catches prompts that change, an answer not filled behind its end, and steps that ignore the network."""
+    """Catches prompts that change, an answer without padding after its end, and steps that ignore the network."""
     model = tiny_uniform().eval()
     prompt = torch.tensor([[11, 3, 1, 12]]).repeat(4000, 1)
     draws = torch.Generator().manual_seed(0)
