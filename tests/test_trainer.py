@@ -404,8 +404,8 @@ def test_wedlm_teacher_in_the_papers_context(tmp_path):
     student = tiny_model(0, dtype=torch.float32)
     trainer = tiny_trainer(tmp_path, model=student, teacher=str(tmp_path / "wedlm"),
                            trainer_kwargs={"teacher_processing_class": build_tokenizer()})  # fmt: skip
-    assert trainer.teacher.contract.block_size == 4 and trainer.teacher.contract.clean_copy
-    assert trainer.teacher.contract.mask_token_id == build_tokenizer().mask_token_id
+    assert trainer.signal.contract.block_size == 4 and trainer.signal.contract.clean_copy
+    assert trainer.signal.contract.mask_token_id == build_tokenizer().mask_token_id
     trainer.train()
     assert losses_of(trainer)[-1] > 0
 

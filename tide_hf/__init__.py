@@ -11,6 +11,7 @@ from . import models
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Divergence": "losses",
     "TIDEConfig": "training",
     "TIDETrainer": "training",
     "IDLMConfig": "few_step",
