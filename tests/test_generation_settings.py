@@ -319,7 +319,7 @@ def test_stop_strings_need_letters():
     """Catches "substring not found" for a tokenizer of words alone, which transformers' criterion cannot measure."""
     model = tiny_model(dtype=torch.float32)
     ids = torch.tensor([build_tokenizer().encode("<user>739152<assistant>")])
-    with pytest.raises(ValueError, match=r"stop_strings=.*needs a tokenizer that can write any letters"):
+    with pytest.raises(ValueError, match=r"stop_strings=.*needs a tokenizer that can write any letter"):
         model.generate(ids, stop_strings=["9"], tokenizer=build_tokenizer(), max_new_tokens=4)
 
 
