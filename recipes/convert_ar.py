@@ -31,17 +31,21 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from tide_hf import convert_to_diffusion
+    from tide_hf.commands.refusals import refusing
+    from tide_hf.hub import require_available
 
-    student, tokenizer = convert_to_diffusion(
-        arguments.model,
-        objective=arguments.objective,
-        block_size=arguments.block_size,
-        mask_token=arguments.mask_token,
-        dtype=arguments.dtype,
-        revision=arguments.revision or "main",
-    )
-    student.save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
+    with refusing():
+        require_available([arguments.model], [])
+        student, tokenizer = convert_to_diffusion(
+            arguments.model,
+            objective=arguments.objective,
+            block_size=arguments.block_size,
+            mask_token=arguments.mask_token,
+            dtype=arguments.dtype,
+            revision=arguments.revision or "main",
+        )
+        student.save_pretrained(arguments.output_dir)
+        tokenizer.save_pretrained(arguments.output_dir)
     print(
         f"{type(student).__name__}, {student.num_parameters():,} parameters, mask token {tokenizer.mask_token} "
         f"({tokenizer.mask_token_id}), saved to {arguments.output_dir}"

@@ -8,7 +8,6 @@ id than 151669, full-sequence diffusion, another network than Qwen3's) is refuse
 for the engines are printed, and stand in SERVING.md beside the weights.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 
@@ -18,20 +17,20 @@ class ExportArguments:
 
     model_name_or_path: str = field(metadata={"help": "Student or adapter: Hub name or folder."})
     output_dir: str = field(metadata={"help": "Folder to write."})
-    format: str = field(default="sdar", metadata={"help": "What engines shall take it for: sdar."})
+    format: str = field(default="sdar", metadata={"help": "Architecture that the engines load it as: sdar."})
     confidence_threshold: float = field(
         default=0.9, metadata={"help": "Probability in (0, 1] at which the engines reveal a token."}
     )
 
 
 def main() -> None:
-    from trl import TrlParser
-
     from tide_hf import export_for_serving
-    from tide_hf.hub import NotAvailableError, require_available
+    from tide_hf.commands.parsing import RecipeParser
+    from tide_hf.commands.refusals import refusing
+    from tide_hf.hub import require_available
 
-    (arguments,) = TrlParser((ExportArguments,)).parse_args_and_config()
-    try:
+    (arguments,) = RecipeParser((ExportArguments,)).parse_args_and_config()
+    with refusing():
         require_available([arguments.model_name_or_path], [])
         folder = export_for_serving(
             arguments.model_name_or_path,
@@ -39,8 +38,6 @@ def main() -> None:
             format=arguments.format,
             confidence_threshold=arguments.confidence_threshold,
         )
-    except (NotAvailableError, ValueError) as error:
-        sys.exit(str(error))
     print((folder / "SERVING.md").read_text())
 
 

@@ -19,16 +19,15 @@ def main() -> None:
     from embedded.decoding import DenoisingLines
 
     from tide_hf.commands.chat import load_chat_model
+    from tide_hf.commands.refusals import refusing
 
     class WholeAnswer(DenoisingLines):
         def put_draft(self, value, **kwargs):
             ids = [*self._finished.tolist(), *value.flatten().tolist()]
             print(f"  {self._text(ids + [tokenizer.mask_token_id] * (arguments.num_tokens - len(ids)))}")
 
-    try:
+    with refusing():
         model, tokenizer = load_chat_model(arguments.model)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     chat = [{"role": "user", "content": arguments.question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     for title, settings in {"one token per call": {}, "threshold 0.9": {"confidence_threshold": 0.9}}.items():

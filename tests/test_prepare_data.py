@@ -430,7 +430,7 @@ def test_what_the_recipe_wrote_trains(folders, capsys):
     trainer = run_distillation(parse_arguments("outputs", flags))
     assert trainer.preparation_reports["train"].num_rows == 25
     assert trainer.objective.alignment == "chunk" and (folders["out"] / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match="eos_fill: prepared with block, this run has end"):
+    with pytest.raises(SystemExit, match="eos_fill: prepared with block, this run has end"):
         run_distillation(parse_arguments("outputs", [*flags, "--eos_fill", "end"]))
 
 
@@ -462,9 +462,9 @@ def test_template_and_settings_are_flags(folders, tmp_path):
         tiny_model(seed, vocab_size=size, hidden=16, dtype=torch.float32).save_pretrained(folders[name])
     flags = flags_of({**folders, "rows.jsonl": folders["prepared"]}, "--output_dir", str(folders["out"]))
     flags += ["--preset", "tide-cross", "--max_steps", "1", "--report_to", "none", "--use_cpu"]
-    with pytest.raises(ValueError, match="student chat template: prepared with"):
+    with pytest.raises(SystemExit, match="student chat template: prepared with"):
         run_distillation(parse_arguments("outputs", flags))
-    with pytest.raises(ValueError, match="chat_template_kwargs: prepared with"):
+    with pytest.raises(SystemExit, match="chat_template_kwargs: prepared with"):
         run_distillation(parse_arguments("outputs", [*flags, *given[:2]]))
     run_distillation(parse_arguments("outputs", [*flags, *given]))
     saved = AutoTokenizer.from_pretrained(folders["out"])
@@ -492,9 +492,9 @@ def test_the_papers_file_is_understood(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--max_lenght", "8"], "Unknown: --max_lenght"),
+        (["--max_lenght", "8"], "unknown: --max_lenght"),
         (["--max_length", "18"], "block_size=4 does not fit max_length=18"),
-        (["--dataset_train_split", "tran"], "has the splits train and none of tran, test"),
+        (["--dataset_train_split", "tran"], "has the splits train, but none of tran, test"),
     ],
 )
 def test_what_cannot_be_prepared_is_one_sentence(folders, flags, said):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .report import DataError
+
 
 @dataclass
 class DistillationCollator:
@@ -40,7 +42,7 @@ class DistillationCollator:
             }
         for name, size in (("input_ids", self.vocab_size), ("teacher_input_ids", self.teacher_vocab_size)):
             if size is not None and name in batch and int(batch[name].max()) >= size:
-                raise ValueError(
+                raise DataError(
                     f"A row's {name} hold the token id {int(batch[name].max())}, and the network's embedding has "
                     f"{size} rows, ids 0 to {size - 1}: the rows were prepared with another tokenizer than its own."
                 )

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .formats import unread_columns
 from .preparation import COLUMNS, COVERAGE, COVERAGE_COUNTS, STATUS, RowPreparation, nth_key
 from .record import CARRIER, PreparationRecord
-from .report import PreparationReport
+from .report import DataError, PreparationReport
 
 logger = logging.get_logger(__name__)
 FIRST_ROWS = 100  # of a stream, by which a teacher must have seen an answer
@@ -32,7 +32,8 @@ def prepare_dataset(
         None for a streaming dataset, whose dropped rows are logged as they are met.
 
     Raises:
-        ValueError: if no column can train, or no row is left, with the counts.
+        ValueError: if no column holds anything to train on.
+        DataError: if no row is left, with the counts, or a teacher sees no answer.
     """
     if isinstance(dataset, IterableDataset):
         removed = removed_columns(dataset)
@@ -43,7 +44,7 @@ def prepare_dataset(
         ).remove_columns([STATUS, COVERAGE]), None
     prepared, report = prepare_table(dataset, preparation, num_proc)
     if not report.num_kept:
-        raise ValueError(f"No row is left to train on: {report}")
+        raise DataError(f"No row is left to train on: {report}")
     report.refuse_nothing_aligned()
     logger.info(f"Prepared dataset: {report}")
     return number_equal_rows(prepared), report
@@ -153,7 +154,7 @@ def take_in(report: PreparationReport, part: PreparationReport) -> None:
     """Counts further rows of a stream, and logs each reason of dropped ones at its 1st, 10th, 100th, … row.
 
     Raises:
-        ValueError: if a teacher sees no answer of the first hundred rows.
+        DataError: if a teacher sees no answer of the first hundred rows.
     """
     before, num_kept = report.dropped, report.num_kept
     report.add(part)

@@ -3,7 +3,7 @@
 Imported only where it is used: TRL, whose dataset configuration it shares, takes seconds to import.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from datasets import (
@@ -18,6 +18,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
@@ -47,15 +48,35 @@ class MixtureConfig(DatasetMixtureConfig):
     )
 
     def __post_init__(self):
-        self.datasets = [MixturePart(**part) if isinstance(part, dict) else part for part in self.datasets]
+        self.datasets = [_mixture_part(part) for part in self.datasets]
         if any(part.fraction is not None for part in self.datasets):
             raise ValueError("fraction is not supported in a mixture; take part of a dataset with split: train[:10%].")
         if self.streaming and self.test_split_size is not None:
             raise ValueError("test_split_size cannot split a stream: leave streaming off, or name a test dataset.")
 
 
+def _mixture_part(given) -> MixturePart:
+    """An entry of a YAML file's `datasets`, checked."""
+    if isinstance(given, MixturePart):
+        return given
+    known = [part.name for part in fields(MixturePart)]
+    if not isinstance(given, dict) or "path" not in given or not given.keys() <= set(known):
+        raise ValueError(f"datasets has the entry {given!r}; expected a path and, optionally, {', '.join(known[1:])}.")
+    return MixturePart(**given)
+
+
 def load_mixture(mixture: MixtureConfig) -> DatasetDict:
-    """Loads every part and joins them, each row as it was: `train`, and `test` where asked for."""
+    """Loads all parts of a mixture and joins them, every row unchanged.
+
+    Args:
+        mixture ([`MixtureConfig`]): what to load, and whether to split off a test set.
+
+    Returns:
+        `DatasetDict`: `train`, and `test` where `test_split_size` is given.
+
+    Raises:
+        ValueError: for a part that has no column to train on, or a split that does not exist.
+    """
     parts = []
     for part in mixture.datasets:
         rows = load_rows(part.path, part.name, part.split, mixture.streaming, part.data_dir, part.data_files)
@@ -75,16 +96,28 @@ def load_rows(
     data_dir: str | None = None,
     data_files=None,
 ) -> Dataset | IterableDataset | DatasetDict:
-    """One dataset by Hub name, local file (.jsonl, .json, .parquet, .csv) or folder written by `save_to_disk`.
+    """Loads one dataset.
+
+    Args:
+        path (`str`): a name on the Hub, a local file (.jsonl, .json, .parquet, .csv), or a folder written by
+            `save_to_disk`.
+        name (`str`, *optional*): configuration of a Hub dataset.
+        split (`str`, *optional*): a split or a part of one, such as `train[:10%]`; None loads all of them.
+        streaming (`bool`): read the rows of a Hub dataset or file as they are needed.
+        data_dir, data_files (*optional*): as in [`~datasets.load_dataset`].
 
     Raises:
-        ValueError: for a local file of another kind.
+        ValueError: for a local file that is of another kind or cannot be parsed.
     """
     local = Path(path)
     if local.is_file():
         if local.suffix not in FILE_FORMATS:
             raise ValueError(f"{path} ends in {local.suffix!r}; expected one of {', '.join(FILE_FORMATS)}.")
-        return load_dataset(FILE_FORMATS[local.suffix], data_files=str(local), split=split, streaming=streaming)
+        kind = FILE_FORMATS[local.suffix]
+        try:
+            return load_dataset(kind, data_files=str(local), split=split, streaming=streaming)
+        except DatasetGenerationError as error:
+            raise ValueError(f"{path} cannot be read as {kind}: {error.__cause__ or error}") from error
     if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
         return _part_of(load_from_disk(path), split)
     return load_dataset(path, name, split=split, streaming=streaming, data_dir=data_dir, data_files=data_files)

@@ -5,6 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 
+class DataError(ValueError):
+    """Rows that cannot train this run, whatever else is right."""
+
+
 @dataclass
 class PreparationReport:
     """What became of the rows of one dataset.
@@ -74,10 +78,10 @@ class PreparationReport:
         """Refuses rows of a distillation of which the teacher sees no answer.
 
         Raises:
-            ValueError: with the counts and what to do.
+            DataError: with the counts and what to do.
         """
         if self.num_teacher_tokens and not self.num_aligned_tokens:
-            raise ValueError(
+            raise DataError(
                 f"No token of any answer is aligned with the teacher, so nothing would be distilled: {self}. Raise "
                 "teacher_max_length where rows are cut on the teacher's side, compare the chat templates, or train "
                 "without a teacher (preset='ce')."

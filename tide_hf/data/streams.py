@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .collator import DistillationCollator
 from .dataset import next_key, removed_columns, report_of, take_in
 from .preparation import COLUMNS, COVERAGE, STATUS, RowPreparation
-from .report import PreparationReport
+from .report import DataError, PreparationReport
 
 logger = logging.get_logger(__name__)
 PREFETCH = 2  # chunks that each worker is ahead by default, as in torch's DataLoader
@@ -80,12 +80,12 @@ class RowStream(torch.utils.data.IterableDataset):
         """Stops counting.
 
         Raises:
-            ValueError: if no row is left to train on, or a teacher sees no answer, with the counts.
+            DataError: if no row is left to train on, or a teacher sees no answer, with the counts.
         """
         if self.preparation is not None and not self._is_counted:
             logger.info(f"Prepared while streaming: {self.report}")
             if not self.report.num_kept:
-                raise ValueError(f"No row of the stream is left to train on: {self.report}")
+                raise DataError(f"No row of the stream is left to train on: {self.report}")
             self.report.refuse_nothing_aligned()
         self._is_counted = True
 
