@@ -31,10 +31,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from tide_hf import convert_to_diffusion
-    from tide_hf.commands.refusals import refusing
+    from tide_hf.commands.refusals import refusing, require_dtype, require_folder
     from tide_hf.hub import require_available
 
     with refusing():
+        require_dtype(arguments.dtype)
+        require_folder(arguments.output_dir)
         require_available([arguments.model], [])
         student, tokenizer = convert_to_diffusion(
             arguments.model,

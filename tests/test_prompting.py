@@ -237,7 +237,7 @@ def test_settings_of_the_wrong_name_are_refused():
     for given, said in (
         ({"enable_thinkng": False}, "'enable_thinkng', which no chat template of this run reads"),
         ({"messages": []}, "sets 'messages', which is not a template's own"),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[1]", "expected a mapping"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -125,7 +125,9 @@ def _parsed(given: dict | str) -> dict:
         try:
             settings = json.loads(given)
         except json.JSONDecodeError as error:
-            raise ValueError(f'chat_template_kwargs={given!r} is no JSON ({error}): give {{"name": value}}.') from None
+            raise ValueError(
+                f'chat_template_kwargs={given!r} is not valid JSON ({error}): give {{"name": value}}.'
+            ) from None
     if not isinstance(settings, dict):
         raise ValueError(f'chat_template_kwargs is {settings!r}; expected a mapping, {{"name": value}}.')
     return settings

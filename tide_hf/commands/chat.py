@@ -16,7 +16,7 @@ from transformers import (
 
 from ..alignment import read_template, resolve_template_kwargs
 from ..hub import require_available
-from .refusals import refusing
+from .refusals import refusing, require_dtype
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
 # flags that are settings of `generate`
@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
         template_kwargs = resolve_template_kwargs(options.chat_template_kwargs, [tokenizer])
         given = {name: getattr(options, name) for name in DECODING}
         settings = {name: value for name, value in given.items() if value is not None}
-        model._generation_settings("generate", None, settings)  # refuses a wrong setting before the first question
+        # a wrong setting or template is refused now, not at the first question
+        model._generation_settings("generate", None, settings)
+        probe = [*_beginning(options.system), {"role": "user", "content": "?"}]
+        tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True, **template_kwargs)
         generator = None
         if options.seed is not None:
             generator = torch.Generator(model.device).manual_seed(options.seed)
@@ -81,8 +84,7 @@ def load_chat_model(
     """
     require_available([name], [])
     device = _device(device)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is not a precision of torch: expected bfloat16, float16, float32 or auto.")
+    require_dtype(dtype)
     tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
     if not hasattr(model, "infill"):
@@ -146,8 +148,7 @@ def chat(
     Returns:
         `list[dict]`: the conversation so far, as `messages`, when it ends.
     """
-    beginning = [] if system is None else [{"role": "system", "content": system}]
-    messages = list(beginning)
+    messages = _beginning(system)
     print(HELP)
     while True:
         try:
@@ -158,7 +159,7 @@ def chat(
         if line == "/exit":
             return messages
         if line == "/reset":
-            messages = list(beginning)
+            messages = _beginning(system)
         elif line.startswith("/"):
             print(HELP)
         elif line:
@@ -166,6 +167,11 @@ def chat(
             answer = _answer(model, tokenizer, asked, template_kwargs or {}, generator=generator, **settings)
             if answer is not None:
                 messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _beginning(system: str | None) -> list[dict]:
+    """What a conversation starts with."""
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _answer(model, tokenizer, messages: list[dict], template_kwargs: dict, **settings) -> str | None:

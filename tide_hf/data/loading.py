@@ -113,14 +113,15 @@ def load_rows(
     if local.is_file():
         if local.suffix not in FILE_FORMATS:
             raise ValueError(f"{path} ends in {local.suffix!r}; expected one of {', '.join(FILE_FORMATS)}.")
-        kind = FILE_FORMATS[local.suffix]
-        try:
-            return load_dataset(kind, data_files=str(local), split=split, streaming=streaming)
-        except DatasetGenerationError as error:
-            raise ValueError(f"{path} cannot be read as {kind}: {error.__cause__ or error}") from error
-    if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+        arguments = {"path": FILE_FORMATS[local.suffix], "data_files": str(local)}
+    elif (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
         return _part_of(load_from_disk(path), split)
-    return load_dataset(path, name, split=split, streaming=streaming, data_dir=data_dir, data_files=data_files)
+    else:
+        arguments = {"path": path, "name": name, "data_dir": data_dir, "data_files": data_files}
+    try:
+        return load_dataset(**arguments, split=split, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{path} cannot be read as a dataset: {error.__cause__ or error}") from error
 
 
 def _part_of(rows: Dataset | DatasetDict, split: str | None) -> Dataset | DatasetDict:

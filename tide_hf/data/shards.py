@@ -54,6 +54,8 @@ def write_prepared(
     Raises:
         ValueError: for an output or parts of something else, with what differs; for a split without any row left.
     """
+    if rows_per_part < 1:
+        raise ValueError(f"rows_per_part={rows_per_part} must be at least 1.")
     output, work = Path(output_dir), Path(f"{str(output_dir).rstrip('/')}.parts")
     settings = PreparationRecord.of(preparation).settings
     plan = json.loads(json.dumps({"settings": settings, "source": source, "splits": list(splits)}))
