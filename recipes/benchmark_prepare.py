@@ -90,7 +90,7 @@ def conversation(text: str) -> list[dict]:
 
 
 def tokens_of_parts(tokenizer, text: str, start: int) -> dict[str, list]:
-    """Ids and offsets of a text whose answer, from `start` on, is tokenised apart from the prompt."""
+    """Ids and offsets of a text whose answer, from `start` on, is tokenised separately from the prompt."""
     whole = {"input_ids": [], "offset_mapping": []}
     for first, part in ((0, text[:start]), (start, text[start:])):
         tokens = tokenizer(part, return_offsets_mapping=True, add_special_tokens=False)

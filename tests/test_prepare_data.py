@@ -377,7 +377,7 @@ def test_output_of_something_else_is_left_alone(tmp_path):
     """Catches a folder of the user's overwritten."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds something other than prepared rows"):
         write_prepared({"train": raw_rows()}, preparation(), tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").is_file()
 

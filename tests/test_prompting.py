@@ -415,7 +415,7 @@ def test_split_answers_are_trained_whole_and_counted():
     rows = [{"prompt": "Q: ", "completion": "hello"}, {"prompt": "Q:", "completion": " hello"}]
     _, report = prepare_dataset(Dataset.from_list(rows), prepare)
     assert report.num_kept == 2 and report.num_split_answers == 1
-    assert "1 answers tokenised apart" in str(report)
+    assert "1 answers tokenised separately" in str(report)
 
 
 # -- the end of a row -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Raw rows from wherever they are: a Hub dataset, a local file or folder, or a mixture of several.
+"""Raw rows from a Hub dataset, a local file or folder, or a mixture of several.
 
 Imported only where it is used: TRL, whose dataset configuration it shares, takes seconds to import.
 """
@@ -41,7 +41,7 @@ class MixturePart(DatasetConfig):
 
 @dataclass
 class MixtureConfig(DatasetMixtureConfig):
-    """TRL's mixture of datasets with [`MixturePart`] entries; each part may have a format of its own."""
+    """TRL's mixture of datasets, with [`MixturePart`] entries, each of which may have a format of its own."""
 
     datasets: list[MixturePart] = field(
         default_factory=list, metadata={"help": "Datasets of the mixture (in a YAML file)."}
@@ -50,9 +50,11 @@ class MixtureConfig(DatasetMixtureConfig):
     def __post_init__(self):
         self.datasets = [_mixture_part(part) for part in self.datasets]
         if any(part.fraction is not None for part in self.datasets):
-            raise ValueError("fraction is not supported in a mixture; take part of a dataset with split: train[:10%].")
+            raise ValueError(
+                "fraction is not supported in a mixture; take a part of a dataset with split: train[:10%]."
+            )
         if self.streaming and self.test_split_size is not None:
-            raise ValueError("test_split_size cannot split a stream: leave streaming off, or name a test dataset.")
+            raise ValueError("test_split_size cannot split a stream: turn streaming off, or name a test dataset.")
 
 
 def _mixture_part(given) -> MixturePart:
@@ -134,10 +136,13 @@ def _part_of(rows: Dataset | DatasetDict, split: str | None) -> Dataset | Datase
 
 
 def as_messages(rows: Dataset) -> Dataset:
-    """Conversations of any format as `messages` alone; for what compares answers to prompts.
+    """Converts conversations of any format to a table with `messages` alone, for comparing answers to prompts.
+
+    Args:
+        rows (`Dataset`): raw rows.
 
     Raises:
-        ValueError: if no column holds a conversation, or a row is none.
+        ValueError: if no column holds conversations, or a row is plain text.
     """
     unread_columns(rows.column_names)
 
@@ -151,7 +156,7 @@ def as_messages(rows: Dataset) -> Dataset:
 
 
 def _filtered(rows: Dataset | IterableDataset, answer_contains: str | None) -> Dataset | IterableDataset:
-    """Rows whose answer contains a text; a row that cannot be read is left to the preparation, which counts it."""
+    """Rows whose answer contains a text, without those that cannot be read."""
     if answer_contains is None:
         return rows
 
@@ -165,9 +170,9 @@ def _filtered(rows: Dataset | IterableDataset, answer_contains: str | None) -> D
 
 
 def _of_same_columns(parts: list) -> list:
-    """The parts with the columns that any of them has of those that are read, so that they can be joined.
+    """The parts with equal columns, so that they can be joined: those that are read and that any part has.
 
-    What is not text in every part is kept as JSON: a table would fill one row's tool calls with the keys of another's.
+    What is not text in all parts is kept as JSON: a table would fill one row's tool calls with the keys of another's.
     """
     parts = [rows._resolve_features() if isinstance(rows, IterableDataset) else rows for rows in parts]
     for rows in parts:
