@@ -1,8 +1,8 @@
 """Make a diffusion student of an autoregressive model (Qwen3, Qwen2, Llama) or of a community a2d-* checkpoint.
 
-Method: the weights are kept, attention becomes bidirectional inside a block, a mask token is added in a row that the
-embeddings have to spare. What comes out still has to learn to denoise: go on with recipes/sft_student.py. Runs on a
-CPU; needs memory for two copies of the model.
+Method: the weights are kept, attention becomes bidirectional within a block, and a mask token is added, in a spare
+row of the embeddings if there is one. The result still has to learn to denoise: continue with recipes/sft_student.py.
+Runs on a CPU; needs memory for two copies of the model.
 
     python recipes/convert_ar.py Qwen/Qwen3-0.6B outputs/qwen3-0.6b-diffusion
     python recipes/convert_ar.py Qwen/Qwen2.5-0.5B-Instruct outputs/qwen2.5-0.5b-mdlm --objective full
@@ -23,10 +23,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hub name or folder of the model to convert.")
     parser.add_argument("output_dir", help="Folder for the student and its tokenizer.")
-    parser.add_argument("--objective", choices=["block", "full"], help="Block or full-sequence diffusion. block.")
-    parser.add_argument("--block_size", type=int, help="Tokens per block. 32.")
-    parser.add_argument("--mask_token", default="<|mask|>", help="Text of the mask token, unless there is one.")
-    parser.add_argument("--dtype", default="auto", help="Precision to load and save in; as saved by default.")
+    parser.add_argument(
+        "--objective", choices=["block", "full"], help="Block or full-sequence diffusion; block by default."
+    )
+    parser.add_argument("--block_size", type=int, help="Tokens per block; 32 by default.")
+    parser.add_argument(
+        "--mask_token", default="<|mask|>", help="Text of the mask token, unless the tokenizer has one."
+    )
+    parser.add_argument("--dtype", default="auto", help="Precision to load and save in; by default the checkpoint's.")
     parser.add_argument("--revision", help="Branch, tag or commit of the model.")
     arguments = parser.parse_args()
 

@@ -5,7 +5,7 @@
 `--model_name_or_path` is a Hub name, a folder, or an adapter's folder (merged into its base). Runs on a CPU; needs
 memory for the weights, and for one more copy of the head where it is tied. A student that does not fit (another mask
 id than 151669, full-sequence diffusion, another network than Qwen3's) is refused with the reasons. The launch lines
-for the engines are printed, and stand in SERVING.md beside the weights.
+for the engines are printed, and saved in SERVING.md beside the weights.
 """
 
 from dataclasses import dataclass, field

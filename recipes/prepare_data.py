@@ -1,11 +1,11 @@
-"""Prepare an aligned dataset once, so that training reads it in place of preparing it at every start.
+"""Prepare an aligned dataset once, so that training reads it instead of preparing it at every start.
 
 Method: each conversation is rendered with both chat templates and tokenised by both tokenizers; every assistant turn
 is located, and the tokens on both sides are numbered by the shortest chunks of equal bytes (one shared tokenizer: by
-token). What it was made with is stored in the dataset, and training refuses one that was made for something else.
+token). What it was prepared with is stored in the dataset, and training refuses one that was prepared differently.
 
 Hardware: any CPU; only the tokenizers and configs of the two models are read. --dataset_num_proc uses several cores.
-Interrupted, the same command goes on where it stopped.
+After an interruption, the same command continues where it stopped.
 
     python recipes/prepare_data.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
         --dataset_name NAME_OR_FILE --max_length 512 --teacher_max_length 1024 --output_dir prepared

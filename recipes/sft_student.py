@@ -1,7 +1,7 @@
 """Teach a student to denoise: block or full-sequence diffusion SFT, the distillation trainer without a teacher.
 
 Method: masked diffusion (MDLM, arXiv 2406.07524) in blocks (BD3LM, arXiv 2503.09573), preset ce. Whether blocks or
-whole sequences are denoised is the student's own config (recipes/convert_ar.py --objective).
+whole sequences are denoised is set in the student's own config (recipes/convert_ar.py --objective).
 
 Embedded default, on a CPU, nothing downloaded (sort six digits; about half a minute on 2 cores): an autoregressive
 model is trained, converted, and trained to denoise, beside a student that starts from random weights.
@@ -14,7 +14,7 @@ Your own start and data; every TIDEConfig field is a flag:
     accelerate launch recipes/sft_student.py --model_name_or_path outputs/start --dataset_name NAME_OR_FILE \
         --output_dir outputs/sft --learning_rate 1e-4 --num_train_epochs 3 --bf16
 
-With an adapter in place of the whole student: --use_peft --lora_target_modules q_proj k_proj v_proj o_proj
+With an adapter instead of the whole student: --use_peft --lora_target_modules q_proj k_proj v_proj o_proj
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Watch a student denoise an answer, one network call a line; ▒ is a token that is still masked.
+"""Watch a student denoise an answer, one line per network call; ▒ is a token that is still masked.
 
-Greedy decoding in blocks: first one token per call, then every token whose probability is at least 0.9. Seconds on a
-CPU, with the student of recipes/dense_teacher.py (the picture in the README), or any other that has a chat template:
+Greedy decoding in blocks: first one token per call, then every token whose probability is at least 0.9. Takes seconds
+on a CPU, with the student of recipes/dense_teacher.py (shown in the README) or any other that has a chat template:
 
     python recipes/show_denoising.py
     python recipes/show_denoising.py MODEL "What is a diffusion language model?" 64

@@ -128,7 +128,7 @@ def test_refused_parts_of_the_accelerator_config(tmp_path, name):
     ("values", "message"),
     [
         ({"include_for_metrics": ["loss"]}, r"include_for_metrics=\['loss'\] is refused"),
-        ({"optim_target_modules": ["q_proj"]}, r"optim_target_modules=\['q_proj'\] is read by the GaLore"),
+        ({"optim_target_modules": ["q_proj"]}, r"optim_target_modules=\['q_proj'\] is only read by the GaLore"),
         ({"parallelism_config": object()}, "parallelism_config is refused"),
     ],
 )
@@ -641,7 +641,7 @@ def test_values_of_another_type_are_refused(tmp_path, values, message):
         ),
         ({"rows": {"a": sorting_rows(2, seed=0)}}, "train_dataset has the type dict.*'a'"),
         ({"rows": torch.utils.data.TensorDataset(torch.ones(2))}, "train_dataset has the type TensorDataset"),
-        ({"rows": print}, "order of positional arguments is not that of transformers"),
+        ({"rows": print}, "positional arguments are in another order than those of transformers"),
         ({"trainer_kwargs": {"eval_dataset": {"x": [1]}}}, r"eval_dataset\['x'\] has the type list"),
     ],
 )

@@ -261,7 +261,7 @@ REFUSED = {
     },
     "one of prompt and completion is text": {"prompt": "Q", "completion": [ANSWER]},
     "unknown speaker 'alien'": {"conversations": [{"from": "alien", "value": "Q"}]},
-    "no list of messages": {"messages": ["Q", "A"]},
+    "not a list of messages": {"messages": ["Q", "A"]},
     "'output' is not text": {"instruction": "Q", "output": 3},
     "content is not text": {"messages": [USER, {"role": "assistant", "content": None}]},
 }

@@ -341,13 +341,13 @@ def test_another_block_size_than_the_bases_is_refused(tmp_path, base, given_as):
         "keyword": {"model_init_kwargs": {"block_size": 8}},
         "instance": {"model": AutoModelForCausalLM.from_pretrained(base, block_size=8)},
     }[given_as]
-    with pytest.raises(ValueError, match=r"trains with block_size=8, and the config.json .* has 4, and whoever loads"):
+    with pytest.raises(ValueError, match=r"trains with block_size=8, but the config.json .* has 4, and whoever loads"):
         tiny_trainer(tmp_path, **{"model": str(base), **options}, trainer_kwargs={"peft_config": lora()})
 
 
 def test_another_mask_token_than_the_bases_is_refused(tmp_path, base):
     """Catches an adapter that is decoded from masks it never saw."""
-    with pytest.raises(ValueError, match=r"trains with mask_token_id=0, and the config.json .* says 14"):
+    with pytest.raises(ValueError, match=r"trains with mask_token_id=0, but the config.json .* has 14"):
         tiny_trainer(tmp_path, model=str(base), mask_token_id=0, trainer_kwargs={"peft_config": lora()})
 
 

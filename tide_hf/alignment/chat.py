@@ -149,7 +149,7 @@ def locate_answers(chat: Chat, first_trained: int = 0) -> tuple[str, list[Answer
         text, spans = _marked(chat)
         for index in trained:
             (start, end), *others = spans[index]
-            start, prompted = _behind_prompt(chat, index, text, start, end)
+            start, prompted = _after_prompt(chat, index, text, start, end)
             answers += _answers(chat, index, text, [(min(start, end), end), *others], prompted)
     else:
         text = chat.text
@@ -199,7 +199,7 @@ def _anchor(chat: Chat, index: int, text: str, start: int, end: int) -> int:
 # -- where a turn begins ----------------------------------------------------------------------------------------------
 
 
-def _behind_prompt(chat: Chat, index: int, text: str, start: int, end: int) -> tuple[int, bool]:
+def _after_prompt(chat: Chat, index: int, text: str, start: int, end: int) -> tuple[int, bool]:
     """Where a turn that is marked from `start` to `end` begins, and whether the generation prompt stands before it."""
     usual = _generation_prompt(chat)
     before = next((size for size in range(len(usual), 0, -1) if text.endswith(usual[:size], 0, start)), 0)

@@ -191,22 +191,22 @@ def _rising(spans) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum.accumulate(starts[::-1])[::-1], np.maximum.accumulate(ends)
 
 
-def _ranges(firsts: np.ndarray, behinds: np.ndarray) -> np.ndarray:
-    """first, first + 1, … behind − 1 of each pair, joined."""
+def _ranges(firsts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """first, first + 1, … stop − 1 of each pair, joined."""
     if len(firsts) == 1:
-        return np.arange(firsts[0], behinds[0])
-    counts = behinds - firsts
+        return np.arange(firsts[0], stops[0])
+    counts = stops - firsts
     return np.repeat(firsts - counts.cumsum() + counts, counts) + np.arange(counts.sum())
 
 
-def _numbers(num_tokens: int, firsts: np.ndarray, behinds: np.ndarray) -> np.ndarray:
+def _numbers(num_tokens: int, firsts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """0 for the tokens of the first range, 1 for those of the second, …; −1 for tokens in none, `(num_tokens,)`."""
     if not len(firsts):
         return np.full(num_tokens, -1)
     is_first = np.zeros(num_tokens, dtype=bool)
     is_first[firsts] = True
     number = is_first.cumsum() - 1
-    return np.where(np.arange(num_tokens) < behinds[number], number, -1)
+    return np.where(np.arange(num_tokens) < stops[number], number, -1)
 
 
 def _equal_rows(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -254,9 +254,9 @@ def _common_pieces(student: LocatedTokens, teacher: LocatedTokens, stretches: np
     sides = []
     for side, starts in ((student, stretches[:, 0]), (teacher, stretches[:, 1])):
         places, index = _cut_points(side)
-        first, behind = places.searchsorted(starts, "left"), places.searchsorted(starts + stretches[:, 2], "right")
-        chosen = _ranges(first, behind)
-        sides.append((places[chosen] + np.repeat(base - starts, behind - first), index[chosen]))
+        first, stop = places.searchsorted(starts, "left"), places.searchsorted(starts + stretches[:, 2], "right")
+        chosen = _ranges(first, stop)
+        sides.append((places[chosen] + np.repeat(base - starts, stop - first), index[chosen]))
     (ours, index), (theirs, teacher_index) = sides
     if not len(ours) or not len(theirs):
         return np.zeros((4, 0), dtype=np.int64)
@@ -272,9 +272,9 @@ def _common_pieces(student: LocatedTokens, teacher: LocatedTokens, stretches: np
 def _of_equal_bytes(student: LocatedTokens, teacher: LocatedTokens, pieces: np.ndarray) -> np.ndarray:
     """Those pieces whose tokens have the same bytes on both sides."""
     bounds = []
-    for side, (first, behind) in ((student, pieces[:2]), (teacher, pieces[2:])):
+    for side, (first, stop) in ((student, pieces[:2]), (teacher, pieces[2:])):
         ends = np.concatenate([[0], side.nbytes.cumsum()])
-        bounds.append((ends[first], ends[behind]))
+        bounds.append((ends[first], ends[stop]))
     (start, end), (teacher_start, teacher_end) = bounds
     same = end - start == teacher_end - teacher_start
     pieces, start, end = pieces[:, same], start[same], end[same]
@@ -282,5 +282,5 @@ def _of_equal_bytes(student: LocatedTokens, teacher: LocatedTokens, pieces: np.n
     ours = np.frombuffer(student.stream, np.uint8)[_ranges(start, end)]
     theirs = np.frombuffer(teacher.stream, np.uint8)[_ranges(teacher_start, teacher_end)]
     differences = np.concatenate([[0], (ours != theirs).cumsum()])
-    behind = (end - start).cumsum()
-    return pieces[:, differences[behind] == differences[behind - (end - start)]]
+    stop = (end - start).cumsum()
+    return pieces[:, differences[stop] == differences[stop - (end - start)]]

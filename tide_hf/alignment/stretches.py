@@ -29,11 +29,11 @@ def equal_stretches(
     ours = student[student_answer.start : student_answer.end]
     theirs = teacher[teacher_answer.start : teacher_answer.end]
     at, there = student_answer.anchor - student_answer.start, teacher_answer.anchor - teacher_answer.start
-    behind = common_prefix(ours[at:], theirs[there:])
+    after = common_prefix(ours[at:], theirs[there:])
     before = common_prefix(ours[:at][::-1], theirs[:there][::-1])
-    stretches = [(at - before, there - before, before + behind)]
+    stretches = [(at - before, there - before, before + after)]
     if not (student_answer.anchored and teacher_answer.anchored):
-        left, right = at + behind, there + behind
+        left, right = at + after, there + after
         rest = resynchronise(ours[left:], theirs[right:])
         stretches += [(left + one, right + two, size) for one, two, size in rest]
     return [(student_answer.start + one, teacher_answer.start + two, size) for one, two, size in stretches if size > 0]
@@ -74,8 +74,8 @@ def resynchronise(one: bytes, two: bytes) -> list[tuple[int, int, int]]:
         start, other = start + skip, other + skip
         # extended as far as the texts agree, beyond the unique windows
         before = common_prefix(one[floor[0] : start][::-1], two[floor[1] : other][::-1])
-        behind = common_prefix(one[start + size : right[0]], two[other + size : right[1]])
-        chosen.insert(where, (start - before, other - before, before + size + behind))
+        after = common_prefix(one[start + size : right[0]], two[other + size : right[1]])
+        chosen.insert(where, (start - before, other - before, before + size + after))
     return chosen
 
 

@@ -52,8 +52,8 @@ class Encoder:
         """Finds out what a `tokenizer` does at the beginning of a text."""
         plain, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
         places = range(len(whole) - len(plain) + 1)
-        behind = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
-        encoder = cls(tokenizer, tuple(whole[:behind]), True)
+        num_leading = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
+        encoder = cls(tokenizer, tuple(whole[:num_leading]), True)
         return cls(tokenizer, encoder.leading, encoder._middle("a").ids != encoder._whole("a").ids)
 
     def encode(self, text: str, cuts: list[int]) -> tuple[Encoding | JoinedEncoding, int]:

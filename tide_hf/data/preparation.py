@@ -225,8 +225,8 @@ class RowPreparation:
         student, teacher = sides if len(sides) == 2 else (*sides, None)
         chunks, teacher_chunks = self._align(student, teacher)
         trained = np.zeros(len(student.ids), dtype=bool)
-        for first, behind in answer_tokens(student.spans, student.answers):
-            trained[first:behind] = True
+        for first, stop in answer_tokens(student.spans, student.answers):
+            trained[first:stop] = True
         if not trained.any():
             raise RowSkipped("no answer")
         # prepended tokens such as BOS are neither text nor trained on
