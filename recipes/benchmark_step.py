@@ -127,7 +127,7 @@ class Bench:
         return loss, [parameter.grad.clone() for parameter in self.student.parameters()]
 
 
-def build_model(case: Case, hidden: int, layers: int, objective: str):
+def build_model(case: Case, hidden: int, layers: int, diffusion_type: str):
     """A Qwen3 diffusion LM with random weights, tied embeddings."""
     config = TIDEQwen3Config(
         vocab_size=case.vocab,
@@ -140,7 +140,7 @@ def build_model(case: Case, hidden: int, layers: int, objective: str):
         max_position_embeddings=4 * case.length,
         tie_word_embeddings=True,
         block_size=BLOCK_SIZE,
-        objective=objective,
+        diffusion_type=diffusion_type,
         mask_token_id=case.vocab - 1,
     )
     return TIDEQwen3ForBlockDiffusion(config)

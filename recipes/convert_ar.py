@@ -5,7 +5,7 @@ row of the embeddings if there is one. The result still has to learn to denoise:
 Runs on a CPU; needs memory for two copies of the model.
 
     python recipes/convert_ar.py Qwen/Qwen3-0.6B outputs/qwen3-0.6b-diffusion
-    python recipes/convert_ar.py Qwen/Qwen2.5-0.5B-Instruct outputs/qwen2.5-0.5b-mdlm --objective full
+    python recipes/convert_ar.py Qwen/Qwen2.5-0.5B-Instruct outputs/qwen2.5-0.5b-mdlm --diffusion_type full
 
 The whole chain for one person, an autoregressive model -> a diffusion LM -> distilled:
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("model", help="Hub name or folder of the model to convert.")
     parser.add_argument("output_dir", help="Folder for the student and its tokenizer.")
     parser.add_argument(
-        "--objective", choices=["block", "full"], help="Block or full-sequence diffusion; block by default."
+        "--diffusion_type", choices=["block", "full"], help="Block or full-sequence diffusion; block by default."
     )
     parser.add_argument("--block_size", type=int, help="Tokens per block; 32 by default.")
     parser.add_argument(
@@ -44,7 +44,7 @@ def main() -> None:
         require_available([arguments.model], [])
         student, tokenizer = convert_to_diffusion(
             arguments.model,
-            objective=arguments.objective,
+            diffusion_type=arguments.diffusion_type,
             block_size=arguments.block_size,
             mask_token=arguments.mask_token,
             dtype=arguments.dtype,

@@ -1,6 +1,8 @@
 """Trains the tiny run in however many processes torchrun started, and saves what the test compares.
 
 torchrun --nproc_per_node 2 tests/distributed_run.py OUTPUT WORLD_SIZE ACCUMULATION TEACHER TIED ADAPTER SHARDS
+
+TEACHER is 0 (none), 1 (the preset) or 2 (a divergence of the user's own).
 """
 
 import os
@@ -11,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from peft import LoraConfig
-from tiny import FSDP2, ZERO3, tiny_model, tiny_trainer
+from tiny import FSDP2, ZERO3, Hellinger, tiny_model, tiny_trainer
 from torch.distributed.tensor import DTensor
 
 from tide_hf.demo.sorting import sorting_rows
@@ -30,7 +32,10 @@ def main() -> None:
         per_device_train_batch_size=8 // (world_size * accumulation),
         gradient_accumulation_steps=accumulation,
         eval_noise_levels=[0.5],
-        trainer_kwargs={"peft_config": lora} if adapter else None,
+        trainer_kwargs={
+            **({"peft_config": lora} if adapter else {}),
+            **({"objective": Hellinger()} if with_teacher == 2 else {}),
+        },
         **sharding,
     )
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes

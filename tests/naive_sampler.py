@@ -71,7 +71,7 @@ def naive_generate(
     """
     ids, length = list(prompt_ids), len(prompt_ids)
     ends = {eos} if isinstance(eos, int) else set(eos or ())
-    full = model.config.objective == "full"
+    full = model.config.diffusion_type == "full"
     size = length + max_new_tokens if full else model.config.block_size
     num_steps = []
     for block in range(length // size, -(-(length + max_new_tokens) // size)):

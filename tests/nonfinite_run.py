@@ -38,7 +38,7 @@ def main() -> None:
     if kind == "tide":
         teacher = tiny_model(seed=1)
         trainer = tiny_trainer(output, teacher=teacher, tidal=False, comp_demo=False, **options)
-        run, owner, name = trainer.teacher.hidden, trainer.teacher, "hidden"
+        run, owner, name = trainer.signal.hidden, trainer.signal, "hidden"
     else:
         trainer = tiny_few_step(output, **options)
         run, owner, name = trainer.inverse.student_loss, trainer.inverse, "student_loss"

@@ -461,7 +461,7 @@ def test_changed_arguments_are_honoured(tmp_path, after):
         {"learning_rate": 1e-4},
         {"schedule": "cosine"},
         {"time_epsilon": 0.1},
-        {"head_chunk_size": 3},
+        {"head_slice_size": 3},
         {"stratified_times": False},
         {"fake_max_grad_norm": 0.1},
     ],
@@ -701,7 +701,7 @@ def test_fields_of_the_other_kind_of_few_step_model_are_refused(tmp_path):
     """Catches settings that one of the two few-step trainers does not read."""
     with pytest.raises(ValueError, match=r"IDLMTrainer does not read input_temperature=0\.5"):
         tiny_few_step(tmp_path, input_temperature=0.5)
-    for name, value in (("schedule", "cosine"), ("time_epsilon", 0.1), ("block_size", 4), ("head_chunk_size", 8)):
+    for name, value in (("schedule", "cosine"), ("time_epsilon", 0.1), ("block_size", 4), ("head_slice_size", 8)):
         args = config("idlm", tmp_path, **{name: value})
         with pytest.raises(ValueError, match=f"UniformIDLMTrainer does not read {name}="):
             UniformIDLMTrainer(tiny_model(), args)

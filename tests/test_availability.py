@@ -1,4 +1,4 @@
-"""What a run would miss is said within seconds, before anything is loaded."""
+"""What a run would be missing is reported within seconds, before anything is loaded."""
 
 import http.server
 import socket
@@ -128,7 +128,7 @@ def test_offline_names_everything_in_one_sentence(monkeypatch, no_probe, models,
 
 
 def test_what_is_there_is_not_named(tmp_path, monkeypatch):
-    """Catches a message that sends people after what they have."""
+    """Catches a message that names what is already there."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     cache_model(tmp_path, "have/it")
     with pytest.raises(NotAvailableError) as error:
@@ -139,7 +139,7 @@ def test_what_is_there_is_not_named(tmp_path, monkeypatch):
 
 
 def test_a_silent_endpoint_is_given_up(monkeypatch):
-    """Catches half a minute of retries per item behind a firewall that swallows packets."""
+    """Catches half a minute of retries per item where a firewall drops packets."""
     with endpoint(None) as url:
         monkeypatch.setattr(constants, "ENDPOINT", url)
         started = time.monotonic()
@@ -160,7 +160,7 @@ def test_the_wait_can_be_shortened(monkeypatch):
 
 
 def test_a_closed_port_is_given_up_at_once(monkeypatch):
-    """Catches waiting out the time where the machine already said no."""
+    """Catches waiting out the whole time although the machine refused the connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     started = time.monotonic()
@@ -194,7 +194,7 @@ def test_any_http_answer_counts_as_reachable(monkeypatch, status):
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("answer", [b"SSH-2.0-server\r\n", b""], ids=["another protocol", "nothing"])
 def test_an_endpoint_that_speaks_no_http_is_given_up_at_once(answer):
-    """Catches a stack trace from a thread, and the whole time waited, for a port that is no web server."""
+    """Catches a stack trace from a thread, and waiting out the whole time, for a port that is not a web server."""
     with endpoint(answer) as url:
         started = time.monotonic()
         assert not availability.endpoint_answers(url, seconds=2.0)

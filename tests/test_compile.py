@@ -27,7 +27,7 @@ def batches():
 def test_lengths_and_batch_sizes_may_change(kind, training):
     """Catches a graph that takes its first batch's length for a constant, or that fails at the second."""
     torch._dynamo.reset()
-    model = tiny_uniform() if kind == "uniform" else tiny_model(objective=kind)
+    model = tiny_uniform() if kind == "uniform" else tiny_model(diffusion_type=kind)
     model.train(training).eval_num_times = 2
     compiled = torch.compile(model, backend="eager")
     for batch in batches():

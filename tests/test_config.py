@@ -10,8 +10,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from tide_hf import IDLMConfig, TIDEConfig
 from tide_hf.commands.distill import parse_arguments
+from tide_hf.losses import DIVERGENCES
 from tide_hf.training.config import REGISTRIES, declared_types
-from tide_hf.training.objective import PRESETS, resolve_objective
+from tide_hf.training.presets import PRESETS, resolve_objective
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,13 +84,12 @@ def test_default_is_the_papers_shared_run(config):
 @pytest.mark.parametrize(
     "given",
     [
-        {"divergence": "jsd", "tidal": False},
+        {"divergence": "jsd", "tidal": False, "jsd_beta": 0.3},
         {"tidal": False},
         {"comp_demo": False},
         {"ce_weight": 0.0},
         {"distill_weight": 0.0},
         {"temperature": 1.0},
-        {"jsd_beta": 0.3},
         {"lambda_init": 0.0},
         {"lambda_max": 0.0},
         {"lambda_growth": "linear"},
@@ -112,7 +112,7 @@ def test_a_given_field_wins_over_the_preset(config, given):
 def test_fields_alone_make_an_objective(config):
     """Catches preset=None falling back to some preset."""
     objective = resolve_objective(config(preset=None, divergence="jsd"), "token")
-    assert (objective.preset, objective.divergence, objective.tidal) == (None, "jsd", False)
+    assert (objective.preset, objective.divergence, objective.tidal) == (None, DIVERGENCES["jsd"](), False)
     with pytest.raises(ValueError, match=r"no preset is given.*divergence set: one of forward_kl"):
         resolve_objective(config(preset=None), "token")
 
@@ -131,7 +131,7 @@ def test_ce_turns_tidal_and_compdemo_off(config):
 def test_fields_without_a_part_in_the_objective_are_named(config, monkeypatch):
     """Catches a λ, a β or a temperature that is given and silently plays no part."""
     heard = []
-    monkeypatch.setattr("tide_hf.training.objective.logger.warning", heard.append)
+    monkeypatch.setattr("tide_hf.training.presets.logger.warning", heard.append)
     resolve_objective(config(), "token")
     resolve_objective(config(preset="kl", temperature=3.0, tidal=False), "token")
     assert not heard
@@ -157,7 +157,7 @@ def test_expected_normalization_divides_by_the_average_strength(config):
 KNOWN = {
     "preset": "tide-shared, tide-cross, kl, reverse-kl, calm, ce",
     "alignment": "auto, token, chunk",
-    "divergence": "forward_kl, reverse_kl, jsd, calm, reverse_calm, bernoulli_reverse_kl, none",
+    "divergence": "forward_kl, jsd, reverse_kl, bernoulli_reverse_kl, calm, reverse_calm, none",
     "lambda_growth": "linear, cosine",
     "lambda_axes": "both, progress, time",
     "timestep_weight": "midrange, uniform",
@@ -225,7 +225,7 @@ def test_unknown_choice_is_one_line_of_a_command_line(cls, name, way, tmp_path):
 @pytest.mark.parametrize("name", sorted(REGISTRIES))
 def test_a_registry_counts_as_it_stands(name, tmp_path, monkeypatch):
     """Catches choices frozen when the package was imported: what a program has added since would be refused."""
-    monkeypatch.setitem(REGISTRIES, name, dict.fromkeys([*REGISTRIES[name], "mine"]))
+    monkeypatch.setitem(REGISTRIES[name][0], "mine", None)
     args = TIDEConfig(output_dir=str(tmp_path), use_cpu=True, **{name: "mine"})
     assert getattr(args, name) == "mine"
     args.check()
@@ -274,7 +274,9 @@ def test_evaluation_noise_levels_out_of_range_are_refused(config, level):
 @pytest.mark.parametrize("block_size", [33, 0, -8, 1024])
 def test_block_that_does_not_fit_is_refused(config, block_size):
     """Catches full rows whose last block is shorter than any block the student will generate."""
-    with pytest.raises(ValueError, match=rf"block_size={block_size} does not fit max_length=512.*divides max_length"):
+    with pytest.raises(
+        ValueError, match=rf"block_size={block_size} does not fit max_length=512.*multiple of the block size"
+    ):
         config(block_size=block_size)
     assert config(block_size=32).block_size == 32
 
@@ -290,7 +292,7 @@ def test_tidal_with_a_reverse_objective_is_refused(config, divergence):
     """Catches an objective that suppresses its own self-selection late in training."""
     alignment = "token" if divergence == "reverse_kl" else "chunk"
     values = {"tidal": True, "divergence": divergence}
-    with pytest.raises(ValueError, match=rf"forward objectives only, got divergence='{divergence}'.*\(1−λ\) share"):
+    with pytest.raises(ValueError, match=rf"forward divergences only, and '{divergence}' is reverse.*\(1−λ\) share"):
         resolve_objective(config(**values), alignment)
     ablation = config(**values, allow_reverse_tidal=True)
     if divergence == "reverse_calm":
@@ -302,7 +304,7 @@ def test_tidal_with_a_reverse_objective_is_refused(config, divergence):
 
 def test_tidal_with_jsd_is_refused(config):
     """Catches a combination for which no target is defined."""
-    with pytest.raises(ValueError, match="tidal=True needs divergence 'forward_kl' or 'calm', got 'jsd'"):
+    with pytest.raises(ValueError, match="forward divergences only, and 'jsd' is symmetric"):
         resolve_objective(config(divergence="jsd"), "token")
 
 
@@ -438,7 +440,7 @@ def test_shipped_files_are_the_papers_runs(path, monkeypatch):
     assert (training.learning_rate, training.num_train_epochs) == (5e-5, 10)
     assert (training.max_length, training.teacher_max_length, training.block_size) == (512, teacher_length, 32)
     assert "bf16: true" in path.read_text().splitlines() and training.teacher_context == "paper"
-    assert (objective.divergence, objective.tidal, objective.comp_demo) == (divergence, tidal, tidal)
+    assert (objective.divergence.name, objective.tidal, objective.comp_demo) == (divergence, tidal, tidal)
     assert (objective.ce_weight, objective.distill_weight, objective.temperature) == (1, 1, 2)
     assert (objective.lambda_init, objective.lambda_max, objective.demo_ratio) == (0.1, 0.9, 0.5)
     assert {part.path.split("/")[0] for part in arguments.mixture.datasets} == {

@@ -172,11 +172,11 @@ def test_tokenizer_template_and_decoding_settings():
     model, given = source("qwen3"), build_tokenizer()
     model.generation_config.eos_token_id = [5, 12]
     model.generation_config.temperature, model.generation_config.do_sample = 0.6, True
-    student, tokenizer = convert_to_diffusion(model, given, objective="full", block_size=8)
+    student, tokenizer = convert_to_diffusion(model, given, diffusion_type="full", block_size=8)
     assert given.mask_token is None and len(given) == 13
     chat = [{"role": "user", "content": "12"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == given.apply_chat_template(chat, tokenize=False)
-    assert (student.config.objective, student.config.block_size) == ("full", 8)
+    assert (student.config.diffusion_type, student.config.block_size) == ("full", 8)
     settings = student.generation_config
     assert (settings.eos_token_id, settings.pad_token_id, settings.mask_token_id) == ([5, 12], 10, 13)
     assert settings.block_size is None, "it would decode block by block"
@@ -203,9 +203,9 @@ def test_from_a_folder(tmp_path):
 def test_community_student_becomes_one_of_ours(family, tmp_path):
     """Catches a trained mask row that is overwritten, and a diffusion LM that changes by being renamed."""
     write_checkpoint(tmp_path, family)
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path, objective="full")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path, diffusion_type="full")
     student, tokenizer = convert_to_diffusion(model, build_tokenizer())
-    assert student.config.model_type == family.replace("a2d-", "tide_") and student.config.objective == "full"
+    assert student.config.model_type == family.replace("a2d-", "tide_") and student.config.diffusion_type == "full"
     noised = torch.where(torch.arange(36) % 3 == 0, tokenizer.mask_token_id, IDS)
     assert torch.equal(student(noised).logits, model(noised).logits)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in student.state_dict().items())

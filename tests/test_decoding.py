@@ -111,7 +111,7 @@ def test_prompt_aligned_batch_equals_row_by_row():
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_full_sequence_blocks_match_a_bidirectional_loop(size, steps):
     """Catches blocks of a full-sequence model that do not see the masks behind them, or a cache it cannot have."""
-    model = tiny(seed=2, objective="full")
+    model = tiny(seed=2, diffusion_type="full")
     expected = naive_windows(
         lambda ids, _: model(torch.tensor([ids])).logits[0], prompt(6)[0].tolist(), 6, 10, size, steps
     )
@@ -160,7 +160,7 @@ def test_entropy_bound_matches_the_naive_sampler(bound):
 def test_guidance_matches_two_forwards(lengths, grid):
     """Catches guidance turned around, a negative row that sees the prompt, or answers that fall out of step."""
     full = grid == "full"
-    model = tiny(seed=5, objective="full" if full else "block")
+    model = tiny(seed=5, diffusion_type="full" if full else "block")
     ids, negative = prompt(lengths[0]), prompt(lengths[1], seed=9)
 
     def logits_with(given, tokens, size_before):

@@ -372,17 +372,18 @@ def test_noising_names_the_row_of_each_chunk():
         "teacher_input_ids": torch.arange(10, 18).view(2, 4),
         "teacher_chunk_ids": torch.tensor([[0, 1, 1, -1], [2, 0, 0, 0]]),
         "teacher_attention_mask": torch.ones(2, 4, dtype=torch.long),
+        "row_key": torch.arange(2),
     }
     out = Noising(SPEC, SPEC)(batch, (torch.full((2,), 0.5), torch.zeros(2, 4), None))
-    assert out["chunk_row"].tolist() == [0, 0, 1, 1]
+    assert out.pairs.chunk_row.tolist() == [0, 0, 1, 1]
     # each token's chunk by number, student then teacher: the clean ids tell which token it is
-    assert list(zip(out["targets"].tolist(), out["pair_chunk"].tolist(), strict=False)) == [
+    assert list(zip(out.student.targets.tolist(), out.pairs.student_chunk.tolist(), strict=False)) == [
         *[(1, 0), (2, 0), (3, 1)],
         *[(4, 2), (5, 3), (6, 3), (7, 3)],
     ]
-    teacher_targets = out["teacher_targets"].tolist()
-    assert list(zip(teacher_targets, out["teacher_pair_chunk"].tolist(), strict=True)) == [
+    teacher_targets = out.teacher.targets.tolist()
+    assert list(zip(teacher_targets, out.pairs.teacher_chunk.tolist(), strict=True)) == [
         *[(10, 0), (11, 1), (12, 1)],
         *[(15, 2), (16, 2), (17, 2), (14, 3)],
     ]
-    assert out["counts"].tolist() == [8, 7, 4, 2]
+    assert [int(count) for count in out.counts] == [8, 7, 4, 2]

@@ -167,7 +167,7 @@ def test_run_from_folders_to_a_loadable_student(folders):
 
     assert contents(folders["teacher"]) == teacher_before and contents(folders["student"]) == student_before
     saved_teacher = AutoModelForCausalLM.from_pretrained(folders["teacher"]).state_dict()
-    teacher = trainer.teacher.model
+    teacher = trainer.teacher
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not {id(p) for p in teacher.parameters()} & {
         id(p) for group in trainer.optimizer.param_groups for p in group["params"]
@@ -197,7 +197,7 @@ def test_run_with_an_adapter(folders):
     assert contents(folders["student"]) == student_before
     trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert trainable and all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in trainable)
-    assert not any("lora_" in name for name, _ in trainer.teacher.model.named_parameters())
+    assert not any("lora_" in name for name, _ in trainer.teacher.named_parameters())
     assert (folders["out"] / "adapter_config.json").is_file()
     assert not (folders["out"] / "model.safetensors").exists()
 
@@ -249,4 +249,4 @@ def test_the_checkpoints_dtype_is_the_one_asked_for(folders):
     """Catches --dtype and --teacher_dtype applied to the other model, or to none."""
     flags = [*flags_of(folders, max_steps=1), "--teacher_dtype", "bfloat16", "--dtype", "float32"]
     trainer = run_distillation(parse_arguments("outputs", flags))
-    assert trainer.teacher.model.dtype == torch.bfloat16 and trainer.model.dtype == torch.float32
+    assert trainer.teacher.dtype == torch.bfloat16 and trainer.model.dtype == torch.float32

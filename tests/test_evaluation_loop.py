@@ -134,7 +134,7 @@ def test_evaluated_distillation_is_the_divergence_to_the_teacher(tmp_path):
 def test_distillation_keeps_its_completed_chunks(tmp_path):
     """Catches a chunk term of half-masked chunks: a naive CALM over chunks that are masked whole on both sides."""
     trainer = across_tokenizers(tmp_path, max_length=16)
-    student, teacher = trainer.model, trainer.teacher.model
+    student, teacher = trainer.model, trainer.teacher
     values = []
     for row, (clean, labels, masked, _) in zip(trainer.eval_dataset, masked_rows(trainer), strict=True):
         chunk, teacher_chunk = torch.tensor(row["chunk_ids"]), torch.tensor(row["teacher_chunk_ids"])

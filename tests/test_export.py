@@ -120,7 +120,7 @@ def test_config_has_what_engines_read(exported):
         "torch_dtype": "float32",
     }
     assert {name: config.get(name, "absent") for name in expected} == expected
-    assert "bos_token_id" in config and "objective" not in config
+    assert "bos_token_id" in config and "diffusion_type" not in config
     generation = json.loads((folder / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (EOS, 151_643)
     assert not {"mask_token_id", "block_size"} & set(generation), "engines know neither"
@@ -222,7 +222,7 @@ SMALL = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0, "mask_token_id"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"objective": "full"}, "its objective is 'full'"),
+        ({"diffusion_type": "full"}, "its diffusion_type is 'full'"),
         ({"mask_token_id": 151_665}, "its mask token id is 151665 by its config, and engines have 151669"),
         (SMALL, "its vocabulary has 64 rows, none for the mask id 151669"),
         ({"attention_bias": True}, "its attention has biases"),
@@ -253,8 +253,8 @@ def test_a_sliding_window_is_refused(tmp_path):
 
 def test_every_reason_is_named(tmp_path):
     """Catches reasons that a user meets one after the other."""
-    model = student(objective="full", attention_bias=True, mask_token_id=None)
-    with pytest.raises(ValueError, match=r"objective is 'full'.*151665 by its tokenizer.*has biases"):
+    model = student(diffusion_type="full", attention_bias=True, mask_token_id=None)
+    with pytest.raises(ValueError, match=r"diffusion_type is 'full'.*151665 by its tokenizer.*has biases"):
         export_for_serving(model, tmp_path, tokenizer=build_tokenizer(mask=151_665))
 
 
@@ -288,7 +288,7 @@ def test_recipe(tmp_path):
     assert yaml.safe_load((tmp_path / "served" / "sglang_dllm.yaml").read_text())["threshold"] == 0.7
     assert logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "served")).isfinite().all()
 
-    student(objective="full").save_pretrained(tmp_path / "full")
+    student(diffusion_type="full").save_pretrained(tmp_path / "full")
     build_tokenizer().save_pretrained(tmp_path / "full")
     done = recipe("full")
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -54,7 +54,7 @@ def noised_step(trainer, rows=8, micro_batches=1):
 def naive_logits(model, noised, clean) -> torch.Tensor:
     """Logits of every position of x_t in the textbook layout, full length, full vocabulary."""
     length, config = len(clean), model.config
-    if config.objective == "full":
+    if config.diffusion_type == "full":
         out = model.model(input_ids=noised[None], attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool))
         return model.lm_head(out.last_hidden_state)[0]
     visible = torch.from_numpy(references.block_visibility_mask(length, config.block_size))
@@ -116,19 +116,19 @@ def naive_losses(trainer, student, teacher, fake, rows, update):
     return fake_total / len(rows), student_total / len(rows)
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
-def test_step_equals_a_straightforward_one(tmp_path, objective):
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
+def test_step_equals_a_straightforward_one(tmp_path, diffusion_type):
     """Catches any error of packing, sampling, pairing, weighting, or a gradient that reaches the wrong network: both
     losses and gradients of a step against whole layouts, full logits and loops over rows and positions."""
-    model = tiny_model(0, objective=objective)
+    model = tiny_model(0, diffusion_type=diffusion_type)
     trainer = tiny_few_step(tmp_path, model=model, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     student, fake, teacher = trainer.model, trainer.fake, trainer.teacher
     for seed, network in ((5, fake), (6, teacher)):
-        network.load_state_dict(tiny_model(seed, objective=objective).state_dict())
+        network.load_state_dict(tiny_model(seed, diffusion_type=diffusion_type).state_dict())
     rows, (fake_batches,), student_batches = noised_step(trainer, 8, 2)
     trainer.fake_training.wrapped = fake
     inverse = trainer.inverse
-    got_fake = sum(inverse.fake_loss(student, fake, batch, batch["total_rows"]) for batch in fake_batches)
+    got_fake = sum(inverse.fake_loss(student, fake, batch) for batch in fake_batches)
     got_fake.backward()
     assert all(value.grad is None for value in student.parameters())
     expected_fake, _ = naive_losses(trainer, student, teacher, fake, rows, 0)
@@ -155,20 +155,16 @@ def test_evaluation_is_the_definition_over_the_rows_that_train(tmp_path):
         network.load_state_dict(tiny_model(seed).state_dict())
     metrics, rows = trainer.evaluate(), trainer.eval_dataset
     batch = trainer._noise(trainer.data_collator([rows[index] for index in range(5)]), None, 0)
-    assert len(batch["seen"]) > 0
+    assert len(batch.seen.column) > 0
     networks = (trainer.model, trainer.teacher, trainer.fake)
     with torch.no_grad():
-        whole = trainer.inverse.student_loss(*networks, batch, 5.0)
-        alone = trainer.inverse.student_loss(*networks, {**batch, **_nothing_seen(batch)}, 5.0)
+        whole = trainer.inverse.student_loss(*networks, batch)
+        alone = trainer.inverse.student_loss(*networks, replace(batch, seen=batch.seen.of_row(-1)))
     assert metrics["eval_loss"] == pytest.approx(whole.item(), rel=1e-5) != alone.item()
     empty = rows.select([0]).map(lambda row: {"labels": [-100] * len(row["labels"])}).cast(rows.features)
     filled = trainer.evaluate(concatenate_datasets([rows, empty]))
     for name in ("eval_loss", "eval_fake_loss"):
         assert filled[name] == pytest.approx(metrics[name], rel=1e-6)
-
-
-def _nothing_seen(batch) -> dict:
-    return {name: batch[name][:0] for name in ("seen", "seen_targets", "seen_row", "seen_weights")}
 
 
 def test_student_stands_still_where_fake_equals_teacher(tmp_path):
@@ -180,31 +176,31 @@ def test_student_stands_still_where_fake_equals_teacher(tmp_path):
     assert loss == 0 and all((value.grad == 0).all() for value in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
-def test_prompts_never_change(tmp_path, objective):
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
+def test_prompts_never_change(tmp_path, diffusion_type):
     """Catches prompt or prefix tokens that are masked, drawn anew, or scored."""
-    trainer = tiny_few_step(tmp_path, model=tiny_model(objective=objective), fake_steps_per_student_step=3)
+    trainer = tiny_few_step(tmp_path, model=tiny_model(diffusion_type=diffusion_type), fake_steps_per_student_step=3)
     trainer.noising = replace(trainer.noising, pack=False)  # a row a line, in its own order
     rows, fake_batches, student_batches = noised_step(trainer)
     clean = trainer.data_collator(rows)
     prompt = (clean["labels"] == -100) & clean["attention_mask"].bool()
     assert prompt.any()
     for batch in [*(batch for batches in fake_batches for batch in batches), *student_batches]:
-        for prefix in ("student_", ""):
-            column = torch.arange(batch[f"{prefix}input_ids"].shape[1])
+        for inputs in (batch.shown, batch.noised):
+            column = torch.arange(inputs.input_ids.shape[1])
             rows_of = torch.arange(len(clean["labels"]))[:, None].expand(-1, len(column))
-            position = batch[f"{prefix}position_ids"]
-            real = batch[f"{prefix}stream"] >= 0
+            position = inputs.position_ids
+            real = inputs.stream >= 0
             at_prompt = prompt[rows_of, position] & real
-            ids, own = batch[f"{prefix}input_ids"], clean["input_ids"][rows_of, position]
+            ids, own = inputs.input_ids, clean["input_ids"][rows_of, position]
             assert torch.equal(ids[at_prompt], own[at_prompt])
             # the clean copy is the row's own text to the last token
-            copies = batch[f"{prefix}stream"] == 0
+            copies = inputs.stream == 0
             assert torch.equal(ids[copies], own[copies])
         at_prompt = at_prompt.flatten()
-        for name in ("drawn_column", "soft", "seen"):
-            assert not at_prompt[batch[name]].any(), name
-            assert (batch["stream"].flatten()[batch[name]] == 1).all(), "the noised copy alone"
+        for columns in (batch.drawn.column, batch.soft.column, batch.seen.column):
+            assert not at_prompt[columns].any()
+            assert (batch.noised.stream.flatten()[columns] == 1).all(), "the noised copy alone"
 
 
 def test_packing_changes_nothing(tmp_path):
@@ -215,17 +211,17 @@ def test_packing_changes_nothing(tmp_path):
     for pack in (True, False):
         trainer.noising = InverseNoising(trainer.noising.spec, pack=pack)
         _, ((fake_batch,),), (batch,) = noised_step(trainer)
-        losses.append((trainer.inverse.fake_loss(trainer.model, trainer.fake, fake_batch, 8.0),
+        losses.append((trainer.inverse.fake_loss(trainer.model, trainer.fake, fake_batch),
                        trainer.compute_loss(trainer.model, batch)))  # fmt: skip
-    assert batch["input_ids"].shape[1] == 2 * 16
+    assert batch.noised.input_ids.shape[1] == 2 * 16
     assert_close(losses[0], losses[1])
 
 
-def test_chunks_of_the_head_change_nothing(tmp_path):
-    """Catches positions lost between chunks, or draws that depend on the chunk."""
+def test_slices_of_the_head_change_nothing(tmp_path):
+    """Catches positions lost between slices, or draws that depend on the slice."""
     losses = []
-    for size in (1024, 3):
-        trainer = tiny_few_step(tmp_path, head_chunk_size=size)
+    for size in (None, 3):
+        trainer = tiny_few_step(tmp_path, head_slice_size=size)
         trainer.train()
         losses.append(logs_of(trainer) + logs_of(trainer, "fake_loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
@@ -233,10 +229,10 @@ def test_chunks_of_the_head_change_nothing(tmp_path):
 
 def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):
     """Catches a step that holds a network's logits at all masked positions: memory grows with the vocabulary."""
-    trainer = tiny_few_step(tmp_path, head_chunk_size=2)
+    trainer = tiny_few_step(tmp_path, head_slice_size=2)
     vocabulary, hidden = trainer.model.lm_head.weight.shape
     _, ((fake_batch,),), (batch,) = noised_step(trainer)
-    assert min(len(fake_batch["soft"]), len(batch["soft"]), len(batch["drawn_from"])) > 4
+    assert min(len(fake_batch.soft.column), len(batch.soft.column), len(batch.drawn.source)) > 4
     found = set()
 
     class Watch(TorchDispatchMode):
@@ -248,10 +244,10 @@ def test_logits_exist_at_a_few_positions_at_a_time(tmp_path):
             return out
 
     with Watch():
-        trainer.inverse.fake_loss(trainer.model, trainer.fake, fake_batch, 8.0).backward()
+        trainer.inverse.fake_loss(trainer.model, trainer.fake, fake_batch).backward()
         trainer.compute_loss(trainer.model, batch).backward()
     assert {(1, vocabulary), (2, vocabulary)} & found
-    assert all(shape[0] in (1, 2, hidden) for shape in found), "positions at a time, or the head transposed"
+    assert all(shape[0] in (0, 1, 2, hidden) for shape in found), "positions at a time, or the head transposed"
 
 
 def test_nothing_masked_trains(tmp_path):
@@ -263,8 +259,8 @@ def test_nothing_masked_trains(tmp_path):
         noised = trainer.noising(batch, Draws(torch.tensor([0.5]), torch.tensor([0.5]), student_mask, mask, half))
         for network in (trainer.model, trainer.fake):
             network.zero_grad()
-        student_loss = trainer.inverse.student_loss(trainer.model, trainer.teacher, trainer.fake, noised, 1.0)
-        fake_loss = trainer.inverse.fake_loss(trainer.model, trainer.fake, noised, 1.0)
+        student_loss = trainer.inverse.student_loss(trainer.model, trainer.teacher, trainer.fake, noised)
+        fake_loss = trainer.inverse.fake_loss(trainer.model, trainer.fake, noised)
         (student_loss + fake_loss).backward()
         assert student_loss == 0 and torch.isfinite(fake_loss)
         assert all(
@@ -294,7 +290,7 @@ def test_grid_times_are_those_of_decoding(tmp_path):
     trainer = tiny_few_step(tmp_path, student_times="grid", num_steps=1)
     _, _, (batch,) = noised_step(trainer)
     counts = (torch.tensor(trainer.train_dataset[:8]["labels"]) != -100).sum()
-    assert len(batch["student_asked"]) == counts, "one step: everything is hidden from the student"
+    assert len(batch.student_asked) == counts, "one step: everything is hidden from the student"
 
 
 # -- accounting -------------------------------------------------------------------------------------------------------
@@ -425,12 +421,12 @@ def test_noise_of_the_updates_of_a_step_differs(tmp_path):
     """Catches a student scored on the very noise that the fake was just fitted to, and the same noise each epoch."""
     trainer = tiny_few_step(tmp_path, fake_steps_per_student_step=2)
     _, fake_batches, (batch,) = noised_step(trainer)
-    masks = [tuple(b["student_asked"].tolist()) for b in (fake_batches[0][0], fake_batches[1][0], batch)]
+    masks = [tuple(b.student_asked.tolist()) for b in (fake_batches[0][0], fake_batches[1][0], batch)]
     assert len(set(masks)) == 3
     trainer._pass = 1
     rows = trainer.data_collator([trainer.train_dataset[index] for index in range(8)])
     (later,), _ = trainer.get_batch_samples(iter([rows]), 1, torch.device("cpu"))
-    assert tuple(later["student_asked"].tolist()) not in masks
+    assert tuple(later.student_asked.tolist()) not in masks
 
 
 # -- the moving average -----------------------------------------------------------------------------------------------
@@ -496,10 +492,12 @@ def test_checkpoints_hold_the_weights_that_were_asked_for(tmp_path, save_weights
 # -- what is saved ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
-def test_saved_student_decodes_as_it_was_made(tmp_path, objective):
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
+def test_saved_student_decodes_as_it_was_made(tmp_path, diffusion_type):
     """Catches a generation config that forgets the number of steps, the random order or the sampling."""
-    trainer = tiny_few_step(tmp_path, model=tiny_model(objective=objective, dtype=torch.float32), num_steps=2)
+    trainer = tiny_few_step(
+        tmp_path, model=tiny_model(diffusion_type=diffusion_type, dtype=torch.float32), num_steps=2
+    )
     trainer.train()
     trainer.save_model()
     model, tokenizer = AutoModel.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -514,7 +512,7 @@ def test_saved_student_decodes_as_it_was_made(tmp_path, objective):
         )
         for seed in range(4)
     ]  # fmt: skip
-    num_blocks = 1 if objective == "full" else 2
+    num_blocks = 1 if diffusion_type == "full" else 2
     assert {output.forward_passes for output in outputs} == {2 * num_blocks}
     assert len({tuple(output.sequences[0].tolist()) for output in outputs}) > 1, "it samples"
     assert all(tokenizer.mask_token_id not in output.sequences[0] for output in outputs)
@@ -583,8 +581,8 @@ def test_adapters_equal_whole_networks_with_their_weights(tmp_path):
     _, ((fake_batch,),), (batch,) = noised_step(trainer)
     losses = []
     for _ in range(2):
-        losses.append((trainer.inverse.fake_loss(student, fake, fake_batch, 8.0).detach(),
-                       trainer.inverse.student_loss(student, teacher, fake, batch, 8.0).detach()))  # fmt: skip
+        losses.append((trainer.inverse.fake_loss(student, fake, fake_batch).detach(),
+                       trainer.inverse.student_loss(student, teacher, fake, batch).detach()))  # fmt: skip
         if len(losses) == 1:
             teacher = tiny_model(0)
             # copies first: merging writes into the base, which all three share

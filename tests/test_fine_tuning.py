@@ -61,12 +61,12 @@ def plain_trainer(model, rows, tmp_path, **settings) -> Trainer:
     return Trainer(model, args, train_dataset=rows, data_collator=stack)
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
 @pytest.mark.parametrize("kind", ["tide_qwen2", "tide_llama", "lora"])
-def test_random_tokens_stay_at_their_entropy(kind, objective, tmp_path):
+def test_random_tokens_stay_at_their_entropy(kind, diffusion_type, tmp_path):
     """Catches a family, or an adapter around a student, whose loss shows it the answer: it would fall below log V."""
     config_class = {"tide_qwen2": TIDEQwen2Config, "tide_llama": TIDELlamaConfig}.get(kind)
-    model = student(objective=objective, **({"config_class": config_class} if config_class else {}))
+    model = student(diffusion_type=diffusion_type, **({"config_class": config_class} if config_class else {}))
     if kind == "lora":
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
     trainer = plain_trainer(model, random_rows(1000, seed=5), tmp_path, max_steps=60, learning_rate=1e-2)

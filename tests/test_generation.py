@@ -126,12 +126,12 @@ def test_eos_ends_a_row(settings):
     assert len(set(lengths)) >= 3 and 14 in lengths, "answers did not end at different places"
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("settings", [{}, {"steps_per_block": 2}, {"confidence_threshold": 0.3}], ids=str)
-def test_batch_equals_row_by_row(settings, side, objective):
+def test_batch_equals_row_by_row(settings, side, diffusion_type):
     """Catches padding that is attended, a grid shifted by it, and a row that stops or goes on with its neighbour."""
-    model = tiny(seed=3, objective=objective)
+    model = tiny(seed=3, diffusion_type=diffusion_type)
     prompts = [prompt(length) for length in (1, 4, 7, 10, 8)]
     ids, mask = as_batch(prompts, side)
     free = [naive_generate(model, row[0].tolist(), 9, **settings)[0] for row in prompts]
@@ -171,9 +171,9 @@ def test_finished_rows_cost_no_forward_passes():
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_full_objective_matches_a_bidirectional_loop(settings):
+def test_full_sequence_matches_a_bidirectional_loop(settings):
     """Catches a full-sequence model decoded block by block, or one that sees padding behind its answer."""
-    model = tiny(seed=2, objective="full")
+    model = tiny(seed=2, diffusion_type="full")
     for length, max_new_tokens in ((1, 5), (6, 9), (8, 8)):
         expected, num_steps = naive_generate(model, prompt(length)[0].tolist(), max_new_tokens, **settings)
         out = model.generate(prompt(length), max_new_tokens=max_new_tokens, return_dict_in_generate=True, **settings)

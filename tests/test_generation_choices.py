@@ -48,11 +48,11 @@ def test_a_keyword_none_leaves_the_default(name):
     assert torch.equal(model.generate(prompt(6), max_new_tokens=9, **{name: None}), expected)
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
 @pytest.mark.parametrize("num_new", [1, 3, 6, 11, 32, 38])
-def test_passes_do_not_exceed_the_tokens_asked_for(num_new, objective):
+def test_passes_do_not_exceed_the_tokens_asked_for(num_new, diffusion_type):
     """Catches a block of 32 that is denoised whole for the 6 tokens of it that are returned."""
-    model = tiny(block_size=32, objective=objective)
+    model = tiny(block_size=32, diffusion_type=diffusion_type)
     for length in (2, 29, 32):
         for settings in ({}, {"confidence_threshold": 1.0}, {"steps_per_block": 4}):
             out = model.generate(prompt(length), max_new_tokens=num_new, return_dict_in_generate=True, **settings)

@@ -329,7 +329,7 @@ def test_max_time_finishes_the_block_and_stops():
     out = model.generate(prompt(6), max_new_tokens=20, max_time=1e-9, return_dict_in_generate=True)
     assert torch.equal(out.sequences, model.generate(prompt(6), max_new_tokens=2)) and out.forward_passes == 2
     assert model.generate(prompt(6), max_new_tokens=20, max_time=60.0).shape == (1, 26)
-    full = tiny(objective="full")
+    full = tiny(diffusion_type="full")
     with pytest.raises(ValueError, match=r"max_time=1\.0 .*set block_size"):
         full.generate(prompt(6), max_new_tokens=20, max_time=1.0)
     assert full.generate(prompt(6), max_new_tokens=20, max_time=1e-9, block_size=5).shape == (1, 11)

@@ -9,20 +9,23 @@ import math
 import numpy as np
 import torch
 from golden_cases import assert_golden, golden
+from weighted_losses import (
+    calm_loss,
+    forward_kl_loss,
+    reverse_calm_loss,
+    reverse_kl_loss,
+    tidal_chunk_loss,
+    tidal_loss,
+)
 
 from tide_hf.alignment import Answer, align_equal_tokens, cut_equal_bytes
 from tide_hf.data import DistillationCollator
 from tide_hf.diffusion import LayoutSpec, Noising
 from tide_hf.losses import (
-    calm_loss,
+    DIVERGENCES,
     chunk_log_likelihood,
     denoising_loss,
-    forward_kl_loss,
-    reverse_calm_loss,
-    reverse_kl_loss,
-    tidal_chunk_loss,
     tidal_lambda,
-    tidal_loss,
     timestep_weight,
     true_token_log_probs,
 )
@@ -33,7 +36,7 @@ from tide_hf.models import (
     loss_weight,
     masked_probability,
 )
-from tide_hf.training.objective import Objective
+from tide_hf.training.objective import Objective, TeacherStates
 
 AXES = {"both": "both", "training_only": "progress", "timestep_only": "time"}
 
@@ -346,12 +349,12 @@ class Step:
 def test_golden_step_student_inputs(case):
     """Catches noise drawn at another rate, masked prompts, incomplete chunks and wrong student positions."""
     step = Step(case)
-    torch.testing.assert_close(step.out["t"], case.array("t"), rtol=0, atol=1e-7)
-    assert torch.equal(step.out["input_ids"], case.array("student_model_input_ids"))
+    torch.testing.assert_close(step.out.t, case.array("t"), rtol=0, atol=1e-7)
+    assert torch.equal(step.out.student.input_ids, case.array("student_model_input_ids"))
     if case.has("student_position_ids"):
-        assert torch.equal(step.out["position_ids"], case.array("student_position_ids"))
+        assert torch.equal(step.out.student.position_ids, case.array("student_position_ids"))
     if case.has("student_attention"):
-        stream, block = step.out["stream"], step.out["block"]
+        stream, block = step.out.student.stream, step.out.student.block
         visible = block_visibility(stream, block, stream, block)[:, 0]
         assert torch.equal(visible, case.flag("student_attention").expand_as(visible))
 
@@ -360,17 +363,17 @@ def test_golden_step_student_inputs(case):
 def test_golden_step_teacher_inputs(case):
     """Catches CompDemo views swapped or drawn by another column, and a teacher that sees other tokens or padding."""
     step = Step(case)
-    stream, block = step.out["teacher_stream"], step.out["teacher_block"]
+    stream, block = step.out.teacher.stream, step.out.teacher.block
     visible = block_visibility(stream, block, stream, block)[:, 0]
     for view in range(step.views):
         columns = step.teacher_columns(view)
         valid = step.teacher_valid.repeat(1, len(columns) // step.teacher_valid.shape[1])
         recorded = case.array(f"teacher_model_input_ids_{view + 1}")
-        ids = step.out["teacher_input_ids"][:, columns]
+        ids = step.out.teacher.input_ids[:, columns]
         assert torch.equal(ids[valid], recorded[valid])
         if case.has("teacher_position_ids"):
             # recorded positions go on through the padding, ours stop: nobody sees those columns
-            positions = step.out["teacher_position_ids"][:, columns]
+            positions = step.out.teacher.position_ids[:, columns]
             assert torch.equal(positions[valid], case.array("teacher_position_ids")[valid])
         if case.has("teacher_attention"):
             ours = visible[:, columns][:, :, columns]
@@ -380,7 +383,7 @@ def test_golden_step_teacher_inputs(case):
             assert torch.equal(ours[valid], attention[valid])
 
 
-DIVERGENCES = {
+MODES = {
     "kl": ("forward_kl", False),
     "reverse_kl": ("reverse_kl", False),
     "taid": ("forward_kl", True),
@@ -393,11 +396,11 @@ DIVERGENCES = {
 
 def objective_of(case) -> Objective:
     """The Objective a recorded step was run with."""
-    divergence, tidal = DIVERGENCES[case["mode"].removesuffix("_aligned")]
+    divergence, tidal = MODES[case["mode"].removesuffix("_aligned")]
     return Objective(
         preset=None,
         alignment="chunk" if case["pipeline"] == "cross_tokenizer" else "token",
-        divergence=divergence,
+        divergence=DIVERGENCES[divergence](),
         tidal=tidal,
         comp_demo=case["complementary_demo"],
         ce_weight=1.0,
@@ -410,7 +413,6 @@ def objective_of(case) -> Objective:
         timestep_weight=case.get("timestep_weight", "midrange"),
         tidal_normalization="none",
         demo_ratio=case["demo_ratio"],
-        jsd_beta=0.5,
         schedule="linear",
         ce_weighting={"scheduler": "schedule", "uniform": "uniform"}[case["loss_weight_type"]],
         chunk_weighting="paper",
@@ -436,22 +438,18 @@ def test_golden_step_losses(case, monkeypatch):
     # what the teacher returned over our columns; nothing is asked at the clean copy
     views = [step.noised_half(case.array(f"teacher_logits_{view + 1}")) for view in range(step.views)]
     teacher = torch.cat(views, 1)
-    columns = step.out["teacher_input_ids"].shape[1]
+    columns = step.out.teacher.input_ids.shape[1]
     teacher = torch.nn.functional.pad(teacher, (0, 0, 0, columns - teacher.shape[1]), value=float("nan"))
-    teacher_logits = teacher.flatten(0, 1)[step.out["teacher_asked"]]
+    teacher_logits = teacher.flatten(0, 1)[step.out.teacher.asked]
     progress = unclamped_lambda(case) if "global_step" in case else 0.0
 
     def compute(logits):
         # the student's columns are [xt; x0]; logits are recorded for the noised half
-        rows, places = step.out["asked"] // (2 * step.length), step.out["asked"] % (2 * step.length)
-        loss, terms = objective_of(case)(
-            logits[rows, places],
-            step.out,
-            step.out["counts"],
-            progress,
-            teacher_logits,
-            case.get("shared_vocab_size"),
-        )
-        return [loss, terms["ce"], terms["distill"]]
+        rows, places = step.out.student.asked // (2 * step.length), step.out.student.asked % (2 * step.length)
+        # logits as hidden states, behind a head that changes nothing
+        states = TeacherStates(teacher_logits, lambda hidden: hidden, case.get("shared_vocab_size"))
+        head = torch.eye(logits.shape[-1], dtype=logits.dtype)
+        loss, terms = objective_of(case)(logits[rows, places], head, step.out, progress, states)
+        return [loss, terms["ce"].sum(), terms["distill"].sum()]
 
     assert_golden(case, compute, ("loss", "ce_loss", "distill_loss"))

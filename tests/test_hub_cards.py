@@ -14,20 +14,24 @@ from huggingface_hub import ModelCard
 from tiny import tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
 
+from tide_hf import TIDEConfig
 from tide_hf.data import PreparationReport
-from tide_hf.demo.sorting import sorting_rows
+from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.hub import (
     Decoding,
     Measurement,
+    RunFacts,
     check_card,
     dataset_card,
     find_source,
     python_blocks,
     write_card,
 )
-from tide_hf.hub.card import BEGIN, END
+from tide_hf.hub.card_edits import BEGIN, END
+from tide_hf.hub.front_matter import split_front_matter
 from tide_hf.hub.provenance import command_line
-from tide_hf.hub.record import AFTER
+from tide_hf.hub.pushing import has_remote_code
+from tide_hf.hub.record import AFTER, record_run, update_record
 from tide_hf.hub.sources import Source, resolve_license
 
 START_CARD = (
@@ -60,7 +64,7 @@ def card_of(run) -> Path:
 
 
 def test_card_of_a_run_is_complete_and_true(run):
-    """Catches a card that lacks what a stranger needs, or says another number than was logged."""
+    """Catches a card that lacks what a stranger needs, or shows another number than was logged."""
     assert check_card(card_of(run)) == []
     text = card_of(run).read_text()
     data = ModelCard(text).data.to_dict()
@@ -78,7 +82,7 @@ def test_card_of_a_run_is_complete_and_true(run):
 
 @pytest.mark.slow
 def test_programs_of_the_card_run(run):
-    """Catches an example that does not load or generate, where a reader would run it: beside the card."""
+    """Catches an example that does not load or generate where a reader would run it: beside the card."""
     programs = python_blocks(card_of(run).read_text())
     assert len(programs) == 3
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -104,6 +108,35 @@ def test_what_people_write_survives(run):
     assert write_card(replace(run.run_record, model_name="renamed"), existing=again) == again, "updates settle"
 
 
+@pytest.mark.parametrize("lines", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_metadata_of_an_edited_card_is_read_as_it_is_written(run, lines):
+    """Catches keys lost because of a Windows editor's line ends or byte order mark, and a tag cut into letters."""
+    head = ["---", "thumbnail: https://x.org/a.png", "tags: mine", "version: 1.10", "---", "My words."]
+    text = write_card(run.run_record, existing="\ufeff" + lines.join(head))
+    metadata, body = split_front_matter(text)
+    assert (metadata["thumbnail"], metadata["version"]) == ("https://x.org/a.png", 1.1)
+    assert metadata["tags"][-1] == "mine" and len(metadata["tags"]) == 5
+    assert metadata["license"] == "apache-2.0"
+    assert body.strip().startswith(f"My words.\n\n{BEGIN}") and "thumbnail" not in body
+
+
+@pytest.mark.parametrize("head", ["- a\n- b", "license: [mit", "just words", "true: yes"])
+def test_metadata_that_cannot_be_read_is_kept_as_text(run, head):
+    """Catches training that ends because of a person's mistake in the card, and their words thrown away."""
+    text = write_card(run.run_record, existing=f"---\n{head}\n---\nMy words.\n")
+    assert split_front_matter(text)[0] == split_front_matter(write_card(run.run_record))[0]
+    assert f"---\n{head}\n---\nMy words.\n\n{BEGIN}" in text
+    second = write_card(run.run_record, existing=text)
+    assert second.count(head) == text.count(head) == 1 and write_card(run.run_record, existing=second) == second
+    assert check_card(f"---\n{head}\n---\n")[0].startswith("The metadata cannot be parsed")
+
+
+def test_text_without_metadata_is_kept(run):
+    """Catches text of a card without metadata that is taken for metadata, or lost."""
+    text = write_card(run.run_record, existing="# Mine\n\nabove\n\n---\n\nbelow\n")
+    assert f"---\n\n# Mine\n\nabove\n\n---\n\nbelow\n\n{BEGIN}" in text and check_card(text) == []
+
+
 def test_stock_cards_are_replaced(run):
     """Catches PEFT's empty sections kept as somebody's words."""
     stock = "---\nlicense: gpl-3.0\n---\n<!-- Provide a quick summary of what the model is/does. -->\n"
@@ -124,18 +157,97 @@ def test_measured_results_and_decoding_are_shown(run):
     assert "## Decoding" not in write_card(run.run_record)
 
 
+def test_the_plan_of_a_run_is_shown(run):
+    """Catches a card that hides what the networks were fed, names a folder of this machine, or shows an old plan."""
+    plan = {"alignment": "chunk", "student": {"block_size": 4}, "tokenizer": {"name": "/home/me/student", "size": 24}}
+    record = record_run(replace(run._run_facts(), plan=plan))
+    record.tags, record.model_name = ["mine"], "named"
+    text = write_card(record)
+    assert check_card(text) == []
+    table = text.split("What the run fed its networks:")[1].split("Training arguments")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| `")]
+    assert lines == ["| `alignment` | chunk |", "| `student.block_size` | 4 |", "| `tokenizer.size` | 24 |"]
+    update_record(record, replace(run._run_facts(), plan={}))
+    assert "What the run fed" not in write_card(record) and (record.tags, record.model_name) == (["mine"], "named")
+
+
+def test_facts_alone_make_a_record():
+    """Catches a record that needs a trainer for what its facts do not state."""
+    tokenizer = build_tokenizer()
+    args = TIDEConfig(output_dir="out", use_cpu=True, report_to=[], seed=7, max_length=16, learning_rate=0.25)
+    history = [{"step": step, "eval_ce": value, "eval_other": 1.0} for step, value in ((0, 3.0), (2, 2.0), (4, 1.0))]
+    facts = RunFacts(
+        model=tiny_model(),
+        teachers=[tiny_model(seed=1)],
+        tokenizer=tokenizer,
+        args=args,
+        objective={"method": "mine", "max_length": 16},
+        preparation={"train": PreparationReport(10, 8), "eval": PreparationReport(0, 0)},
+        step=4,
+        max_steps=6,
+        log_history=history,
+        num_evaluated_rows=3,
+        evaluation="MyTrainer.evaluate",
+    )
+    record = record_run(facts)
+    assert (record.step, record.max_steps, record.seeds, record.method) == (4, 6, [7], "mine")
+    assert set(record.preparation) == {"train"} and record.preparation["train"]["num_kept"] == 8
+    assert record.arguments["learning_rate"] == 0.25 and "max_length" not in record.arguments
+    assert record.arguments["teacher_context"] == args.teacher_context and len(record.teachers) == 1
+    measured = [(result.network, result.value, result.harness, result.num_samples) for result in record.results]
+    expected = [("student before", 3.0, "MyTrainer.evaluate", 3), (AFTER, 1.0, "MyTrainer.evaluate", 3)]
+    assert measured == expected
+    own = replace(record.results[0], harness="lm-eval")
+    record.results.append(own)
+    update_record(record, replace(facts, log_history=[*history, {"step": 6, "eval_ce": 0.5}], teachers=[]))
+    assert [result.value for result in record.results] == [own.value, 3.0, 0.5]
+    assert "teacher_context" not in record.arguments
+    update_record(record, replace(facts, num_evaluated_rows=0))
+    assert record.results == [own]
+
+
+def test_a_uniform_student_is_decoded_as_it_can_be(run):
+    """Catches a card that recommends decoding settings which `generate` of a uniform-state model refuses."""
+    network = {**run.run_record.network, "diffusion_type": "uniform", "block_size": None}
+    few_step = replace(run.run_record, network=network, method="idlm", objective={"num_steps": 2, "method": "idlm"})
+    text = write_card(few_step)
+    assert check_card(text) == [] and "decoded in 2 network calls per answer: `num_steps=2`" in text
+    assert "`num_steps` (the number" in write_card(replace(run.run_record, network=network))
+    assert not [name for name in ("steps_per_block", "confidence_threshold", "mask token") if name in text]
+
+
+def has_program_without_library(run) -> bool:
+    return "trust_remote_code=True" in card_of(run).read_text()
+
+
+def test_a_card_says_of_code_what_was_saved_last(run, tmp_path):
+    """Catches a card that judges by another run's model or a later config.json in the folder whether the saved model
+    carries its code: it would show a program that fails, or hide one that works."""
+    trainer = tiny_trainer(tmp_path / "out", model=tiny_model(dtype=torch.float32))
+    run.model.save_pretrained(tmp_path / "out" / "checkpoint-2")
+    assert has_remote_code(tmp_path / "out" / "checkpoint-2")
+    trainer.create_model_card()
+    assert not has_program_without_library(trainer), "nothing was saved yet"
+    trainer.save_model(tmp_path / "elsewhere")
+    assert has_program_without_library(trainer), "saved with its code, outside of the folder of the card"
+    (tmp_path / "out" / "evaluation").mkdir()
+    (tmp_path / "out" / "evaluation" / "config.json").write_text("{}")
+    trainer.create_model_card()
+    assert has_program_without_library(trainer), "a later config.json is none of the trainer's"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "found"),
     [
         ("license: apache-2.0", "licence: apache-2.0", "has no license"),
-        ("license: apache-2.0", "license: apache2", "is none of the Hub's"),
-        ("base_model: Qwen/Qwen3-0.6B", "base_model: /data/qwen", "is no name on the Hub"),
+        ("license: apache-2.0", "license: apache2", "is not one of the Hub's ids"),
+        ("base_model: Qwen/Qwen3-0.6B", "base_model: /data/qwen", "is not a Hub name"),
         ("base_model_relation: finetune", "base_model_relation: distilled", "base_model_relation must be"),
-        ("- en", "- no", "is no language code"),
+        ("- en", "- no", "is not a language code"),
         ("## Limits", "## Bounds", "'Limits' is missing"),
         ("# out", "# {{ model_name }}", "a leftover"),
         ("# out", "# out\n\nsee /home/me/runs/out", "local path"),
-        ("# out", "# out hf_abcdefghijklmnopqrstuvwxyz", "A token"),
+        ("# out", "# out hf_abcdefghijklmnopqrstuvwxyz", "an access token"),
         ("import tide_hf", "import tide_hf)", "does not compile"),
         ("num_samples: 4", "num_samples: 0", "does not say its num_samples"),
         ("training_curves.png", "curves.png", "curves.png is missing"),
@@ -203,16 +315,17 @@ def test_command_line_without_paths_and_secrets(monkeypatch, tmp_path):
 
 
 def test_source_of_a_folder_is_its_card(tmp_path):
-    """Catches a local path as a name, and a licence that is not read."""
-    (tmp_path / "README.md").write_text(START_CARD)
+    """Catches a local path as a name, a licence that is not read, and Norwegian, `no`, that YAML reads as false."""
+    (tmp_path / "README.md").write_text(START_CARD.replace("language: en", "language: no"))
     source = find_source(str(tmp_path))
+    assert source.languages == ["no"]
     assert (source.name, source.on_hub, source.license) == (tmp_path.name, False, "apache-2.0")
     assert source.arxiv_ids == ["2505.09388"]
 
 
 @pytest.mark.parametrize(("task", "row"), [("sorting", "tide"), ("sorting", "ce"), ("python_stdlib", "kl")])
 def test_card_of_an_embedded_run(task, row):
-    """Catches a card of an embedded run that hides what it is, or says another number than the report."""
+    """Catches a card of an embedded run that hides what it is, or shows another number than the report."""
     report = json.loads((Path(__file__).parents[1] / "recipes" / "reports" / f"{task}.json").read_text())
     text = report_card(
         report, row, "accelerate launch recipes/dense_teacher.py", "outputs/dense_teacher", 400, "2026-11-23"

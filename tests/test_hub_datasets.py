@@ -108,7 +108,7 @@ def metadata_of(card: str) -> dict:
 
 def leaks(card: str) -> list[str]:
     """Of what a model card may lack, that which no card may hold."""
-    return [said for said in check_card(card) if "local path" in said or "token stands" in said or "leftover" in said]
+    return [said for said in check_card(card) if "local path" in said or "access token" in said or "leftover" in said]
 
 
 def test_every_state_with_rows_has_the_card(hub, card, folder):

@@ -47,7 +47,7 @@ def publish_two_tokenizers(folder) -> None:
 
 
 def recipe(folder, name, script="dense_teacher", **more) -> list[str]:
-    """Words of a command line behind `python` or `accelerate launch`; a flag given as None is left out."""
+    """Words of a command line after `python` or `accelerate launch`; a flag given as None is left out."""
     values = {
         "model_name_or_path": "alice/e2e-start",
         "teacher_model_name_or_path": "alice/e2e-teacher",
@@ -143,7 +143,7 @@ def test_it_loads_without_the_library(client, pushed, tmp_path):
 
 @pytest.mark.slow
 def test_recipe_that_cannot_push_says_so_and_fails(hub, client, pushed, tmp_path):
-    """Catches exit status 0, or a traceback in place of a sentence, when the last state is not on the Hub."""
+    """Catches exit status 0, or a traceback instead of a sentence, when the last state is not on the Hub."""
     write_rows(tmp_path)
     hub.fault("POST", "alice/e2e-refused/commit", status=403, times=1000)
     status, output = client.python(*recipe(tmp_path, "alice/e2e-refused"))
@@ -168,7 +168,7 @@ def test_every_commit_across_tokenizers_loads_without_the_library(hub, client, t
 
 @pytest.mark.slow
 def test_every_commit_of_a_student_without_teacher(hub, client, pushed, tmp_path):
-    """Catches a card that names a teacher nobody had, and an intermediate commit that lacks a part."""
+    """Catches a card that names a teacher that was not used, and an intermediate commit that lacks a part."""
     write_rows(tmp_path)
     more = {"teacher_model_name_or_path": None, "hub_strategy": "every_save"}
     status, output = client.python(

@@ -1,4 +1,4 @@
-"""Pushing a run: whole commits, faults that are heard, resuming from the Hub.
+"""Pushing a run: whole commits, errors that are reported, resuming from the Hub.
 
 The last save and the final push hold the same files: the client skips the second commit.
 """
@@ -117,7 +117,7 @@ def train_private_branch(folder, name):
 
 
 def test_private_organisation_and_branch(hub, client, tmp_path):
-    """Catches a public repository, a push to main in place of the branch, and code in the card that loads main."""
+    """Catches a public repository, a push to main instead of the branch, and code in the card that loads main."""
     hub.orgs["lab"] = {"alice"}
     assert client.run(train_private_branch, tmp_path, "lab/secret")["error"] is None
     repo = hub.repo("lab/secret")
@@ -214,7 +214,7 @@ def train_with_seed(folder, name, seed):
     ids=str,
 )
 def test_a_passing_fault_loses_nothing(hub, client, tmp_path, fault, times):
-    """Catches a push that a passing fault swallows: every state has to arrive."""
+    """Catches a push that is lost to a temporary fault: every state has to arrive."""
     method, pattern, status = fault
     name = f"alice/passing-{status}-{pattern.strip('/').split('/')[0]}"
     path = pattern if pattern == "/lfs/" else f"{name}{pattern}"
@@ -228,7 +228,7 @@ def test_a_passing_fault_loses_nothing(hub, client, tmp_path, fault, times):
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500])
 def test_a_lasting_fault_is_heard_and_ends_the_run(hub, client, tmp_path, status):
-    """Catches a background push that fails without a word, a run that ends as if all was well, and a lost model."""
+    """Catches a background push that fails silently, a run that ends as if it had succeeded, and a lost model."""
     name = f"alice/lasting-{status}"
     hub.fault("POST", f"{name}{COMMIT}", status=status, times=1000)
     outcome = client.run(train, tmp_path, name, False)
@@ -259,7 +259,7 @@ def test_a_token_that_may_not_write_is_said_before_training(client, tmp_path, to
 
 @pytest.mark.slow
 def test_server_that_goes_away_and_comes_back(hub, client, tmp_path):
-    """Catches a state that was trained while the Hub was gone and is never pushed after it is back."""
+    """Catches a state of the time when the Hub could not be reached that is never pushed."""
     stop = threading.Event()
     orders = threading.Thread(target=obey, args=(hub, tmp_path, stop))
     orders.start()
@@ -347,7 +347,7 @@ def interrupt_and_resume(folder, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", [None, "trainer_state.json", "/cdn/"])
 def test_resume_from_the_hub_goes_on_exactly(hub, client, tmp_path, pattern):
-    """Catches a resumed run that starts anew, or with another optimizer state, or one that a cut download ends."""
+    """Catches a resumed run that starts anew or with another optimizer state, or that an interrupted download ends."""
     if pattern is not None:
         hub.fault("GET", pattern, times=2, cut=True)
     assert client.run(interrupt_and_resume, tmp_path, f"alice/resume-{len(pattern or '')}") == ([1, 2, 3, 4], True)
@@ -361,6 +361,6 @@ def resume_from_a_model(folder, name):
 
 
 def test_resume_without_training_state_says_so(client, tmp_path):
-    """Catches a missing file somewhere inside, in place of what to do."""
+    """Catches an error about a missing file that does not say what to do."""
     with pytest.raises(ValueError, match=r"holds no training state to resume from.*--hub_strategy checkpoint"):
         client.run(resume_from_a_model, tmp_path, "alice/model-only")

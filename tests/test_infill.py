@@ -17,7 +17,7 @@ def with_holes(length, holes, seed=1):
 @torch.no_grad()
 def naive_infill(model, ids, steps=None):
     """One row: windows in order, a full forward over the whole text at each step."""
-    ids, full = ids.clone(), model.config.objective == "full"
+    ids, full = ids.clone(), model.config.diffusion_type == "full"
     number = torch.arange(ids.shape[1]) // (ids.shape[1] if full else BLOCK)
     visible = (number[:, None] >= number)[None, None]
     for block in number.unique().tolist():
@@ -32,11 +32,11 @@ def naive_infill(model, ids, steps=None):
     return ids
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
 @pytest.mark.parametrize("steps", [None, 1, 2])
-def test_infill_matches_a_loop_over_the_whole_text(objective, steps):
+def test_infill_matches_a_loop_over_the_whole_text(diffusion_type, steps):
     """Catches holes filled without what stands behind them, blocks out of order, or a cache of masked columns."""
-    model = tiny(seed=3, objective=objective)
+    model = tiny(seed=3, diffusion_type=diffusion_type)
     for length, holes in ((10, [1, 2, 6]), (7, [0]), (12, [3, 4, 5, 11]), (3, [1]), (14, [12, 13])):
         ids = with_holes(length, holes)
         out = model.infill(ids, steps_per_block=steps)
@@ -45,11 +45,11 @@ def test_infill_matches_a_loop_over_the_whole_text(objective, steps):
         assert torch.equal(out[given], ids[given]) and MASK not in out
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_infill_batch_equals_row_by_row(objective, side):
+def test_infill_batch_equals_row_by_row(diffusion_type, side):
     """Catches padding that is attended or filled, and rows without holes where others have some."""
-    model, width = tiny(seed=4, objective=objective), 13
+    model, width = tiny(seed=4, diffusion_type=diffusion_type), 13
     rows = [with_holes(10, [1, 8]), with_holes(5, [4]), with_holes(12, [0, 5, 6, 11]), prompt(9)]
     ids, mask = torch.full((4, width), MASK), torch.zeros(4, width, dtype=torch.long)
     for index, row in enumerate(rows):
@@ -64,8 +64,8 @@ def test_infill_batch_equals_row_by_row(objective, side):
 
 def test_a_hole_sees_its_own_block_on_both_sides_and_no_later_one():
     """Catches a claim in the docstring that the network does not keep, in either direction."""
-    for objective, sees_later in (("block", False), ("full", True)):
-        model = tiny(seed=5, objective=objective)
+    for diffusion_type, sees_later in (("block", False), ("full", True)):
+        model = tiny(seed=5, diffusion_type=diffusion_type)
         own, later = set(), set()
         for token in range(20):
             ids = with_holes(9, [5])

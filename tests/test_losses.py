@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import references
 import torch
+import weighted_losses
 
 from tide_hf import losses
 from tide_hf.models.masked_diffusion import masked_probability
@@ -55,9 +56,9 @@ def test_denoising_loss_matches_its_equation(normalization):
 # ---- divergences over tokens ----
 
 TOKEN_LOSSES = {
-    "forward_kl": losses.forward_kl_loss,
-    "reverse_kl": losses.reverse_kl_loss,
-    "jsd": partial(losses.jsd_loss, beta=0.3),
+    "forward_kl": weighted_losses.forward_kl_loss,
+    "reverse_kl": weighted_losses.reverse_kl_loss,
+    "jsd": partial(weighted_losses.jsd_loss, beta=0.3),
 }
 
 
@@ -90,10 +91,10 @@ def test_forward_kl_survives_a_teacher_that_excludes_tokens():
     """Catches 0 · (−inf): a teacher that forbids a token (its own [MASK]) must not make loss or gradient NaN."""
     teacher, student = draw(N, V, seed=1), draw(N, V).requires_grad_()
     teacher[:, -1] = -torch.inf
-    loss = losses.forward_kl_loss(student, teacher, num_items=N)
+    loss = weighted_losses.forward_kl_loss(student, teacher, num_items=N)
     (gradient,) = torch.autograd.grad(loss, student)
     assert torch.isfinite(loss) and torch.isfinite(gradient).all()
-    shorter = losses.forward_kl_loss(student[:, :-1], teacher[:, :-1], num_items=N)
+    shorter = weighted_losses.forward_kl_loss(student[:, :-1], teacher[:, :-1], num_items=N)
     assert loss > shorter, "the student's mass on the forbidden token costs something"
 
 
@@ -105,7 +106,7 @@ def test_tidal_loss_matches_its_equation(temperature):
     """Catches a target that keeps its graph, a mixture of probabilities, and λ applied to the wrong side."""
     student, teacher = draw(N, V).requires_grad_(), draw(N, U, seed=1)
     strength, weights = torch.rand(N, generator=torch.Generator().manual_seed(3)).double(), draw(N, seed=2).abs()
-    ours = losses.tidal_loss(
+    ours = weighted_losses.tidal_loss(
         student,
         teacher,
         strength,
@@ -122,11 +123,11 @@ def test_tidal_loss_limits():
     """Catches interpolation from the wrong end: λ = 0 must teach nothing, λ = 1 must be the forward KL."""
     student, teacher = draw(N, V).requires_grad_(), draw(N, V, seed=1)
     zero, one = torch.zeros(N, dtype=torch.float64), torch.ones(N, dtype=torch.float64)
-    nothing = losses.tidal_loss(student, teacher, zero, num_items=N, temperature=2.0)
+    nothing = weighted_losses.tidal_loss(student, teacher, zero, num_items=N, temperature=2.0)
     (gradient,) = torch.autograd.grad(nothing, student)
     assert abs(nothing) < 1e-14 and gradient.abs().max() < 1e-14
-    full = losses.tidal_loss(student, teacher, one, num_items=N, temperature=2.0)
-    same(full, losses.forward_kl_loss(student, teacher, num_items=N, temperature=2.0), student)
+    full = weighted_losses.tidal_loss(student, teacher, one, num_items=N, temperature=2.0)
+    same(full, weighted_losses.forward_kl_loss(student, teacher, num_items=N, temperature=2.0), student)
 
 
 @pytest.mark.parametrize("growth", ["cosine", "linear"])
@@ -202,8 +203,8 @@ def test_tidal_gradient_is_lambda_times_that_of_kl():
     student = draw(N, V).requires_grad_()
     teacher = student.detach() + 1e-3 * draw(N, V, seed=1)
     strength = torch.full((N,), 1e-3, dtype=torch.float64)
-    (tidal,) = torch.autograd.grad(losses.tidal_loss(student, teacher, strength, num_items=N), student)
-    (full,) = torch.autograd.grad(losses.forward_kl_loss(student, teacher, num_items=N), student)
+    (tidal,) = torch.autograd.grad(weighted_losses.tidal_loss(student, teacher, strength, num_items=N), student)
+    (full,) = torch.autograd.grad(weighted_losses.forward_kl_loss(student, teacher, num_items=N), student)
     assert (tidal - 1e-3 * full).abs().max() < 1e-3 * 1e-2 * full.abs().max()
 
 
@@ -232,9 +233,9 @@ def test_chunk_log_likelihood_matches_its_equation():
 
 
 CHUNK_LOSSES = {
-    "calm": losses.calm_loss,
-    "reverse_calm": losses.reverse_calm_loss,
-    "bernoulli_reverse_kl": losses.bernoulli_reverse_kl_loss,
+    "calm": weighted_losses.calm_loss,
+    "reverse_calm": weighted_losses.reverse_calm_loss,
+    "bernoulli_reverse_kl": weighted_losses.bernoulli_reverse_kl_loss,
 }
 
 
@@ -254,7 +255,7 @@ def test_tidal_chunk_loss_matches_its_equation(kind):
     student, ours, naive = chunk_likelihoods()
     strength = torch.tensor([0.1, 0.9, 0.4, 0.6], dtype=torch.float64)
     weights = torch.tensor([1.0, 0.5, 0.25, 3.0], dtype=torch.float64)
-    loss = losses.tidal_chunk_loss(
+    loss = weighted_losses.tidal_chunk_loss(
         *ours, strength, num_items=5, temperature=2.0, weights_C=weights, reverse=kind == "tidal_reverse"
     )
     same(loss, references.chunk_objective(kind, *naive, weights, 5, 2.0, strength), student)
@@ -265,10 +266,10 @@ def test_tidal_chunk_loss_limits():
     student = torch.tensor([-0.3, -4.0], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([-2.0, -0.1], dtype=torch.float64)
     zero, one = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(losses.tidal_chunk_loss(student, teacher, zero, num_items=2), student)
+    (gradient,) = torch.autograd.grad(weighted_losses.tidal_chunk_loss(student, teacher, zero, num_items=2), student)
     assert gradient.abs().max() < 1e-14
-    full = losses.tidal_chunk_loss(student, teacher, one, num_items=2)
-    same(full, losses.calm_loss(student, teacher, num_items=2), student)
+    full = weighted_losses.tidal_chunk_loss(student, teacher, one, num_items=2)
+    same(full, weighted_losses.calm_loss(student, teacher, num_items=2), student)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
@@ -283,7 +284,7 @@ def test_poison_outside_chunks_does_not_spread(poison):
         logits.requires_grad_()
         log_probs = losses.true_token_log_probs(logits, torch.arange(9))
         likelihood = losses.chunk_log_likelihood(log_probs, STUDENT_CHUNKS, CHUNKS)
-        loss = losses.calm_loss(likelihood, teacher, num_items=CHUNKS)
+        loss = weighted_losses.calm_loss(likelihood, teacher, num_items=CHUNKS)
         assert torch.isfinite(loss)
         gradients.append(torch.autograd.grad(loss, logits)[0][STUDENT_CHUNKS >= 0])
     assert torch.equal(*gradients)
@@ -320,7 +321,7 @@ def reverse_calm_slope(log_p_student, log_p_teacher):
     """d loss / d p_S of reverse CALM for one chunk at T = 1: the slope in ℓ over p_S."""
     student = torch.tensor([log_p_student], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([log_p_teacher], dtype=torch.float64)
-    (slope,) = torch.autograd.grad(losses.reverse_calm_loss(student, teacher, num_items=1), student)
+    (slope,) = torch.autograd.grad(weighted_losses.reverse_calm_loss(student, teacher, num_items=1), student)
     return slope.item() / math.exp(log_p_student)
 
 
@@ -341,7 +342,7 @@ def test_reverse_calm_filters_both_ends():
     for gap in (-12.0, 0.0, 12.0):
         logits = torch.tensor([[gap, 0.0]], dtype=torch.float64, requires_grad=True)
         likelihood = losses.true_token_log_probs(logits, torch.tensor([0]))
-        loss = losses.reverse_calm_loss(likelihood, torch.tensor([-0.1], dtype=torch.float64), num_items=1)
+        loss = weighted_losses.reverse_calm_loss(likelihood, torch.tensor([-0.1], dtype=torch.float64), num_items=1)
         slopes.append(torch.autograd.grad(loss, logits)[0].abs().max().item())
     assert slopes[0] < 1e-4 < slopes[1] > 1e-4 > slopes[2]
     assert slopes[1] > 0.5
@@ -353,11 +354,12 @@ def test_bernoulli_reverse_kl_is_a_divergence():
     for teacher in log_p:
         student = log_p.clone().requires_grad_()
         per_chunk = [
-            losses.bernoulli_reverse_kl_loss(value[None], teacher[None], num_items=1).item() for value in student
+            weighted_losses.bernoulli_reverse_kl_loss(value[None], teacher[None], num_items=1).item()
+            for value in student
         ]
         assert min(per_chunk) > -1e-14
         assert int(np.argmin(per_chunk)) == (log_p == teacher).nonzero().item()
-    loss = losses.bernoulli_reverse_kl_loss(student, log_p, num_items=1)
+    loss = weighted_losses.bernoulli_reverse_kl_loss(student, log_p, num_items=1)
     (gradient,) = torch.autograd.grad(loss, student)
     assert abs(loss) < 1e-13 and gradient.abs().max() < 1e-13
 
@@ -377,9 +379,9 @@ def all_losses(student, teacher, weights=1.0, num_items=1.0):
     chunk = {"num_items": num_items, "weights_C": weights, "temperature": 2.0}
     return {
         "denoising": losses.denoising_loss(student, rows % 5, weights, num_items=num_items),
-        "tidal": losses.tidal_loss(student, teacher, strength, **token),
-        "tidal_chunk": losses.tidal_chunk_loss(*likelihoods, strength, **chunk),
-        "tidal_chunk_reverse": losses.tidal_chunk_loss(*likelihoods, strength, reverse=True, **chunk),
+        "tidal": weighted_losses.tidal_loss(student, teacher, strength, **token),
+        "tidal_chunk": weighted_losses.tidal_chunk_loss(*likelihoods, strength, **chunk),
+        "tidal_chunk_reverse": weighted_losses.tidal_chunk_loss(*likelihoods, strength, reverse=True, **chunk),
         **{name: function(student, teacher, **token) for name, function in TOKEN_LOSSES.items()},
         **{name: function(*likelihoods, **chunk) for name, function in CHUNK_LOSSES.items()},
     }
@@ -443,12 +445,18 @@ def test_sums_are_divided_by_the_count_passed_in(name, as_tensor):
         (lambda: losses.lambda_schedule(3, 10, growth="step"), "'cosine' or 'linear'"),
         (lambda: losses.tidal_lambda(0.5, 0.9, torch.zeros(2), "timestep_only"), "axes must be"),
         (lambda: losses.timestep_weight(torch.zeros(2), "middle"), "'uniform' or 'midrange'"),
-        (lambda: losses.jsd_loss(draw(2, 3), draw(2, 3), num_items=2, beta=0.0), "0 < beta < 1"),
-        (lambda: losses.jsd_loss(draw(2, 3), draw(2, 3), num_items=2, beta=1.0), "0 < beta < 1"),
-        (lambda: losses.forward_kl_loss(draw(2, V), draw(2, U), num_items=2), "shared_vocab_size"),
-        (lambda: losses.reverse_kl_loss(draw(2, V), draw(2, U), num_items=2), "shared_vocab_size"),
-        (lambda: losses.jsd_loss(draw(2, V), draw(2, U), num_items=2), "shared_vocab_size"),
-        (lambda: losses.tidal_loss(draw(2, V), draw(2, U), torch.ones(2), num_items=2), "shared_vocab_size"),
+        (
+            lambda: weighted_losses.jsd_loss(draw(2, 3), draw(2, 3), num_items=2, beta=0.0),
+            r"jsd: beta=.* must lie in \(0, 1\)",
+        ),
+        (
+            lambda: weighted_losses.jsd_loss(draw(2, 3), draw(2, 3), num_items=2, beta=1.0),
+            r"jsd: beta=.* must lie in \(0, 1\)",
+        ),
+        (lambda: weighted_losses.forward_kl_loss(draw(2, V), draw(2, U), num_items=2), "shared_vocab_size"),
+        (lambda: weighted_losses.reverse_kl_loss(draw(2, V), draw(2, U), num_items=2), "shared_vocab_size"),
+        (lambda: weighted_losses.jsd_loss(draw(2, V), draw(2, U), num_items=2), "shared_vocab_size"),
+        (lambda: weighted_losses.tidal_loss(draw(2, V), draw(2, U), torch.ones(2), num_items=2), "shared_vocab_size"),
     ],
 )
 def test_wrong_arguments_are_refused(call, message):
@@ -460,6 +468,6 @@ def test_wrong_arguments_are_refused(call, message):
 @pytest.mark.parametrize("name", ["tidal", *TOKEN_LOSSES])
 def test_shared_vocabulary_larger_than_either_side_is_refused(name):
     """Catches a slice beyond both ends, which cuts nothing and compares ids of unequal meaning."""
-    functions = {"tidal": partial(losses.tidal_loss, lambda_N=torch.ones(2)), **TOKEN_LOSSES}
+    functions = {"tidal": partial(weighted_losses.tidal_loss, lambda_N=torch.ones(2)), **TOKEN_LOSSES}
     with pytest.raises((ValueError, RuntimeError)):
         functions[name](draw(2, V), draw(2, U), num_items=2, shared_vocab_size=U)

@@ -4,14 +4,14 @@ import pytest
 import references
 import torch
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tide_hf.losses import (
-    chunked_head_loss,
+    Segment,
     clean_token_probabilities,
     denoising_loss,
     inverse_distillation_loss,
     sample_tokens,
+    sliced_loss,
     soft_denoising_loss,
 )
 
@@ -122,56 +122,23 @@ def test_no_gradient_passes_through_a_sample():
     assert not tokens.requires_grad and tokens.dtype == torch.long
 
 
-# -- chunks -----------------------------------------------------------------------------------------------------------
+# -- slices -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 100])
-def test_chunks_change_nothing(chunk_size):
-    """Catches a chunk left out, counted twice or paired with others' positions: value and both gradients."""
+@pytest.mark.parametrize("slice_rows", [1, 4, 100])
+def test_slices_change_nothing(slice_rows):
+    """Catches frozen logits that are paired with others' positions: value and both gradients."""
     hidden, weight = draw(N, H, scale=1.0).requires_grad_(), draw(V, H, seed=1, scale=1.0).requires_grad_()
     teacher, fake = draw(N, V, seed=2), draw(N, V, seed=3)
 
-    def loss_fn(logits, positions):
+    def loss_fn(logits, positions, teacher_logits, fake_logits):
         return inverse_distillation_loss(
-            logits, teacher[positions], fake[positions], WEIGHTS[positions], num_items=3.0, mask_token_id=MASK
+            logits, teacher_logits, fake_logits, WEIGHTS[positions], num_items=3.0, mask_token_id=MASK
         )
 
-    whole = loss_fn(hidden @ weight.T, slice(None)) * 2.5
+    whole = loss_fn(hidden @ weight.T, slice(None), teacher, fake) * 2.5
     expected = torch.autograd.grad(whole, (hidden, weight))
-    chunked = chunked_head_loss(loss_fn, hidden, weight, chunk_size) * 2.5
-    assert_close(chunked, whole, rtol=1e-12, atol=0)
-    assert_close(torch.autograd.grad(chunked, (hidden, weight)), expected, rtol=1e-12, atol=1e-14)
-
-
-def test_chunks_of_a_frozen_head_and_of_nothing():
-    """Catches a gradient buffer of vocabulary size for a frozen head, and an empty selection without a graph."""
-    hidden, weight = draw(N, H).requires_grad_(), draw(V, H, seed=1)
-    loss = chunked_head_loss(lambda logits, positions: logits.square().sum(), hidden, weight, 2)
-    (gradient,) = torch.autograd.grad(loss, hidden)
-    assert_close(gradient, 2 * hidden @ weight.T @ weight)
-    empty = chunked_head_loss(lambda logits, positions: logits.sum(), hidden[:0], weight, 2)
-    empty.backward()
-    assert empty == 0 and (hidden.grad == 0).all()
-    with torch.no_grad():
-        silent = chunked_head_loss(lambda logits, positions: logits.square().sum(), hidden, weight, 2)
-    assert_close(silent, loss.detach())
-    assert not silent.requires_grad
-
-
-def test_logits_exist_one_chunk_at_a_time():
-    """Catches memory that grows with all positions times the vocabulary: no larger tensor than a chunk's is made."""
-    sizes = []
-    hidden, weight = draw(64, H).requires_grad_(), draw(1000, H, seed=1)
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            sizes.append(max((t.numel() for t in (out if isinstance(out, tuple) else (out,))
-                              if isinstance(t, torch.Tensor)), default=0))  # fmt: skip
-            return out
-
-    with Watch():
-        chunked_head_loss(
-            lambda z, at: inverse_distillation_loss(z, z + 1, z - z.mean(), num_items=1.0), hidden, weight, 4
-        ).backward()
-    assert max(sizes) == weight.numel(), "the head itself is larger than four positions' logits"
+    segment = Segment(slice(0, N), loss_fn, [lambda rows: teacher[rows], lambda rows: fake[rows]])
+    sliced = sliced_loss(hidden, weight, [segment], slice_rows=slice_rows) * 2.5
+    assert_close(sliced, whole, rtol=1e-12, atol=0)
+    assert_close(torch.autograd.grad(sliced, (hidden, weight)), expected, rtol=1e-12, atol=1e-14)

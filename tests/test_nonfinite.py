@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +19,20 @@ from uniform_run import tiny_trainer as tiny_uniform
 
 from tide_hf import IDLMConfig, NonFiniteError, TIDEConfig
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+from tide_hf.diffusion import Record
 from tide_hf.training.nonfinite import StepGuard, guard, replay
 
 LORA = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
 
 
+@dataclass
+class Nothing(Record):
+    """A batch for a guard that is asked by hand."""
+
+
 def poison_teacher(trainer, step: int, value: float = math.nan, healthy_calls: int = 0) -> None:
     """One NaN in the teacher's hidden states of one optimizer step, after so many healthy micro-batches of it."""
-    hidden, calls = trainer.teacher.hidden, []
+    hidden, calls = trainer.signal.hidden, []
 
     def poisoned(batch):
         found = hidden(batch)
@@ -34,7 +41,7 @@ def poison_teacher(trainer, step: int, value: float = math.nan, healthy_calls: i
             found[0, 0] = value
         return found
 
-    trainer.teacher.hidden = poisoned
+    trainer.signal.hidden = poisoned
 
 
 def poison_gradient(trainer, network, name: str, step: int) -> None:
@@ -146,7 +153,7 @@ def test_the_row_is_the_right_one(tmp_path):
     key, quoted = str(raised.value).split(f"row {row} (row_key ")[1].split(" (micro-batch")[0].split(") ", 1)
     (own,) = [row["input_ids"] for row in trainer.train_dataset if row["row_key"] == int(key)]
     assert quoted[1:].startswith(trainer.processing_class.decode(own[:8]))
-    assert set(batch["targets"][batch["row"] == row].tolist()) <= set(own)
+    assert set(batch["student"]["targets"][batch["row"] == row].tolist()) <= set(own)
 
 
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
@@ -195,7 +202,7 @@ def test_file_reproduces(tmp_path):
     saved = torch.load(path)  # without unpickling code
     assert (saved["step"], saved["seed"], saved["rank"], saved["max_steps"]) == (3, trainer.args.seed, 0, 4)
     assert len(saved["batches"]) == 2 and math.isfinite(saved["losses"][0]) and math.isnan(saved["losses"][1])
-    del trainer.teacher.hidden  # the healthy one
+    del trainer.signal.hidden  # the healthy one
     losses, norms = replay(trainer, path)
     assert losses[0] == pytest.approx(saved["losses"][0], rel=1e-12)
     assert math.isfinite(losses[1]) and all(map(math.isfinite, norms.values()))
@@ -213,7 +220,7 @@ def test_file_reproduces(tmp_path):
 def skipping(folder, bad_steps, **overrides):
     """A run of which some steps end in a micro-batch that is not finite."""
     trainer = distilling(folder, nonfinite="skip", max_steps=6, logging_steps=6, **overrides)
-    hidden, calls = trainer.teacher.hidden, []
+    hidden, calls = trainer.signal.hidden, []
 
     def poisoned(batch):
         found, step = hidden(batch), trainer.state.global_step + 1
@@ -222,7 +229,7 @@ def skipping(folder, bad_steps, **overrides):
             found[0, 0] = math.nan
         return found
 
-    trainer.teacher.hidden = poisoned
+    trainer.signal.hidden = poisoned
     return trainer
 
 
@@ -467,7 +474,7 @@ def test_scaler_tries_scales(late):
     """Catches overflow that a GradScaler looks for taken as an error: the scaler skips the step and lowers the scale,
     the run goes on."""
     step_guard, optimizer, scaler, weight, loss = scaled(gradient=1e38)
-    step_guard.saw({}, loss, is_last=True)
+    step_guard.saw(Nothing(), loss, is_last=True)
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()
@@ -481,7 +488,7 @@ def test_scaler_does_not_hide_what_no_scale_heals(late, tmp_path, loss, scale, g
     and a step on them."""
     step_guard, optimizer, scaler, weight, value = scaled(loss, scale, gradient)
     step_guard.args.output_dir = str(tmp_path)
-    step_guard.saw({}, value, is_last=True)
+    step_guard.saw(Nothing(), value, is_last=True)
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     assert torch.equal(weight, torch.ones(3))
@@ -503,9 +510,9 @@ def test_deepspeed_looks_before_its_backward(tmp_path):
     which it cannot do, accepted."""
     step_guard, *_ = scaled()
     step_guard.args.output_dir, step_guard.scaler, step_guard.is_deepspeed = str(tmp_path), None, True
-    step_guard.before_backward({}, torch.tensor(1.0))
+    step_guard.before_backward(Nothing(), torch.tensor(1.0))
     with pytest.raises(NonFiniteError, match="the loss of micro-batch 0 of process 0 was nan"):
-        step_guard.before_backward({}, torch.tensor(math.nan))
+        step_guard.before_backward(Nothing(), torch.tensor(math.nan))
     step_guard.args.nonfinite = "skip"
     step_guard.accelerator.distributed_type = "DEEPSPEED"
     with pytest.raises(ValueError, match="cannot skip a step under DeepSpeed"):

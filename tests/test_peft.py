@@ -231,10 +231,10 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, base, reentrant):
     assert_close(adapter_weights(recomputed), adapter_weights(plain), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("objective", ["block", "full"])
-def test_plain_peft_and_plain_trainer(tmp_path, base, objective):
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
+def test_plain_peft_and_plain_trainer(tmp_path, base, diffusion_type):
     """Catches PEFT's wrapper dropping labels or counts on the way to the denoising loss, and a base that moves."""
-    student = AutoModelForCausalLM.from_pretrained(base, objective=objective)
+    student = AutoModelForCausalLM.from_pretrained(base, diffusion_type=diffusion_type)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     model = get_peft_model(student, lora("all-linear"))
     tokenizer = build_tokenizer()

@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+import weighted_losses
 from tiny import tiny_model, tiny_trainer
 from torch.testing import assert_close
 
 from tide_hf import losses
 from tide_hf.diffusion import LayoutSpec
-from tide_hf.losses import ChunkTerm, TokenTerm, chunked_head_loss, fused_loss
+from tide_hf.losses import Segment, sliced_loss
 from tide_hf.losses.products import gradient_product
 from tide_hf.teachers import Teacher
 
@@ -56,59 +57,48 @@ class Problem:
         self.temperature = 8.0
         self.teacher_likelihood = student + draw(NUM_PAIRED // CHUNK)
 
-    def chunk_loss(self, kind, student_C, chunks):
-        if kind == "tidal_chunk":
-            loss = partial(losses.tidal_chunk_loss, lambda_C=self.strength[: len(self.teacher_likelihood)][chunks])
-        else:
-            loss = getattr(losses, f"{kind}_loss")
-        return loss(student_C, self.teacher_likelihood[chunks], num_items=None, temperature=self.temperature)
+    def positions(self, kind):
+        """What of the positions a kind has a loss of, and where they may be cut."""
+        number = NUM_POSITIONS if kind is None else NUM_PAIRED
+        return slice(0, number), list(range(CHUNK, number + 1, CHUNK)) if kind in CHUNK_KINDS else None
 
-    def inverse(self, kind):
-        """The loss of a chunk of logits."""
-        weights = self.weights[:NUM_PAIRED]
-
-        def loss_fn(logits, at):
-            if kind == "soft":
-                return losses.soft_denoising_loss(
-                    logits, self.teacher[at].softmax(-1), weights[at], num_items=1.0, mask_token_id=5
-                )
-            return losses.inverse_distillation_loss(
-                logits, self.teacher[at], self.fake[at], weights[at], num_items=1.0, mask_token_id=5
+    def loss(self, kind, logits, at):
+        """One kind's weighted sum over some positions."""
+        if kind is None:
+            return losses.denoising_loss(logits, self.targets[at], self.weights[at], num_items=1)
+        if kind == "soft":
+            return losses.soft_denoising_loss(
+                logits, self.teacher[at].softmax(-1), self.weights[at], num_items=1.0, mask_token_id=5
             )
-
-        return loss_fn
-
-    def fused(self, kind):
-        if kind in INVERSE_KINDS:
-            return chunked_head_loss(self.inverse(kind), self.hidden[:NUM_PAIRED], self.weight, chunk_size=5)
-        term, weights = None, self.weights[:NUM_PAIRED]
+        if kind == "inverse":
+            return losses.inverse_distillation_loss(
+                logits, self.teacher[at], self.fake[at], self.weights[at], num_items=1.0, mask_token_id=5
+            )
+        loss = getattr(weighted_losses, f"{kind}_loss")
         if kind in TOKEN_KINDS:
-            # "hidden states" that number the rows of the teacher's logits
-            rows = torch.arange(NUM_PAIRED)[:, None]
-            term = TokenTerm(kind, rows, lambda hidden: self.teacher[hidden[:, 0]], weights, 2.0, self.strength, 0.3)
-        elif kind is not None:
-            ends = list(range(CHUNK, NUM_PAIRED + 1, CHUNK))
-            term = ChunkTerm(partial(self.chunk_loss, kind), self.chunk_ids, ends, weights[: len(ends)])
-        # the denoising loss would hide an error of the term: it has weight at unpaired positions alone
-        ce_weights = self.weights.clone()
-        if kind is not None:
-            ce_weights[:] = 0
-        return fused_loss(self.hidden, self.weight, self.targets, ce_weights, term, slice_rows=8)[0]
+            own = {"tidal": {"lambda_N": self.strength[at]}, "jsd": {"beta": 0.3}}.get(kind, {})
+            return loss(logits, self.teacher[at], num_items=1, temperature=2.0, weights_N=self.weights[at], **own)
+        chunks = slice(at.start // CHUNK, at.stop // CHUNK)
+        own = {"lambda_C": self.strength[chunks]} if kind == "tidal_chunk" else {}
+        log_probs = losses.true_token_log_probs(logits, self.targets[at])
+        student = losses.chunk_log_likelihood(log_probs, self.chunk_ids[at] - chunks.start, chunks.stop - chunks.start)
+        return loss(
+            student,
+            self.teacher_likelihood[chunks],
+            num_items=1,
+            temperature=self.temperature,
+            weights_C=self.weights[chunks],
+            **own,
+        )
+
+    def sliced(self, kind):
+        rows, ends = self.positions(kind)
+        segments = [Segment(rows, partial(self.loss, kind), ends=ends)]
+        return sliced_loss(self.hidden, self.weight, segments, slice_rows=8)
 
     def plain(self, kind):
-        if kind in INVERSE_KINDS:
-            return self.inverse(kind)(self.hidden[:NUM_PAIRED] @ self.weight.T, slice(None))
-        logits, weights = self.hidden @ self.weight.T, self.weights[:NUM_PAIRED]
-        if kind is None:
-            return losses.denoising_loss(logits, self.targets, self.weights, num_items=1)
-        logits = logits[:NUM_PAIRED]
-        if kind in TOKEN_KINDS:
-            loss = getattr(losses, f"{kind}_loss")
-            own = {"tidal": {"lambda_N": self.strength}, "jsd": {"beta": 0.3}}.get(kind, {})
-            return loss(logits, self.teacher, num_items=1, temperature=2.0, weights_N=weights, **own)
-        log_probs = losses.true_token_log_probs(logits, self.targets[:NUM_PAIRED])
-        student = losses.chunk_log_likelihood(log_probs, self.chunk_ids, len(self.teacher_likelihood))
-        return (self.chunk_loss(kind, student, slice(None)) * weights[: len(student)]).sum()
+        rows, _ = self.positions(kind)
+        return self.loss(kind, self.hidden[rows] @ self.weight.T, rows)
 
     def gradients(self, loss, scale):
         """In float64, of the loss as it was before the scaler."""
@@ -131,9 +121,9 @@ def test_gradients_at_a_large_vocabulary(kind, flat):
     for name, (dtype, autocast, tolerance) in PRECISIONS.items():
         problem, scale = Problem(flat, dtype), SCALE if autocast == torch.float16 else 1.0
         with nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast):
-            fused, plain = problem.fused(kind), problem.plain(kind)
-        assert fused.dtype == torch.promote_types(dtype, torch.float32)
-        ours, theirs = (errors(problem.gradients(loss, scale), exact) for loss in (fused, plain))
+            sliced, plain = problem.sliced(kind), problem.plain(kind)
+        assert sliced.dtype == torch.promote_types(dtype, torch.float32)
+        ours, theirs = (errors(problem.gradients(loss, scale), exact) for loss in (sliced, plain))
         assert max(ours) <= tolerance, (name, ours, theirs)
         for own, other in zip(ours, theirs, strict=True):
             assert own <= 2 * other + tolerance / 10, (name, ours, theirs)
@@ -160,7 +150,7 @@ def test_float16_hidden_states_get_their_gradient():
     """Catches gradients made float16 before the scaler's factor: hidden states and head in float16 themselves."""
     problem, exact_problem = Problem(True, torch.float16), Problem(True, torch.float64)
     exact = exact_problem.gradients(exact_problem.plain("forward_kl"), 1.0)
-    ours = problem.gradients(problem.fused("forward_kl"), SCALE)
+    ours = problem.gradients(problem.sliced("forward_kl"), SCALE)
     assert errors(ours, exact)[0] < 1e-3
 
 
@@ -197,13 +187,13 @@ def test_whole_teacher_ignores_the_runs_autocast(tmp_path, fields):
             **fields,
         )
         found = seen[bf16] = []
-        head = trainer.teacher.logits
+        head = trainer.signal.logits
 
         def recording(hidden, head=head, found=found):
             found.append(head(hidden))
             return found[-1]
 
-        trainer.teacher.logits = recording
+        trainer.signal.logits = recording
         trainer.train()
         found.append([entry["ce"] for entry in trainer.state.log_history if "ce" in entry])
     (*plain, ce), (*mixed, mixed_ce) = seen[False], seen[True]

@@ -36,7 +36,7 @@ def test_a_mask_of_another_shape_is_refused(shape, method):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_found_without_a_mask(side, method):
     """Catches a padded batch without a mask whose padding is read as text."""
-    model = tiny(seed=3, objective="full" if method == "infill" else "block")
+    model = tiny(seed=3, diffusion_type="full" if method == "infill" else "block")
     ids, mask = side_by_side(side, PAD, lengths=(6, 9))
 
     def run(**given):
@@ -122,8 +122,8 @@ def test_holes_at_the_edge_are_no_padding():
 
 def test_a_token_hidden_between_others_is_left_out():
     """Catches positions that count a hidden token, so that the answer is neither with nor without it."""
-    for objective in ("block", "full"):
-        model, ids = tiny(seed=3, objective=objective), prompt(8)
+    for diffusion_type in ("block", "full"):
+        model, ids = tiny(seed=3, diffusion_type=diffusion_type), prompt(8)
         mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 1]])
         out = model.generate(ids, attention_mask=mask, max_new_tokens=9, no_repeat_ngram_size=2)
         expected = model.generate(ids[mask.bool()][None], max_new_tokens=9, no_repeat_ngram_size=2)

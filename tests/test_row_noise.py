@@ -22,7 +22,7 @@ KINDS = ("block", "full", "uniform")
 
 
 def student(kind: str, **changes):
-    model = tiny_uniform() if kind == "uniform" else tiny_model(objective=kind, **changes)
+    model = tiny_uniform() if kind == "uniform" else tiny_model(diffusion_type=kind, **changes)
     return model.double().eval()
 
 

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tide_hf.data import (
     write_prepared,
 )
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+from tide_hf.diffusion import Counts
 
 
 def preparation() -> RowPreparation:
@@ -358,11 +360,11 @@ def test_weightless_rows_change_nothing(tmp_path):
         (batch,), _ = trainer.get_batch_samples(iter([trainer.data_collator(given)]), 1, torch.device("cpu"))
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
-        results.append((loss.detach(), batch["counts"], [p.grad.clone() for p in trainer.model.parameters()]))
+        results.append((loss.detach(), tuple(batch.counts), [p.grad.clone() for p in trainer.model.parameters()]))
     assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
     alone = trainer._noise(trainer.data_collator([trainer.data_collator.empty_row()]), 0)
-    assert alone["counts"].tolist() == [0, 0, 0, 0]
-    assert trainer.compute_loss(trainer.model, {**alone, "counts": results[0][1]}) == 0
+    assert [int(count) for count in alone.counts] == [0, 0, 0, 0]
+    assert trainer.compute_loss(trainer.model, replace(alone, counts=Counts(*results[0][1]))) == 0
 
 
 @pytest.mark.slow

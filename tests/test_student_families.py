@@ -12,7 +12,7 @@ from tide_hf.demo.sorting import build_tokenizer
 from tide_hf.models import MODELS, TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
 
 FAMILIES = (TIDEQwen3Config, TIDEQwen2Config, TIDELlamaConfig)
-OBJECTIVES = ("block", "full")
+DIFFUSION_TYPES = ("block", "full")
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]])
 # rotary tables are float32, and eager takes its softmax in float32
 ATOL = 1e-4
@@ -83,8 +83,10 @@ def test_a_mask_in_a_doubtful_form_never_becomes_full_attention(form, implementa
 def test_padding_changes_neither_logits_nor_loss(config_class, implementation, side):
     """Catches padding that is attended, or that moves the block grid: a row would depend on its neighbours."""
     ids, mask, labels, real = padded(side)
-    for objective in OBJECTIVES:
-        model = tiny_model(config_class=config_class, attn_implementation=implementation, objective=objective).eval()
+    for diffusion_type in DIFFUSION_TYPES:
+        model = tiny_model(
+            config_class=config_class, attn_implementation=implementation, diffusion_type=diffusion_type
+        ).eval()
         logits = model(ids, attention_mask=mask).logits[:, real]
         torch.testing.assert_close(logits, model(IDS).logits, rtol=0, atol=ATOL)
         assert (model(ids).logits[:, real] - model(IDS).logits).abs().max() > 1e-2, "the comparison would say nothing"
@@ -122,14 +124,14 @@ def test_flex_attention_agrees(config_class):
 # ---- gradient checkpointing ----
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("diffusion_type", DIFFUSION_TYPES)
 @pytest.mark.parametrize("loss", ["labels", "head_fn"])
 @families
-def test_checkpointing_changes_neither_loss_nor_gradients(config_class, loss, objective):
+def test_checkpointing_changes_neither_loss_nor_gradients(config_class, loss, diffusion_type):
     """Catches other noise, or a lost mask, in the recomputation: wrong gradients at the right loss."""
     outcomes = []
     for checkpointing in (False, True):
-        model = tiny_model(config_class=config_class, objective=objective, initializer_range=0.1).train()
+        model = tiny_model(config_class=config_class, diffusion_type=diffusion_type, initializer_range=0.1).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         calls = []
@@ -183,12 +185,13 @@ def test_every_auto_class_and_pipeline_takes_a_saved_student(config_class, tmp_p
 
 @pytest.mark.parametrize("family", ["a2d-qwen3", "a2d-qwen2", "a2d-llama"])
 def test_published_students_say_block_32_and_keep_their_name(family, tmp_path):
-    """Catches another objective than the issue's default, and a re-saved checkpoint that names code it lacks."""
+    """Catches another diffusion type than the issue's default, and a re-saved checkpoint that names code it lacks."""
     write_checkpoint(tmp_path / "published", family, without=("block_size",))
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "published")
     config = loaded.config
-    assert (config.objective, config.block_size, config.mask_token_id) == ("block", 32, None)
-    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "published", objective="full").config.objective == "full"
+    assert (config.diffusion_type, config.block_size, config.mask_token_id) == ("block", 32, None)
+    whole = AutoModelForMaskedLM.from_pretrained(tmp_path / "published", diffusion_type="full")
+    assert whole.config.diffusion_type == "full"
     loaded.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["model_type"] == family and saved["architectures"] == [type(loaded).__name__]

@@ -10,7 +10,7 @@ from tiny import BLOCK, MASK, SHAPE, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from tide_hf.demo.sorting import build_tokenizer
-from tide_hf.diffusion import LayoutSpec, Noising, block_layout
+from tide_hf.diffusion import LayoutSpec, NetworkInputs, Noising, block_layout
 from tide_hf.models import (
     A2DLlamaConfig,
     A2DQwen2Config,
@@ -47,8 +47,8 @@ def teacher_logits(teacher, ids, valid, views, pack=True):
         replace(teacher.contract, mask_token_id=MASK),
         pack,
     )
-    names = ("input_ids", "position_ids", "stream", "block", "asked")
-    hidden = teacher.hidden({f"teacher_{name}": getattr(layout, name) for name in names})
+    inputs = NetworkInputs(layout.input_ids, layout.position_ids, layout.stream, layout.block, layout.asked, None)
+    hidden = teacher.hidden(inputs)
     return teacher.logits(hidden), layout.asked_position
 
 
@@ -75,7 +75,7 @@ def test_contracts_of_all_families():
     assert contract_for(LLaDA2MoeConfig(block_size=16), 5, "native", 8).block_size == 16
     assert contract_for(SDARConfig(block_size=16), 5, "paper", 8).block_size == 16
     assert contract_for(A2DQwen2Config(block_size=16), 5, "paper", 8) == LayoutSpec(5, 16, True)
-    assert contract_for(A2DQwen2Config(objective="full"), 5, "paper", 8) == whole
+    assert contract_for(A2DQwen2Config(diffusion_type="full"), 5, "paper", 8) == whole
 
 
 @pytest.mark.parametrize(
@@ -173,16 +173,21 @@ def test_noising_hands_the_contract_to_the_layout():
     ids, labels = torch.arange(4)[None], torch.arange(4)[None]
     chunk = torch.arange(4)[None]
     batch = {"input_ids": ids, "labels": labels, "chunk_ids": chunk, "attention_mask": torch.ones(1, 4)}
-    batch |= {"teacher_input_ids": ids, "teacher_chunk_ids": chunk, "teacher_attention_mask": torch.ones(1, 4)}
+    batch |= {
+        "row_key": torch.zeros(1),
+        "teacher_input_ids": ids,
+        "teacher_chunk_ids": chunk,
+        "teacher_attention_mask": torch.ones(1, 4),
+    }
     # positions 0 and 2 are masked
     uniforms = (torch.tensor([0.5]), torch.tensor([[0.0, 1.0, 0.0, 1.0]]), torch.zeros(1, 4))
     plain = Noising(LayoutSpec(9, 4), LayoutSpec(9, 4))(batch, uniforms, t=0.5)
     causal = Noising(LayoutSpec(9, 4), LayoutSpec(9, 4, causal=True))(batch, uniforms, t=0.5)
     shifted = Noising(LayoutSpec(9, 4), LayoutSpec(9, None, False, shifted=True))(batch, uniforms, t=0.5)
-    assert plain["teacher_position_ids"].tolist()[0] == [0, 1, 2, 3]
-    assert causal["teacher_position_ids"].tolist()[0] == [1, 3, 0, 2]
-    assert causal["teacher_input_ids"].tolist()[0] == [1, 3, 9, 9] and causal["teacher_asked"].tolist() == [2, 3]
-    assert shifted["teacher_asked"].tolist() == [0, 1] and shifted["teacher_targets"].tolist() == [0, 2]
+    assert plain.teacher.position_ids.tolist()[0] == [0, 1, 2, 3]
+    assert causal.teacher.position_ids.tolist()[0] == [1, 3, 0, 2]
+    assert causal.teacher.input_ids.tolist()[0] == [1, 3, 9, 9] and causal.teacher.asked.tolist() == [2, 3]
+    assert shifted.teacher.asked.tolist() == [0, 1] and shifted.teacher.targets.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from tiny import BLOCK, MASK, SHAPE, VOCAB
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from tide_hf.diffusion import LayoutSpec, block_layout
+from tide_hf.diffusion import LayoutSpec, NetworkInputs, block_layout
 from tide_hf.models import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion, WeDLMConfig, WeDLMForCausalLM
 from tide_hf.teachers import (
     FAMILIES,
@@ -22,7 +22,7 @@ from tide_hf.teachers import (
 
 TEACHERS = {
     "block": (TIDEQwen3ForBlockDiffusion, TIDEQwen3Config, {"block_size": BLOCK}),
-    "full": (TIDEQwen3ForBlockDiffusion, TIDEQwen3Config, {"objective": "full"}),
+    "full": (TIDEQwen3ForBlockDiffusion, TIDEQwen3Config, {"diffusion_type": "full"}),
     "wedlm": (WeDLMForCausalLM, WeDLMConfig, {}),
 }
 
@@ -48,13 +48,7 @@ def noised_batch(contract, ids, valid, masks, pack=True):
         contract,
         pack,
     )
-    return {
-        "teacher_input_ids": layout.input_ids,
-        "teacher_position_ids": layout.position_ids,
-        "teacher_stream": layout.stream,
-        "teacher_block": layout.block,
-        "teacher_asked": layout.asked,
-    }
+    return NetworkInputs(layout.input_ids, layout.position_ids, layout.stream, layout.block, layout.asked, None)
 
 
 def naive_logits(teacher, ids, valid, masks):
@@ -125,12 +119,12 @@ def test_rows_that_share_a_line_do_not_see_each_other(contract, side):
     masks = [masked & (draw(*ids.shape, seed=3) < 0.5)]
     masks.append(masked & ~masks[0])
     batch = noised_batch(contract, ids, valid, masks)
-    num_lines, columns = batch["teacher_input_ids"].shape
+    num_lines, columns = batch.input_ids.shape
     alone = [
         noised_batch(contract, ids[row, None], valid[row, None], [mask[row, None] for mask in masks])
         for row in range(len(lengths))
     ]
-    assert num_lines < len(lengths) and columns == max(each["teacher_input_ids"].shape[1] for each in alone)
+    assert num_lines < len(lengths) and columns == max(each.input_ids.shape[1] for each in alone)
     expected = torch.cat([teacher.hidden(each) for each in alone])
     torch.testing.assert_close(teacher.hidden(batch), expected, rtol=0, atol=1e-10)
 
@@ -167,7 +161,7 @@ def test_contracts_of_the_known_families():
     """Catches a teacher fed with the student's blocks, or a full-sequence teacher fed with a clean copy."""
     assert contract_for(TIDEQwen3Config(**SHAPE, block_size=8), 5, "paper", 4) == LayoutSpec(5, 8, True)
     assert contract_for(TIDEQwen3Config(**SHAPE, block_size=8), 5, "native", 4) == LayoutSpec(5, 8, True)
-    full = TIDEQwen3Config(**SHAPE, objective="full")
+    full = TIDEQwen3Config(**SHAPE, diffusion_type="full")
     assert contract_for(full, 5, "paper", 4) == LayoutSpec(5, None, False)
     assert contract_for(WeDLMConfig(**SHAPE), 5, "paper", 4) == LayoutSpec(5, 4, True)
 

@@ -1,5 +1,6 @@
 """The step across two tokenizers against a straightforward one: chunk completion, pairing, CompDemo over chunks."""
 
+import dataclasses
 import math
 
 import pytest
@@ -120,7 +121,9 @@ def test_chunk_evaluation_equals_the_step_on_the_same_noise(tmp_path, preset):
     )
     metrics = trainer.evaluate()
     batch = trainer._noise(trainer.data_collator([trainer.eval_dataset[index] for index in range(6)]), None)
-    trainer.objective = trainer.objective.evaluated  # a chunk holds one student token: completion masks nothing more
+    trainer.plan = dataclasses.replace(
+        trainer.plan, objective=trainer.objective.evaluated
+    )  # a chunk holds one student token: completion masks nothing more
     loss = trainer.compute_loss(trainer.model, batch).item()
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,7 +219,8 @@ def batch_of(num_rows=3, length=7):
     labels = ids.clone()
     labels[:, :3] = -100
     labels[0, 5:] = -100  # padding
-    return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(length) < 5).long() | (labels >= 0)}
+    mask = (torch.arange(length) < 5).long() | (labels >= 0)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "row_key": torch.arange(num_rows)}
 
 
 def networks():
@@ -231,17 +233,18 @@ def test_losses_and_gradients_equal_the_naive_ones(temperature):
     """Catches a gradient that stops at x_t, one that reaches teacher or fake, wrong noise levels, scored prompts."""
     student, teacher, fake = networks()
     batch = UniformNoising()(batch_of(), Draws.of_rows(0, 0, [5, 2, 9], 7, 1))
+    batch = replace(batch, num_rows=torch.tensor(4.0))
     step = UniformStep(student.config.vocab_size, temperature)
     noise = step._noise(batch).double()
     schedule, expected_fake, expected_student = gaussian_schedule(student.config.vocab_size), 0.0, 0.0
     for row in range(3):
-        kept = batch["attention_mask"][row].bool()
-        alphas = [float(batch[name][row]) for name in ("student_alpha", "alpha")]
+        kept = batch.attention_mask[row].bool()
+        alphas = [float(alpha[row]) for alpha in (batch.student_alpha, batch.alpha)]
         terms = references.uniform_inverse_losses(
             [lambda p, level, n=n: n(token_probabilities=p[None], noise_level=level[None]).logits[0]
              for n in (student, teacher, fake)],
-            batch["input_ids"][row][kept].tolist(),
-            batch["trained"][row][kept].tolist(),
+            batch.input_ids[row][kept].tolist(),
+            batch.trained[row][kept].tolist(),
             alphas,
             [schedule.gamma(torch.tensor(alpha)).item() for alpha in alphas],
             [noise[0, row][kept], noise[1, row][kept]],
@@ -250,7 +253,7 @@ def test_losses_and_gradients_equal_the_naive_ones(temperature):
         expected_fake, expected_student = expected_fake + terms[0] / 4, expected_student + terms[1] / 4
     wanted = torch.autograd.grad(expected_student, list(student.parameters()))
     wanted_fake = torch.autograd.grad(expected_fake, list(fake.parameters()))
-    loss = step.student_loss(student, teacher, fake, batch, 4.0)
+    loss = step.student_loss(student, teacher, fake, batch)
     loss.backward()
     assert loss.item() == pytest.approx(expected_student.item(), rel=1e-4)
     assert all(value.grad is None for network in (teacher, fake) for value in network.parameters())
@@ -258,13 +261,13 @@ def test_losses_and_gradients_equal_the_naive_ones(temperature):
     for value, gradient in zip(student.parameters(), wanted, strict=True):
         assert_close(value.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
     student.zero_grad()
-    loss = step.fake_loss(student, fake, batch, 4.0)
+    loss = step.fake_loss(student, fake, batch)
     loss.backward()
     assert loss.item() == pytest.approx(expected_fake.item(), rel=1e-4)
     assert all(value.grad is None for value in student.parameters())
     for value, gradient in zip(fake.parameters(), wanted_fake, strict=True):
         assert_close(value.grad, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
-    by_row = step.student_loss(student, teacher, fake, batch, 4.0, by_row=True)
+    by_row = step.student_loss(student, teacher, fake, batch, by_row=True)
     assert by_row.shape == (3,) and by_row.sum().item() == pytest.approx(expected_student.item(), rel=1e-4)
 
 
@@ -273,10 +276,10 @@ def test_gradient_goes_through_the_inputs_of_the_frozen_networks():
     student, teacher, fake = networks()
     batch = UniformNoising()(batch_of(), Draws.of_rows(0, 0, [5, 2, 9], 7, 1))
     step = UniformStep(student.config.vocab_size, 0.3)
-    whole = torch.autograd.grad(step.student_loss(student, teacher, fake, batch, 1.0), student.lm_head.weight)[0]
+    whole = torch.autograd.grad(step.student_loss(student, teacher, fake, batch), student.lm_head.weight)[0]
     noised = step._noised
     step._noised = lambda clean, *rest: noised(clean.detach(), *rest)
-    stopped = torch.autograd.grad(step.student_loss(student, teacher, fake, batch, 1.0), student.lm_head.weight)[0]
+    stopped = torch.autograd.grad(step.student_loss(student, teacher, fake, batch), student.lm_head.weight)[0]
     assert (whole - stopped).norm() > 0.05 * whole.norm()
 
 
@@ -284,9 +287,7 @@ def test_student_stands_still_where_fake_equals_teacher():
     """Catches a student that moves although it makes just what the teacher expects."""
     student, teacher, _ = networks()
     batch = UniformNoising()(batch_of(), Draws.of_rows(0, 0, [5, 2, 9], 7, 1))
-    loss = UniformStep(student.config.vocab_size, 0.3).student_loss(
-        student, teacher, copy.deepcopy(teacher), batch, 1.0
-    )
+    loss = UniformStep(student.config.vocab_size, 0.3).student_loss(student, teacher, copy.deepcopy(teacher), batch)
     loss.backward()
     assert loss == 0 and max(value.grad.abs().max() for value in student.parameters()) < 1e-9
 
@@ -295,7 +296,7 @@ def test_student_grid_is_where_the_sampler_starts_its_steps():
     """Catches a student that learns at other noise levels than it is run at."""
     batch, draws = batch_of(), Draws.of_rows(0, 0, [5, 2, 9], 7, 1)
     alpha = torch.cat([UniformNoising(4)(batch, Draws(**{**vars(draws), "student_time": torch.tensor([u] * 3)}))
-                       ["student_alpha"][:1] for u in (0.0, 0.26, 0.51, 0.99)])  # fmt: skip
+                       .student_alpha[:1] for u in (0.0, 0.26, 0.51, 0.99)])  # fmt: skip
     assert_close(alpha, torch.tensor([0.75, 0.5, 0.25, 1e-3]))
 
 
@@ -379,7 +380,7 @@ def test_trainers_refuse_the_other_kind_of_diffusion(tmp_path):
         IDLMTrainer(model=tiny_uniform(), args=IDLMConfig(**settings), **common)
     from tiny import tiny_model
 
-    with pytest.raises(ValueError, match="objective uniform"):
+    with pytest.raises(ValueError, match="diffusion_type uniform"):
         UniformIDLMTrainer(model=tiny_model(), args=IDLMConfig(**settings), **common)
     assert AutoModelForCausalLM._model_mapping[TIDEUniformQwen3Config] is TIDEUniformQwen3ForDiffusion
 

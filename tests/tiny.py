@@ -1,11 +1,14 @@
 """Tiny networks and runs that several tests share."""
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from tide_hf import TIDEConfig, TIDETrainer
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+from tide_hf.losses import Divergence, parameter
 from tide_hf.models import MODELS, TIDEQwen3Config
 
 MASK, VOCAB, BLOCK = 23, 24, 4
@@ -43,6 +46,16 @@ ZERO3 = {
         "zero_allow_untested_optimizer": True,
     },
 }
+
+
+@dataclass(frozen=True)
+class Hellinger(Divergence):
+    """A divergence of a user's own: the squared Hellinger distance, times a factor."""
+
+    factor: float = parameter(1.0, "what it is multiplied by")
+
+    def values(self, log_student, log_target):
+        return self.factor * (1 - (0.5 * (log_student + log_target)).exp().sum(-1))
 
 
 def shard_on_cpus(args) -> None:

@@ -4,7 +4,7 @@ from tide_hf.hub import Measurement, RunRecord, Source, write_card
 from tide_hf.hub.record import AFTER
 from tide_hf.hub.sources import IN_MEMORY, DataSource
 from tide_hf.training.config import TIDEConfig
-from tide_hf.training.objective import resolve_objective
+from tide_hf.training.presets import resolve_objective
 
 NO_LANGUAGE = "zxx"  # ISO 639-2: no linguistic content
 
@@ -60,7 +60,7 @@ def report_card(
             "architecture": "LLaDA2MoeModelLM" if size.get("experts") else "TIDEQwen3ForBlockDiffusion",
             "parameters": rows[row]["parameters"],
             "block_size": settings["block_size"],
-            "objective": "block",
+            "diffusion_type": "block",
         },
         objective=objective.to_dict(),
         preparation={"train": report["preparation"]} if row != "teacher" and report.get("preparation") else {},

@@ -132,7 +132,7 @@ def _train_copying_teacher(seed: int, folder: Path, network: Network) -> Path:
     """A full-sequence network trained on the task."""
     tokenizer, path = build_case_tokenizer(), folder / f"teacher-seed{seed}"
     model = build_network(network, tokenizer, COPYING_LENGTH, seed)
-    model.config.objective = "full"
+    model.config.diffusion_type = "full"
     rows = copying_rows(network.steps * network.batch_size, seed=2 * seed)
     args = _arguments(TIDEConfig, path, network, seed, max_length=COPYING_LENGTH, eos_fill="none")
     return _train(TIDETrainer, model, path, rows, args, tokenizer)

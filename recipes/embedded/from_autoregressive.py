@@ -31,7 +31,7 @@ def run_from_autoregressive(
     ar_steps: int = 400,
     sft_steps: int = 100,
     num_held_out: int = 400,
-    objective: str = "block",
+    diffusion_type: str = "block",
     seed: int = 0,
 ) -> dict[str, float]:
     """Sorting six digits: an autoregressive model, the same converted, and converted and trained to denoise.
@@ -42,7 +42,7 @@ def run_from_autoregressive(
         output_dir (`str`): the trained student goes here, the autoregressive model into `autoregressive/`.
         ar_steps, sft_steps (`int`): optimizer steps of 32 rows, of the autoregressive training and of each denoising.
         num_held_out (`int`): prompts of the evaluation.
-        objective (`str`): `"block"` or `"full"`.
+        diffusion_type (`str`): `"block"` or `"full"`.
         seed (`int`): of weights, rows and noise.
 
     Returns:
@@ -65,7 +65,7 @@ def run_from_autoregressive(
     ar_model = _train_autoregressive(rows, tokenizer, {**arguments, "output_dir": ar_folder, "max_steps": ar_steps})
     ar_model.save_pretrained(ar_folder)
     tokenizer.save_pretrained(ar_folder)
-    convert = partial(convert_to_diffusion, tokenizer=tokenizer, objective=objective, block_size=4)
+    convert = partial(convert_to_diffusion, tokenizer=tokenizer, diffusion_type=diffusion_type, block_size=4)
     results = {"autoregressive": _exact_match_left_to_right(ar_model, tokenizer, held_out)}
     results["converted"] = decode_and_match(convert(ar_model)[0], tokenizer, held_out)[0]
     for name, start in (("from random weights", _network(tokenizer, seed)), ("converted and trained", ar_model)):

@@ -5,9 +5,10 @@ from .chunks import align_chunks, align_equal_tokens, answer_tokens, cut_equal_b
 from .left_out import dropped_reasoning, left_out
 from .templates import read_template, resolve_template_kwargs, unread_setting, without_defaults, write_defaults
 from .token_bytes import LocatedTokens, TokenBytes, answers_in_bytes, character_spans, require_fast
-from .vocabulary import resolve_alignment, shared_vocab_size
+from .vocabulary import ALIGNMENTS, resolve_alignment, shared_vocab_size
 
 __all__ = [
+    "ALIGNMENTS",
     "Answer",
     "Chat",
     "LocatedTokens",

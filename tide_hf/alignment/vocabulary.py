@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
+ALIGNMENTS = ("token", "chunk")  # one shared tokenizer, or two
+
 
 def shared_vocab_size(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[int, str]:
     """Counts the leading ids that mean the same on both sides.

@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from trl import TrlParser
 
-from ..training.config import REGISTRIES
+from ..training.config import REGISTRIES, choices_of
 from .refusals import REFUSALS, refusing
 
 
@@ -23,7 +23,7 @@ class RecipeParser(TrlParser):
         super().__init__(dataclass_types, **kwargs)
         for action in self._actions:
             if action.choices is not None and action.dest in REGISTRIES:
-                action.choices = tuple(REGISTRIES[action.dest])
+                action.choices = choices_of(action.dest)
 
     def error(self, message: str) -> NoReturn:
         """As [`argparse.ArgumentParser.error`], without the usage, which has a flag for every training argument.

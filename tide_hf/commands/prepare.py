@@ -174,13 +174,13 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
     """
     config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-    if not hasattr(config, "objective"):
+    if not hasattr(config, "diffusion_type"):
         sys.exit(
             f"The student {model.model_name_or_path} (model_type={config.model_type!r}) is not a diffusion LM of "
             "this library: name a tide_qwen3 or a2d-qwen3 checkpoint, or convert it with recipes/convert_ar.py."
         )
     block_size = run.block_size or config.block_size
-    if config.objective == "block" and run.max_length % block_size:
+    if config.diffusion_type == "block" and run.max_length % block_size:
         sys.exit(
             f"block_size={block_size} does not fit max_length={run.max_length}: choose a multiple of it as "
             "--max_length, or set --block_size."

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..alignment import (
+    ALIGNMENTS,
     Answer,
     Chat,
     LocatedTokens,
@@ -31,7 +32,6 @@ from .formats import Conversation, RowSkipped, read_row
 
 COLUMNS = ("row_key", "input_ids", "labels", "teacher_input_ids", "chunk_ids", "teacher_chunk_ids")
 EOS_FILLS = ("none", "block", "end")
-ALIGNMENTS = ("token", "chunk")
 TRAINED_TURNS = ("all", "last")
 STATUS, COVERAGE = "preparation_status", "preparation_coverage"
 # what COVERAGE holds for each row; fields of the report

@@ -1,5 +1,6 @@
 """The forward process on the host: noise, masks, CompDemo's split, and which positions are run."""
 
+from .batch import Counts, NetworkInputs, NoisedBatch, PackedInputs, Pairs, Record
 from .corruption import (
     chunk_loss_weight,
     chunk_member,
@@ -15,10 +16,16 @@ from .layout import LayoutSpec, PackedLayout, block_layout
 from .noising import Noising
 
 __all__ = [
+    "Counts",
     "GaussianToDiscrete",
     "LayoutSpec",
+    "NetworkInputs",
+    "NoisedBatch",
     "Noising",
+    "PackedInputs",
     "PackedLayout",
+    "Pairs",
+    "Record",
     "block_layout",
     "chunk_loss_weight",
     "chunk_member",

@@ -1,7 +1,7 @@
-"""One micro-batch of token rows -> the tensors of one distillation step, on the host.
+"""The forward process of a distillation step, on the host: one micro-batch of token rows -> a [`NoisedBatch`].
 
 Everything that depends on the noise is known here, before any network runs: which positions each network is run on,
-which rows of hidden states meet the head, how they pair up, and the counts that divide each term.
+whose hidden states go through the head, how they pair up, and the counts that divide each term.
 
 Shapes: B rows, L positions, N masked positions of the student, the first M of them paired with M_T of the teacher's,
 C active chunks.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models.masked_diffusion import TIME_EPSILON
+from .batch import Counts, NetworkInputs, NoisedBatch, Pairs
 from .corruption import (
     chunk_member,
     complementary_split,
@@ -21,7 +22,7 @@ from .corruption import (
     mask_positions,
     masked_chunks,
 )
-from .layout import LayoutSpec, block_layout
+from .layout import LayoutSpec, PackedLayout, block_layout
 
 
 @dataclass(frozen=True)
@@ -50,26 +51,22 @@ class Noising:
         batch: Mapping[str, torch.Tensor],
         uniforms: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         t: float | None = None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> NoisedBatch:
         """Noises one collated batch.
 
         Args:
             batch (`Mapping`): see [`~tide_hf.data.DistillationCollator`].
             uniforms: draws of [`~tide_hf.diffusion.row_uniforms`]: `(B,)`, `(B, L)`, `(B, L)`.
-            t (`float`, *optional*): one diffusion time for all rows, in place of the drawn one.
+            t (`float`, *optional*): one diffusion time for all rows, instead of the drawn ones.
 
         Returns:
-            `dict` of host tensors. Student: `input_ids, position_ids, stream, block (B, P)`, `asked (N,)` (flat
-            columns to put through the head), `targets (N,)`, `row (N,)`, `chunk_tokens (N,)` (trained-on tokens of
-            each position's chunk), `t (B,)`. The first M of the N positions are those of active chunks, by row and
-            chunk: `pair_chunk (M,)`, each one's number in 0 … C−1; `chunk_row (C,)`; and `chunk_ends`, C integers,
-            the position behind each chunk. Teacher: `teacher_input_ids, teacher_position_ids, teacher_stream,
-            teacher_block (B, P_T)`; of its positions in active chunks, in the same order, `teacher_asked`,
-            `teacher_targets`, `teacher_pair_chunk (M_T,)`. `counts (4,)`: trained-on tokens, pairs, active chunks,
-            rows that have any; `row_tokens (B,)`: trained-on tokens of each row.
+            [`NoisedBatch`] on the host.
+
+        Raises:
+            ValueError: if there is a teacher and the rows were prepared without one.
         """
         time_B, mask_BL, demo_BL = uniforms
-        labels, chunk_ids = batch["labels"], batch["chunk_ids"]
+        ids, labels, chunk_ids = batch["input_ids"], batch["labels"], batch["chunk_ids"]
         if self.teacher is None:
             # chunks are for the teacher's sake: rows that were aligned with one train alone as if they were not
             chunk_ids = torch.full_like(chunk_ids, -1)
@@ -78,50 +75,40 @@ class Noising:
         # at least one column, so that rows without any chunk need no case of their own
         num_chunks = max(int(chunk_ids.max()), int(batch.get("teacher_chunk_ids", chunk_ids).max()), 0) + 1
         masked, hit_BC = complete_chunks(masked, chunk_ids, labels, num_chunks)
-        valid = batch["attention_mask"].bool()
-        layout = block_layout(batch["input_ids"], valid, [masked], self.student, self.pack)
-        length = labels.shape[1]
-        out = {
-            "input_ids": layout.input_ids,
-            "position_ids": layout.position_ids,
-            "stream": layout.stream,
-            "block": layout.block,
-            "t": t_B,
-            "row_tokens": (labels != -100).sum(1),
-        }
-        asked, position = layout.asked, layout.asked_position
-        num_pairs = num_active = 0
+        layout = block_layout(ids, batch["attention_mask"].bool(), [masked], self.student, self.pack)
+        order, teacher, pairs = torch.arange(len(layout.asked)), None, None
         if self.teacher is not None:
-            if "teacher_input_ids" not in batch:
-                raise ValueError(
-                    "The rows have no teacher side: this dataset was prepared without a teacher tokenizer. Prepare it "
-                    "again with the teacher's, or give the trainer the raw rows."
-                )
-            ids, masks = batch["teacher_input_ids"], self._teacher_masks(batch, hit_BC, demo_BL)
-            teacher = block_layout(ids, batch["teacher_attention_mask"].bool(), masks, self.teacher, self.pack)
-            pair, teacher_pair, chunks = self._pairs(batch, position, teacher.asked_position, num_chunks)
-            # positions without a partner last
-            order = torch.cat([pair, _complement(pair, len(asked))])
-            asked, position = asked[order], position[order]
-            out |= chunks | {
-                "teacher_input_ids": teacher.input_ids,
-                "teacher_position_ids": teacher.position_ids,
-                "teacher_stream": teacher.stream,
-                "teacher_block": teacher.block,
-                "teacher_asked": teacher.asked[teacher_pair],
-                "teacher_targets": ids.flatten()[teacher.asked_position[teacher_pair]],
-            }
-            num_pairs, num_active = len(pair), len(out["chunk_row"])
-        out |= {
-            "asked": asked,
-            "targets": batch["input_ids"].flatten()[position],
-            "row": position // length,
-            "chunk_tokens": _trained_chunk_tokens(labels, chunk_ids, num_chunks).flatten()[position],
-        }
-        trained = int(out["row_tokens"].sum())
-        num_rows = int((out["row_tokens"] > 0).sum())
-        out["counts"] = torch.tensor([trained, num_pairs, num_active, num_rows], dtype=torch.float64)
-        return out
+            order, teacher, pairs = self._teacher_side(batch, layout, hit_BC, demo_BL)
+        position, row_tokens = layout.asked_position[order], (labels != -100).sum(1)
+        counts = row_tokens.sum(), *(0, 0), (row_tokens > 0).sum()
+        if pairs is not None:
+            counts = counts[0], len(pairs.student_chunk), len(pairs.chunk_row), counts[-1]
+        return NoisedBatch(
+            student=_inputs(layout, layout.asked[order], ids.flatten()[position]),
+            teacher=teacher,
+            pairs=pairs,
+            t=t_B,
+            row_tokens=row_tokens,
+            row_key=batch["row_key"],
+            row=position // labels.shape[1],
+            chunk_tokens=_trained_chunk_tokens(labels, chunk_ids, num_chunks).flatten()[position],
+            counts=Counts(*torch.tensor([int(count) for count in counts], dtype=torch.float64).unbind()),
+        )
+
+    def _teacher_side(self, batch, student: PackedLayout, hit_BC, demo_BL) -> tuple:
+        """The order in which the student's positions are asked, those without a partner last; what the teacher is run
+        on; and the pairs."""
+        if "teacher_input_ids" not in batch:
+            raise ValueError(
+                "The rows have no teacher side: this dataset was prepared without a teacher tokenizer. Prepare it "
+                "again with the teacher's, or give the trainer the raw rows."
+            )
+        ids, masks = batch["teacher_input_ids"], self._teacher_masks(batch, hit_BC, demo_BL)
+        layout = block_layout(ids, batch["teacher_attention_mask"].bool(), masks, self.teacher, self.pack)
+        pair, teacher_pair, pairs = self._pairs(batch, student.asked_position, layout.asked_position, hit_BC.shape[1])
+        order = torch.cat([pair, _complement(pair, len(student.asked))])
+        targets = ids.flatten()[layout.asked_position[teacher_pair]]
+        return order, _inputs(layout, layout.asked[teacher_pair], targets), pairs
 
     def _teacher_masks(self, batch, hit_BC, demo_BL) -> list[torch.Tensor]:
         """Masked teacher positions of each view: one view, or CompDemo's two (B masked first, then A)."""
@@ -132,10 +119,10 @@ class Noising:
         part_a, part_b = complementary_split(hit_BC, demo_BL[:, : hit_BC.shape[1]], self.demo_ratio)
         return [chunk_member(part_b, teacher_chunks), chunk_member(part_a, teacher_chunks)]
 
-    def _pairs(self, batch, student_position, teacher_position, num_chunks) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Asked student and teacher positions of the active chunks, both ordered by row and chunk; and the chunks.
+    def _pairs(self, batch, student_position, teacher_position, num_chunks) -> tuple:
+        """Asked student and teacher positions of the active chunks, both ordered by row and chunk; and the [`Pairs`].
 
-        A masked chunk that holds an untrained-on token, or has no token on one side, is inactive (SPEC §5).
+        A masked chunk that holds an untrained-on token, or has no token on one side, is inactive.
         """
         untrained_BC = masked_chunks(batch["labels"] == -100, batch["chunk_ids"], num_chunks)
         keys = []
@@ -150,21 +137,17 @@ class Noising:
         keys = [torch.where(torch.isin(key, other), key, -1) for key, other in zip(keys, keys[::-1], strict=True)]
         sides = []
         for key in keys:
+            # stable: inside a chunk the tokens stay in the order of the row
             order = key.argsort(stable=True)
             order = order[key[order] >= 0]
             sides.append((order, *key[order].unique_consecutive(return_inverse=True, return_counts=True)))
-        (pair, chunks, pair_chunk, sizes), (teacher_pair, teacher_chunks, teacher_pair_chunk, _) = sides
+        (pair, chunks, student_chunk, sizes), (teacher_pair, teacher_chunks, teacher_chunk, _) = sides
         assert torch.equal(chunks, teacher_chunks), "both sides hold the same active chunks"
-        return (
-            pair,
-            teacher_pair,
-            {
-                "pair_chunk": pair_chunk,
-                "teacher_pair_chunk": teacher_pair_chunk,
-                "chunk_row": chunks // num_chunks,
-                "chunk_ends": sizes.cumsum(0).tolist(),
-            },
-        )
+        return pair, teacher_pair, Pairs(student_chunk, teacher_chunk, chunks // num_chunks, sizes.cumsum(0).tolist())
+
+
+def _inputs(layout: PackedLayout, asked: torch.Tensor, targets: torch.Tensor) -> NetworkInputs:
+    return NetworkInputs(layout.input_ids, layout.position_ids, layout.stream, layout.block, asked, targets)
 
 
 def _complement(index: torch.Tensor, size: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ RANGES = {
     "num_steps": (1, float("inf"), True),
     "fake_steps_per_student_step": (1, float("inf"), True),
     "input_temperature": (1e-6, float("inf"), True),
-    "head_chunk_size": (1, float("inf"), True),
+    "head_slice_size": (1, float("inf"), True),
 }
 
 
@@ -81,8 +81,10 @@ class IDLMConfig(DiffusionTrainingArguments):
         1e-3,
         "Uniform-state models only: τ > 0 of the soft inputs softmax(x_t/τ); small values are nearly one-hot (Duo).",
     )
-    head_chunk_size: int = _knob(
-        1024, "Number of positions whose vocabulary logits are held in memory at a time, at least 1."
+    head_slice_size: int | None = _knob(
+        None,
+        "Number of positions whose vocabulary logits are held in memory at a time, at least 1; by default as many as "
+        "take 32 MB on a CPU or 128 MB on a GPU.",
     )
 
     REFUSED = {  # noqa: RUF012

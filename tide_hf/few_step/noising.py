@@ -12,8 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ..diffusion import LayoutSpec, block_layout, diffusion_time, mask_positions, row_uniforms
+from ..diffusion import (
+    LayoutSpec,
+    PackedInputs,
+    PackedLayout,
+    block_layout,
+    diffusion_time,
+    mask_positions,
+    row_uniforms,
+)
 from ..models.masked_diffusion import NOISED_STREAM, STREAMS_PER_ROW, TIME_EPSILON, loss_weight
+from .batch import Drawn, InverseBatch, Positions
 
 
 def stratified_times(uniform_B: torch.Tensor) -> torch.Tensor:
@@ -84,7 +93,7 @@ class InverseNoising:
     student_grid: int | None = None
     pack: bool = True
 
-    def __call__(self, batch: Mapping[str, torch.Tensor], draws: Draws) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Mapping[str, torch.Tensor], draws: Draws) -> InverseBatch:
         """Noises one collated batch.
 
         Args:
@@ -92,12 +101,7 @@ class InverseNoising:
             draws ([`Draws`]): of its rows.
 
         Returns:
-            `dict` of host tensors. The student's input: `student_input_ids, student_position_ids, student_stream,
-            student_block`, and `student_asked`, flat columns of the positions masked in x_t′. That of teacher and
-            fake: `input_ids, position_ids, stream, block (B, P)`, with the row's own tokens where drawn ones go:
-            `drawn_column (S,)` (flat), `drawn_from (S,)` (index into `student_asked`), `drawn_uniform (S,)`. The loss:
-            `soft (M,)` and `seen (K,)`, flat columns; `soft_from (M,)` (index into `student_asked`), `seen_targets
-            (K,)`, and of each the row and w(t): `soft_row, soft_weights, seen_row, seen_weights`. `num_rows ()`.
+            [`InverseBatch`] on the host.
         """
         labels, valid = batch["labels"], batch["attention_mask"].bool()
         length = labels.shape[1]
@@ -105,37 +109,36 @@ class InverseNoising:
         if self.student_grid is not None:
             student_t = ((draws.student_time * self.student_grid).floor() + 1) / self.student_grid
         t = diffusion_time(draws.time, self.time_epsilon)
-        hidden = mask_positions(draws.student_mask, student_t, labels, self.schedule)  # from the student
+        unseen = mask_positions(draws.student_mask, student_t, labels, self.schedule)  # by the student
         masked = mask_positions(draws.mask, t, labels, self.schedule)
-        shown = block_layout(batch["input_ids"], valid, [hidden], self.spec, self.pack)
+        shown = block_layout(batch["input_ids"], valid, [unseen], self.spec, self.pack)
         noised = block_layout(batch["input_ids"], valid, [masked], self.spec, self.pack)
 
         index = torch.full(labels.shape, -1).flatten()  # of each position among those asked of the student
         index[shown.asked_position] = torch.arange(len(shown.asked))
         source, is_noised = noised.source.flatten(), (noised.stream % STREAMS_PER_ROW == NOISED_STREAM).flatten()
-        flat = (is_noised & (hidden & ~masked).flatten()[source]).nonzero().squeeze(-1)
+        flat = (is_noised & (unseen & ~masked).flatten()[source]).nonzero().squeeze(-1)
         position = source[flat]
 
-        soft = hidden.flatten()[noised.asked_position]
-        asked_row = noised.asked_position // length
-        weights = loss_weight(t, self.schedule)[asked_row]
-        out = {f"student_{name}": getattr(shown, name) for name in _INPUTS}
-        out |= {name: getattr(noised, name) for name in _INPUTS}
-        return out | {
-            "student_asked": shown.asked,
-            "drawn_column": flat,
-            "drawn_from": index[position],
-            "drawn_uniform": draws.token.flatten()[position],
-            "soft": noised.asked[soft],
-            "soft_from": index[noised.asked_position[soft]],
-            "soft_row": asked_row[soft],
-            "soft_weights": weights[soft],
-            "seen": noised.asked[~soft],
-            "seen_targets": batch["input_ids"].flatten()[noised.asked_position[~soft]],
-            "seen_row": asked_row[~soft],
-            "seen_weights": weights[~soft],
-            "num_rows": torch.tensor(len(labels)),
-        }
+        soft = unseen.flatten()[noised.asked_position]
+        row = noised.asked_position // length
+        weights = loss_weight(t, self.schedule)[row]
+        return InverseBatch(
+            shown=_inputs(shown),
+            student_asked=shown.asked,
+            noised=_inputs(noised),
+            drawn=Drawn(flat, index[position], draws.token.flatten()[position]),
+            soft=Positions(noised.asked[soft], row[soft], weights[soft], index[noised.asked_position[soft]]),
+            seen=Positions(
+                noised.asked[~soft],
+                row[~soft],
+                weights[~soft],
+                batch["input_ids"].flatten()[noised.asked_position[~soft]],
+            ),
+            row_key=batch["row_key"],
+            num_rows=torch.tensor(float(len(labels))),
+        )
 
 
-_INPUTS = ("input_ids", "position_ids", "stream", "block")
+def _inputs(layout: PackedLayout) -> PackedInputs:
+    return PackedInputs(layout.input_ids, layout.position_ids, layout.stream, layout.block)

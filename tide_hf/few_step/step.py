@@ -1,26 +1,30 @@
 """The two losses of inverse distillation for one noised micro-batch, run through the (wrapped) networks.
 
 Each network's head is used inside its own wrapped forward, where alone it is whole under DDP, FSDP and PEFT. So the
-forwards are nested: teacher and fake run in the place of the student's head. Hidden states are kept at the asked
-positions alone, and logits exist one chunk of positions at a time.
+forwards are nested: teacher and fake run where the student's head would. Hidden states are kept at the asked positions
+alone, and logits exist a slice of positions at a time.
 
-Shapes: see `noising`; H hidden, V vocabulary.
+Shapes: see `batch`; H hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ..losses import (
-    chunked_head_loss,
+    Segment,
     clean_token_probabilities,
+    default_slice_rows,
     denoising_loss,
     inverse_distillation_loss,
     sample_tokens,
+    sliced_loss,
     soft_denoising_loss,
     without_mask_token,
 )
 from ..training.base import run_packed
+from .batch import InverseBatch, Positions
 
 
 class InverseStep:
@@ -28,20 +32,19 @@ class InverseStep:
 
     Args:
         mask_token_id (`int`): id of [MASK].
-        chunk_size (`int`): positions whose logits exist at a time.
+        slice_rows (`int`, *optional*): positions whose logits exist at a time; see [`~tide_hf.losses.sliced_loss`].
     """
 
-    def __init__(self, mask_token_id: int, chunk_size: int):
-        self.mask_token_id, self.chunk_size = mask_token_id, chunk_size
+    def __init__(self, mask_token_id: int, slice_rows: int | None = None):
+        self.mask_token_id, self.slice_rows = mask_token_id, slice_rows
 
-    def fake_loss(self, student: Callable, fake: Callable, batch: Mapping, num_rows, by_row: bool = False):
+    def fake_loss(self, student: Callable, fake: Callable, batch: InverseBatch, by_row: bool = False) -> torch.Tensor:
         """L(f, q) with gradient through the fake alone: at positions the student predicted on its soft predictions,
         at those it saw on the seen tokens.
 
         Args:
             student, fake (`Callable`): networks, wrapped or not.
-            batch (`Mapping`): of [`InverseNoising`], on the networks' device.
-            num_rows (`torch.Tensor` or `float`): rows of the global batch.
+            batch ([`InverseBatch`]): on the networks' device.
             by_row (`bool`): one loss per row `(B,)` rather than their sum.
 
         Returns:
@@ -50,61 +53,68 @@ class InverseStep:
         found, learns = {}, torch.is_grad_enabled()
 
         def at_the_student(hidden_BPH, weight_VH):
-            shown_NH = hidden_BPH.flatten(0, 1)[batch["student_asked"]]
-            noised = {**batch, "input_ids": self._drawn_ids(shown_NH, weight_VH, batch)}
+            shown_AH = hidden_BPH.flatten(0, 1)[batch.student_asked]
+            noised = self._with_drawn_tokens(shown_AH, weight_VH, batch)
 
             def at_the_fake(fake_BPH, fake_weight_VH):
-                def soft(selected):
-                    return self._soft_loss(
-                        fake_BPH, fake_weight_VH, shown_NH[batch["soft_from"][selected]], weight_VH, batch, selected,
-                        num_rows,
-                    )  # fmt: skip
+                head = fake_BPH.flatten(0, 1), fake_weight_VH
 
-                def seen(selected):
-                    return self._seen_loss(fake_BPH, fake_weight_VH, batch, selected, num_rows)
+                def loss_of(soft, seen):
+                    return self._soft_loss(head, (shown_AH, weight_VH), soft, batch) + self._seen_loss(
+                        head, seen, batch
+                    )
 
-                found["loss"] = _over_rows(soft, batch, "soft", by_row) + _over_rows(seen, batch, "seen", by_row)
+                found["loss"] = _by_row(loss_of, batch, by_row)
                 return found["loss"], None
 
+            # the student's forward is without gradient, and the fake's is inside it
             with torch.set_grad_enabled(learns):
                 found["output"] = run_packed(fake, noised, at_the_fake)
             return None, None
 
         with torch.no_grad():
-            run_packed(student, _student_inputs(batch), at_the_student)
+            run_packed(student, batch.shown, at_the_student)
+        # what the wrapped forward returns, not what was found inside: DDP prepares its gradients on the way out
         return found["loss"] if by_row else found["output"].loss
 
     def student_loss(
-        self, student: Callable, teacher: Callable, fake: Callable, batch: Mapping, num_rows, by_row: bool = False
-    ):
-        """L(f*, q) − L(f, q) with gradient through the student's predictions alone; arguments as in `fake_loss`.
+        self, student: Callable, teacher: Callable, fake: Callable, batch: InverseBatch, by_row: bool = False
+    ) -> torch.Tensor:
+        """L(f*, q) − L(f, q) with gradient through the student's predictions alone.
 
-        Where the student saw the token q is its one-hot: these positions are a constant of the value.
-        The teacher runs in the precision of the fake, autocast's too: where the two are equal the loss is 0.
+        Where the student saw the token q is its one-hot: these positions are a constant of the value. The teacher runs
+        in the precision of the fake, autocast's too: where the two are equal the loss is 0.
+
+        Args:
+            student, teacher, fake (`Callable`): networks, wrapped or not.
+            batch ([`InverseBatch`]): on the networks' device.
+            by_row (`bool`): one loss per row `(B,)` rather than their sum.
+
+        Returns:
+            `torch.Tensor`: scalar or `(B,)`, nats.
         """
         learns = torch.is_grad_enabled()
 
         def at_the_student(hidden_BPH, weight_VH):
-            shown_NH, found = hidden_BPH.flatten(0, 1)[batch["student_asked"]], {}
-            noised = {**batch, "input_ids": self._drawn_ids(shown_NH, weight_VH, batch)}
+            shown_AH, found = hidden_BPH.flatten(0, 1)[batch.student_asked], {}
+            noised = self._with_drawn_tokens(shown_AH, weight_VH, batch)
 
             def at_the_teacher(teacher_BPH, teacher_weight_VH):
+                teacher_head = teacher_BPH.flatten(0, 1), teacher_weight_VH
+
                 def at_the_fake(fake_BPH, fake_weight_VH):
-                    heads = ((fake_BPH, fake_weight_VH), (teacher_BPH, teacher_weight_VH))
+                    fake_head = fake_BPH.flatten(0, 1), fake_weight_VH
 
-                    def soft(selected):
-                        return self._inverse_loss(shown_NH, weight_VH, heads, batch, selected, num_rows)
+                    def loss_of(soft, seen):
+                        with torch.no_grad():
+                            constant = self._seen_loss(teacher_head, seen, batch)
+                            constant = constant - self._seen_loss(fake_head, seen, batch)
+                        heads = (shown_AH, weight_VH), teacher_head, fake_head
+                        return self._inverse_loss(*heads, soft, batch) + constant
 
-                    def seen(selected):
-                        teacher_loss, fake_loss = (
-                            self._seen_loss(hidden_BPH, weight_VH, batch, selected, num_rows)
-                            for hidden_BPH, weight_VH in heads[::-1]
-                        )
-                        return teacher_loss - fake_loss
-
-                    constant = _over_rows(seen, batch, "seen", by_row)
+                    # teacher and fake run without gradient, and the loss, inside both, needs the student's
                     with torch.set_grad_enabled(learns):
-                        found["loss"] = _over_rows(soft, batch, "soft", by_row) + constant
+                        found["loss"] = _by_row(loss_of, batch, by_row)
                     return None, None
 
                 run_packed(fake, noised, at_the_fake)
@@ -114,72 +124,72 @@ class InverseStep:
                 run_packed(teacher, noised, at_the_teacher)
             return found["loss"], None
 
-        return run_packed(student, _student_inputs(batch), at_the_student).loss
+        return run_packed(student, batch.shown, at_the_student).loss
 
     @torch.no_grad()
-    def _drawn_ids(self, shown_NH, weight_VH, batch) -> torch.Tensor:
+    def _with_drawn_tokens(self, shown_AH, weight_VH, batch: InverseBatch):
         """x_t: its [MASK]s, seen tokens, and tokens drawn from the student's predictions."""
-        ids = batch["input_ids"].clone()
-        for start in range(0, len(batch["drawn_from"]), self.chunk_size):
-            chunk = slice(start, start + self.chunk_size)
-            logits = shown_NH[batch["drawn_from"][chunk]] @ weight_VH.T
+        ids, drawn = batch.noised.input_ids.clone(), batch.drawn
+        size = self.slice_rows or default_slice_rows(weight_VH.device, len(weight_VH))
+        for start in range(0, len(drawn.source), size):
+            rows = slice(start, start + size)
+            logits = shown_AH[drawn.source[rows]] @ weight_VH.T
             probabilities = clean_token_probabilities(logits, self.mask_token_id)
-            ids.view(-1)[batch["drawn_column"][chunk]] = sample_tokens(probabilities, batch["drawn_uniform"][chunk])
-        return ids
+            ids.view(-1)[drawn.column[rows]] = sample_tokens(probabilities, drawn.uniform[rows])
+        return replace(batch.noised, input_ids=ids)
 
-    def _soft_loss(self, fake_BPH, fake_weight_VH, shown_MH, weight_VH, batch, selected, num_rows):
-        """Of positions the student predicted."""
-        weights = batch["soft_weights"][selected]
+    def _soft_loss(self, fake_head, student_head, soft: Positions, batch: InverseBatch) -> torch.Tensor:
+        """L(f, q) of positions the student predicted."""
+        (fake_XH, fake_weight_VH), (shown_AH, weight_VH) = fake_head, student_head
 
-        def loss_fn(logits_NV, chunk):
-            with torch.no_grad():
-                q_NV = clean_token_probabilities(shown_MH[chunk] @ weight_VH.T, self.mask_token_id)
+        def probabilities(rows):
+            return clean_token_probabilities(shown_AH[soft.target[rows]] @ weight_VH.T, self.mask_token_id)
+
+        def loss_fn(logits, rows, q):
             return soft_denoising_loss(
-                logits_NV, q_NV, weights[chunk], num_items=num_rows, mask_token_id=self.mask_token_id
+                logits, q, soft.weight[rows], num_items=batch.num_rows, mask_token_id=self.mask_token_id
             )
 
-        hidden_MH = fake_BPH.flatten(0, 1)[batch["soft"][selected]]
-        return chunked_head_loss(loss_fn, hidden_MH, fake_weight_VH, self.chunk_size)
+        return self._sliced(fake_XH[soft.column], fake_weight_VH, loss_fn, probabilities)
 
-    def _seen_loss(self, fake_BPH, fake_weight_VH, batch, selected, num_rows):
-        """Of positions whose token the student saw."""
-        weights, targets = batch["seen_weights"][selected], batch["seen_targets"][selected]
+    def _seen_loss(self, head, seen: Positions, batch: InverseBatch) -> torch.Tensor:
+        """L(f, q) of positions whose token the student saw."""
+        hidden_XH, weight_VH = head
 
-        def loss_fn(logits_NV, chunk):
-            logits_NV = without_mask_token(logits_NV, self.mask_token_id)
-            return denoising_loss(logits_NV, targets[chunk], weights[chunk], num_items=num_rows)
+        def loss_fn(logits, rows):
+            logits = without_mask_token(logits, self.mask_token_id)
+            return denoising_loss(logits, seen.target[rows], seen.weight[rows], num_items=batch.num_rows)
 
-        hidden_KH = fake_BPH.flatten(0, 1)[batch["seen"][selected]]
-        return chunked_head_loss(loss_fn, hidden_KH, fake_weight_VH, self.chunk_size)
+        return self._sliced(hidden_XH[seen.column], weight_VH, loss_fn)
 
-    def _inverse_loss(self, shown_NH, weight_VH, heads, batch, selected, num_rows):
-        """Of positions the student predicted, against the two frozen networks."""
-        columns, weights = batch["soft"][selected], batch["soft_weights"][selected]
-        frozen = [(hidden_BPH.flatten(0, 1)[columns], head_VH) for hidden_BPH, head_VH in heads]
+    def _inverse_loss(self, student_head, teacher_head, fake_head, soft: Positions, batch: InverseBatch):
+        """L(f*, q) − L(f, q) of positions the student predicted."""
+        shown_AH, weight_VH = student_head
 
-        def loss_fn(logits_NV, chunk):
-            with torch.no_grad():
-                fake_NV, teacher_NV = (hidden[chunk] @ head.T for hidden, head in frozen)
+        def logits_of(head):
+            hidden_MH, head_VH = head[0][soft.column], head[1]
+            return lambda rows: hidden_MH[rows] @ head_VH.T
+
+        def loss_fn(logits, rows, teacher_logits, fake_logits):
             return inverse_distillation_loss(
-                logits_NV,
-                teacher_NV,
-                fake_NV,
-                weights[chunk],
-                num_items=num_rows,
+                logits,
+                teacher_logits,
+                fake_logits,
+                soft.weight[rows],
+                num_items=batch.num_rows,
                 mask_token_id=self.mask_token_id,
             )
 
-        return chunked_head_loss(loss_fn, shown_NH[batch["soft_from"][selected]], weight_VH, self.chunk_size)
+        return self._sliced(shown_AH[soft.target], weight_VH, loss_fn, logits_of(teacher_head), logits_of(fake_head))
+
+    def _sliced(self, hidden_NH, weight_VH, loss_fn: Callable, *frozen: Callable) -> torch.Tensor:
+        """One loss over all of some positions."""
+        segments = [Segment(slice(0, len(hidden_NH)), loss_fn, frozen)]
+        return sliced_loss(hidden_NH, weight_VH, segments, slice_rows=self.slice_rows)
 
 
-def _student_inputs(batch: Mapping) -> dict[str, torch.Tensor]:
-    """x_t′ under the names of a packed layout."""
-    return {name: batch[f"student_{name}"] for name in ("input_ids", "position_ids", "stream", "block")}
-
-
-def _over_rows(loss_of: Callable, batch: Mapping, kind: str, by_row: bool) -> torch.Tensor:
-    """The loss of all positions of a kind at once, or of each row's."""
-    rows = batch[f"{kind}_row"]
+def _by_row(loss_of: Callable, batch: InverseBatch, by_row: bool) -> torch.Tensor:
+    """The loss of all positions at once, or of each row's."""
     if not by_row:
-        return loss_of(slice(None))
-    return torch.stack([loss_of((rows == row).nonzero().squeeze(-1)) for row in range(int(batch["num_rows"]))])
+        return loss_of(batch.soft, batch.seen)
+    return torch.stack([loss_of(batch.soft.of_row(row), batch.seen.of_row(row)) for row in range(len(batch.row_key))])

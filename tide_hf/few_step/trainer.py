@@ -4,10 +4,9 @@ Trainer's own loop trains the student. Before each of its steps the fake network
 with noise of their own.
 """
 
-import json
 import math
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +17,12 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..data import DistillationCollator, RowPreparation
-from ..diffusion import LayoutSpec, row_uniforms
+from ..data import DistillationCollator
+from ..diffusion import Record, row_uniforms
 from ..training.arguments import BY_THE_OPTIMIZER, changed_since, refuse_changes, refuse_unread
 from ..training.base import DiffusionTrainer, load_student, pad_token_id
 from ..training.nonfinite import StepGuard
+from ..training.plan import RunPlan, resolve_plan
 from .config import IDLMConfig, InverseObjective
 from .fake import FakeTraining
 from .networks import WeightAverage, restore, three_networks, total_weight, trained, whole
@@ -54,7 +54,7 @@ class IDLMTrainer(DiffusionTrainer):
     Attributes:
         teacher, fake (`PreTrainedModel`): the other two networks; `model` is the student.
         fake_training ([`FakeTraining`]): the fake's optimizer, schedule and wrapped network.
-        objective ([`InverseObjective`]): what the run optimises.
+        plan ([`~tide_hf.training.plan.RunPlan`]): what the run feeds its networks, and its objective.
         ema ([`WeightAverage`], *optional*): from the start of training on.
 
     Raises:
@@ -67,7 +67,7 @@ class IDLMTrainer(DiffusionTrainer):
         *("fake_lr_scheduler_type", "fake_warmup_steps", "fake_max_grad_norm", *OF_THE_FAKES_OPTIMIZER),
     }
     RESOLVED = frozenset(
-        {"schedule", "time_epsilon", "num_steps", "student_times", "input_temperature", "head_chunk_size"}
+        {"schedule", "time_epsilon", "num_steps", "student_times", "input_temperature", "head_slice_size"}
     )
     UNREAD = {"input_temperature": "the inputs of a masked model are tokens"}  # noqa: RUF012
     REFUSED_ARGUMENTS = {  # noqa: RUF012
@@ -95,28 +95,23 @@ class IDLMTrainer(DiffusionTrainer):
         args = IDLMConfig() if args is None else args
         self._check_given(args, kwargs, train_dataset, eval_dataset)
         model, processing_class, revision = load_student(model, args, processing_class)
-        self._configure_student(model, args, processing_class)
-        config = model.config
-        self.objective = self._decide_objective(config, args)
-        self._preparation = RowPreparation.for_run(
-            args,
-            getattr(config, "block_size", 1),
-            "token",
-            (processing_class, getattr(config, "mask_token_id", None)),
-            None,
-        )
-        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
+        self._refuse_other_diffusion_types(model)
+        config, decide = model.config, partial(self._decide_objective, args)
+        self.plan = resolve_plan(args, config, processing_class, decide=decide)
+        self._announce()
+        self._configure_student(model, args, processing_class, self.plan)
         self.noising, self.inverse = self._make_step(config, args)
         model, self.fake, self.teacher = three_networks(model, peft_config, revision, args.seed)
         self.fake_training, self.ema = FakeTraining(self.fake, args), None
         self._fake_batches = []  # noised, one list of micro-batches per update
         set_seed(args.seed)
         super().__init__(
-            model=model,
-            args=args,
+            model,
+            args,
+            self.plan,
+            train_dataset,
+            eval_dataset,
             data_collator=DistillationCollator(pad_token_id(processing_class), vocab_size=config.vocab_size),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
@@ -125,28 +120,28 @@ class IDLMTrainer(DiffusionTrainer):
         self.fake.to(self.args.device)
         self.add_callback(_AverageWeights(self))
 
-    def _configure_student(self, model, args, tokenizer) -> None:
+    def _configure_student(self, model, args, tokenizer, plan: RunPlan) -> None:
         """Also decodes as the student is made for."""
-        super()._configure_student(model, args, tokenizer)
+        super()._configure_student(model, args, tokenizer, plan)
         settings = model.generation_config
         settings.steps_per_block, settings.remasking = args.num_steps, "random"
         settings.temperature, settings.do_sample = 1.0, True
         settings.confidence_threshold = settings.entropy_bound = settings.top_k = settings.top_p = None
 
-    def _decide_objective(self, config, args) -> InverseObjective:
-        """What the run optimises; the schedule is the student's own where none is given, or it has but one."""
+    @staticmethod
+    def _decide_objective(args, alignment: str, schedule: str) -> InverseObjective:
+        """What the run optimises."""
         names = {field.name for field in fields(InverseObjective)} - {"schedule"}
-        schedule = getattr(config, "noise_schedule", "linear")
-        objective = InverseObjective(schedule=schedule, **{name: getattr(args, name) for name in names})
-        logger.info(f"Objective: {json.dumps(objective.to_dict())}")
-        return objective
+        return InverseObjective(schedule=schedule, **{name: getattr(args, name) for name in names})
 
     def _resolve_again(self) -> None:
-        """Objective, noise and step that changed arguments make."""
-        model = self.accelerator.unwrap_model(self.model)
+        """Plan, noise and step that changed arguments make."""
+        config = self.accelerator.unwrap_model(self.model).config
         refuse_unread(self.args, self.UNREAD, type(self).__name__)
-        self._configure_student(model, self.args, self.processing_class)
-        self.noising, self.inverse = self._make_step(model.config, self.args)
+        schedule = self.args.schedule or self.plan.schedule
+        self.plan = replace(self.plan, schedule=schedule)
+        self._configure_student(self.accelerator.unwrap_model(self.model), self.args, self.processing_class, self.plan)
+        self.noising, self.inverse = self._make_step(config, self.args)
 
     def _honour_changes(self) -> None:
         changed = changed_since(self.args, self._args_before)
@@ -154,18 +149,15 @@ class IDLMTrainer(DiffusionTrainer):
             refuse_changes(changed & (OF_THE_FAKES_OPTIMIZER | BY_THE_OPTIMIZER), self.args, self._args_before)
         super()._honour_changes()
         if changed:
-            self.objective = self._decide_objective(self.accelerator.unwrap_model(self.model).config, self.args)
+            objective = self._decide_objective(self.args, self.plan.alignment, self.plan.schedule)
+            self.plan = replace(self.plan, objective=objective)
+            self._announce()
 
     def _make_step(self, config, args) -> tuple[InverseNoising, InverseStep]:
         """What noises a micro-batch, and what makes the two losses of it."""
-        full = config.objective == "full"
-        noising = InverseNoising(
-            LayoutSpec(config.mask_token_id, None if full else config.block_size, not full),
-            config.noise_schedule,
-            args.time_epsilon,
-            args.num_steps if args.student_times == "grid" else None,
-        )
-        return noising, InverseStep(config.mask_token_id, args.head_chunk_size)
+        grid = args.num_steps if args.student_times == "grid" else None
+        noising = InverseNoising(self.plan.student, self.plan.schedule, args.time_epsilon, grid)
+        return noising, InverseStep(config.mask_token_id, args.head_slice_size)
 
     def _refuse_engines(self) -> None:
         """Says which engines two optimizers do not run under here."""
@@ -185,13 +177,13 @@ class IDLMTrainer(DiffusionTrainer):
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _noise(self, batch, epoch: int | None, update: int, times: dict | None = None) -> dict:
+    def _noise(self, batch, epoch: int | None, update: int, times: dict | None = None) -> Record:
         """One micro-batch, noised by draws keyed by (seed, epoch, row, update of the step)."""
         keys = batch["row_key"].tolist()
         draws = Draws.of_rows(self.args.seed, epoch, keys, batch["labels"].shape[1], update)
         if times is not None:
             draws = Draws(**{**vars(draws), **{name: values[keys] for name, values in times.items()}})
-        return {**self.noising(batch, draws), "row_key": batch["row_key"]}
+        return self.noising(batch, draws)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of a step, for the fake's updates and the student's, the last."""
@@ -200,13 +192,12 @@ class IDLMTrainer(DiffusionTrainer):
             return [], None
         local = [key for batch in batches for key in batch["row_key"][(batch["labels"] != -100).any(1)].tolist()]
         everywhere = gather_object(local) if self.accelerator.num_processes > 1 else local
-        num_updates = self.args.fake_steps_per_student_step + 1
+        num_rows = torch.tensor(float(max(len(everywhere), 1)))
         noised = []
-        for update in range(num_updates):
+        for update in range(self.args.fake_steps_per_student_step + 1):
             times = self._times(self._pass, everywhere, update) if self.args.stratified_times else None
-            noised.append([self._noise(batch, self._pass, update, times) for batch in batches])
-            for batch in noised[-1]:
-                batch["total_rows"] = torch.tensor(float(max(len(everywhere), 1)))
+            made = [self._noise(batch, self._pass, update, times) for batch in batches]
+            noised.append([replace(batch, num_rows=num_rows) for batch in made])
         *self._fake_batches, student_batches = noised
         return student_batches, len(everywhere)
 
@@ -228,12 +219,11 @@ class IDLMTrainer(DiffusionTrainer):
         """L(f, q), the sum over the rows of a micro-batch over the number of rows everywhere."""
         batch = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
-            return self.inverse.fake_loss(model, self.fake_training.wrapped, batch, batch["total_rows"])
+            return self.inverse.fake_loss(model, self.fake_training.wrapped, batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """L(f*, q) − L(f, q), the sum over the rows here over the number of rows everywhere."""
-        fake = self.fake_training.wrapped
-        loss = self.inverse.student_loss(model, self.teacher, fake, inputs, inputs["total_rows"])
+        loss = self.inverse.student_loss(model, self.teacher, self.fake_training.wrapped, inputs)
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
@@ -241,13 +231,13 @@ class IDLMTrainer(DiffusionTrainer):
         """L(f*, q) − L(f, q) by row."""
         batch = self._prepare_inputs(batch)
         networks = self.model_wrapped, self.teacher, self.fake_training.wrapped
-        return {"loss": self.inverse.student_loss(*networks, batch, batch["total_rows"], by_row=True)}
+        return {"loss": self.inverse.student_loss(*networks, batch, by_row=True)}
 
     def _fake_row_terms(self, batch):
         """L(f, q) by row."""
         batch = self._prepare_inputs(batch)
         networks = self.model_wrapped, self.fake_training.wrapped
-        return {"fake_loss": self.inverse.fake_loss(*networks, batch, batch["total_rows"], by_row=True)}
+        return {"fake_loss": self.inverse.fake_loss(*networks, batch, by_row=True)}
 
     def _weights_of_checkpoint(self):
         """Also the average and the fake."""
@@ -365,10 +355,11 @@ class IDLMTrainer(DiffusionTrainer):
             for batch in self._evaluation_batches(dataloader):
                 # a row that fills a batch up, or stands in for one, trains on nothing
                 counts_B = (batch["labels"] != -100).any(1).to(self.args.device)
-                batch = self._prepare_inputs(self._noise(batch, None, 0))
+                noised = replace(self._noise(batch, None, 0), num_rows=torch.ones(()))
+                noised = self._prepare_inputs(noised)
                 losses = [
-                    self.inverse.student_loss(student, self.teacher, fake, batch, 1.0, by_row=True),
-                    self.inverse.fake_loss(student, fake, batch, 1.0, by_row=True),
+                    self.inverse.student_loss(student, self.teacher, fake, noised, by_row=True),
+                    self.inverse.fake_loss(student, fake, noised, by_row=True),
                 ]
                 rows = self.accelerator.gather(torch.stack(losses, 1))[self.accelerator.gather(counts_B)]
                 totals, num_rows = totals + rows.double().sum(0), num_rows + len(rows)

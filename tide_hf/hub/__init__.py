@@ -1,11 +1,11 @@
-"""The Hub: what is there before a run starts, the card that it writes, and pushing that loses nothing."""
+"""The Hub: checks before a run starts, the card that the run writes, and pushes that lose nothing."""
 
 from .availability import NotAvailableError, require_available
 from .card import write_card
 from .check import check_card, python_blocks
 from .data_card import dataset_card
 from .pushing import PushError
-from .record import Decoding, Measurement, RunRecord
+from .record import Decoding, Measurement, RunFacts, RunRecord
 from .sources import Source, find_source
 from .trainer_mixin import HubTrainerMixin
 
@@ -15,6 +15,7 @@ __all__ = [
     "Measurement",
     "NotAvailableError",
     "PushError",
+    "RunFacts",
     "RunRecord",
     "Source",
     "check_card",

@@ -1,6 +1,6 @@
-"""Says within seconds what a run would miss, before anything is loaded.
+"""Finds what a run would be missing, within seconds and before anything is loaded.
 
-Without a network the libraries retry every item for half a minute or so; here the endpoint is asked once.
+Without a network, the libraries retry for about half a minute per model or dataset; here the endpoint is asked once.
 """
 
 import queue
@@ -22,17 +22,17 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 class NotAvailableError(RuntimeError):
-    """Something a run needs is neither on this machine nor within reach."""
+    """A model or dataset of a run is neither on this machine nor can it be downloaded."""
 
 
 def require_available(models: list[str], datasets: list[str]) -> None:
-    """Checks that every model and dataset is local, cached, or can be asked for.
+    """Checks that every model and dataset is local, in the cache, or on a Hub that can be reached.
 
     Args:
         models, datasets (`list[str]`): Hub names or local paths.
 
     Raises:
-        NotAvailableError: one sentence with everything that is missing, or that cannot be what it is given as.
+        NotAvailableError: in one sentence, everything that is missing or cannot be what it is given as.
     """
     wrong = [_wrong_model(name) for name in models] + [_wrong_dataset(name) for name in datasets]
     if any(wrong):
@@ -56,7 +56,12 @@ def require_available(models: list[str], datasets: list[str]) -> None:
 
 
 def endpoint_answers(endpoint: str, seconds: float | None = None) -> bool:
-    """Whether an HTTP server answers at all within `seconds` (`PROBE_SECONDS`), name look-up included."""
+    """Whether an HTTP server answers at all in the given time, which includes the look-up of its name.
+
+    Args:
+        endpoint (`str`): its URL.
+        seconds (`float`, *optional*): the time; `PROBE_SECONDS` by default.
+    """
     seconds = PROBE_SECONDS if seconds is None else seconds
     answers = queue.Queue()
 
@@ -65,7 +70,7 @@ def endpoint_answers(endpoint: str, seconds: float | None = None) -> bool:
             urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
             answers.put(True)
         except Exception as error:
-            answers.put(isinstance(error, urllib.error.HTTPError))  # 404 is an answer too
+            answers.put(isinstance(error, urllib.error.HTTPError))  # an error status is an answer too
 
     threading.Thread(target=ask, daemon=True).start()
     try:
@@ -92,12 +97,12 @@ def _wrong_dataset(name: str) -> str | None:
 
 
 def _has_model(name: str) -> bool:
-    """A folder, or a Hub model whose configuration is cached."""
+    """Whether it is a folder, or a Hub model whose configuration is cached."""
     return Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def _has_dataset(name: str) -> bool:
-    """A local path, or a Hub dataset the datasets library has prepared before."""
+    """Whether it is a local path, or a Hub dataset that the datasets library has prepared before."""
     *namespace, short_name = name.split("/")
     folder = "___".join([*namespace, camelcase_to_snakecase(short_name)])
     return Path(name).exists() or (Path(datasets_config.HF_DATASETS_CACHE) / folder).is_dir()

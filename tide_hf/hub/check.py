@@ -1,16 +1,16 @@
-"""What a model card lacks, found offline."""
+"""Finds, offline, what a model card lacks."""
 
 import math
 import re
 from pathlib import Path
 
-import yaml
 from huggingface_hub import ModelCard
 
+from .front_matter import split_front_matter
 from .provenance import SECRET
 from .sources import HUB_NAME, IN_MEMORY, PERMISSIVE
 
-# licence ids of the Hub that a language model carries; anything else is `other` with a name
+# the Hub's licence ids that language models have; anything else is `other`, with a name
 LICENSES = PERMISSIVE.union(
     [
         "cc-by-sa-4.0",
@@ -59,24 +59,21 @@ PROVENANCE = ("harness", "settings", "num_samples", "date")
 
 
 def check_card(card: str | Path) -> list[str]:
-    """Says what a model card lacks: one sentence each, none for a card that is complete.
+    """Lists what is missing or wrong, a sentence each; empty for a complete card.
 
     Args:
-        card (`str` or `Path`): the text, or the file; with a file, images it shows are looked for beside it.
+        card (`str` or `Path`): the text, or its file, beside which the images that it shows must lie.
     """
     folder = None
     if isinstance(card, Path) or ("\n" not in card and Path(card).is_file()):
         folder, card = Path(card).parent, Path(card).read_text(encoding="utf-8")
-    match = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
-    if match is None:
-        return ["There is no metadata between --- lines at the top."]
     try:
-        metadata = yaml.safe_load(match[1])
-        parsed = ModelCard(card).data.to_dict()
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+        metadata, body = split_front_matter(card)
+        if not metadata:
+            return ["There is no metadata between --- lines at the top."]
+        lost = sorted(set(metadata) - set(ModelCard(card).data.to_dict()))
+    except (TypeError, ValueError) as error:
         return [f"The metadata cannot be parsed: {error}"]
-    lost = sorted(set(metadata) - set(parsed))
-    body = card[match.end() :]
     return [
         *(f"The metadata key {key} does not survive huggingface_hub.ModelCard." for key in lost),
         *_check_metadata(metadata),
@@ -88,7 +85,7 @@ def check_card(card: str | Path) -> list[str]:
 
 
 def _check_metadata(metadata: dict) -> list[str]:
-    """Keys, vocabulary, and names that must be the Hub's."""
+    """Required keys, the Hub's vocabulary, and names that must be Hub names."""
     found = [f"The metadata has no {key}." for key in REQUIRED if not metadata.get(key)]
     start = (metadata.get("distillation") or {}).get("student_start")
     if not metadata.get("base_model") and start != IN_MEMORY:
@@ -97,35 +94,35 @@ def _check_metadata(metadata: dict) -> list[str]:
         found.append(f"base_model_relation must be one of {', '.join(RELATIONS)}.")
     license_id = metadata.get("license")
     if license_id and license_id not in LICENSES:
-        found.append(f"license {license_id!r} is none of the Hub's: use other, with license_name.")
+        found.append(f"license {license_id!r} is not one of the Hub's ids: use other, with license_name.")
     if license_id == "other" and not metadata.get("license_name"):
         found.append("license is other: license_name must say which.")
     for key in ("base_model", "datasets"):
         names = metadata.get(key) or []
         for name in [names] if isinstance(names, str) else names:
             if not HUB_NAME.fullmatch(str(name)):
-                found.append(f"{key} {name!r} is no name on the Hub.")
+                found.append(f"{key} {name!r} is not a Hub name.")
     languages = metadata.get("language") or []
     for code in [languages] if not isinstance(languages, list) else languages:
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", str(code)):
-            found.append(f"language {code!r} is no language code.")
+            found.append(f"language {code!r} is not a language code.")
     return found
 
 
 def _check_results(model_index: list[dict]) -> list[str]:
-    """Every number of the model index says with what, how, on how many samples and when it was measured."""
+    """Whether each number of the model index is one, and says how it was measured."""
     found = []
     for result in (result for model in model_index for result in model.get("results", [])):
         for metric in result.get("metrics", []):
             name, value, args = metric.get("name"), metric.get("value"), metric.get("args") or {}
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                found.append(f"The value of {name} is {value!r}, which is no measured number.")
+                found.append(f"The value of {name} is {value!r}, which is not a finite number.")
             found += [f"The result {name} does not say its {key}." for key in PROVENANCE if not args.get(key)]
     return found
 
 
 def _check_text(body: str) -> list[str]:
-    """Sections, programs, leftovers of a template."""
+    """Sections, programs, and leftovers of a template."""
     outside_code = re.sub(r"```.*?```", "", body, flags=re.DOTALL)
     headings = re.findall(r"^##? (.+)$", outside_code, re.MULTILINE)
     found = [f"The section {name!r} is missing." for name in SECTIONS if name not in headings]
@@ -137,25 +134,30 @@ def _check_text(body: str) -> list[str]:
             compile(program, "card", "exec")
         except SyntaxError as error:
             found.append(f"A Python block does not compile: {error}")
-    found += [f"The text holds {mark!r}, a leftover." for mark in LEFTOVERS if mark in outside_code]
+    found += [f"The text contains {mark!r}, a leftover of a template." for mark in LEFTOVERS if mark in outside_code]
     if re.search(r"\|\s*(nan|inf|-inf)\s*(\||±)", outside_code):
-        found.append("A table holds nan or inf, which are no measurements.")
+        found.append("A table contains nan or inf, which are not measurements.")
     return found
 
 
 def _check_leaks(card: str) -> list[str]:
-    """Local paths and secrets, anywhere."""
+    """Local paths and access tokens, anywhere in the card."""
     without_urls = re.sub(r"https?://\S+", "", card)
-    found = [f"The local path {path!r} stands in the card." for path in LOCAL_PATH.findall(without_urls)]
-    return found + (["A token stands in the card."] if SECRET.search(card) else [])
+    found = [f"The card contains the local path {path!r}." for path in LOCAL_PATH.findall(without_urls)]
+    return found + (["The card contains an access token."] if SECRET.search(card) else [])
 
 
 def _check_images(body: str, folder: Path | None) -> list[str]:
+    """Images that are shown and do not lie beside the card."""
     names = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", body)
     local = [name for name in names if "://" not in name]
     return [f"The image {name} is missing." for name in local if folder is not None and not (folder / name).is_file()]
 
 
 def python_blocks(text: str) -> list[str]:
-    """Programs of a card, in order."""
+    """The Python programs of a card, in order.
+
+    Args:
+        text (`str`): Markdown.
+    """
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Training curves as one image."""
+"""The training curves of a run, in one image."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ TITLES = {
 
 
 def plot_curves(log_history: list[dict], path: str | Path) -> bool:
-    """Draws what was logged at two steps or more; says whether there was anything to draw.
+    """Draws every quantity that was logged at two steps or more, and returns whether there was any.
 
     Args:
-        log_history (`list[dict]`): of `TrainerState`: `step` and the logged quantities.
-        path (`str`): the image.
+        log_history (`list[dict]`): of the `TrainerState`: `step` and the logged quantities.
+        path (`str` or `Path`): the image to write.
     """
     curves = {
         title: [(entry["step"], entry[name]) for entry in log_history if name in entry]
@@ -26,7 +26,7 @@ def plot_curves(log_history: list[dict], path: str | Path) -> bool:
     curves = {title: points for title, points in curves.items() if len(points) > 1}
     if not curves:
         return False
-    from matplotlib.figure import Figure  # without pyplot: this may run beside other threads
+    from matplotlib.figure import Figure  # pyplot is not thread-safe
 
     figure = Figure(figsize=(3.6 * len(curves), 3.0), layout="constrained")
     axes = figure.subplots(1, len(curves), squeeze=False)[0]

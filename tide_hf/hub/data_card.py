@@ -1,9 +1,8 @@
 """The card of a prepared dataset."""
 
-import yaml
-
 from ..data import PreparationReport
-from .card import BEGIN, END, adopt_edits, values_table
+from .card_edits import adopt_edits, assemble_card
+from .card_text import render_template, values_table
 from .sources import is_hub_name
 
 
@@ -23,14 +22,15 @@ def dataset_card(
     """The card of a dataset prepared by [`~tide_hf.data.prepare_dataset`].
 
     Args:
-        repo_id (`str`): where it is pushed.
+        repo_id (`str`): the repository that it is pushed to.
         reports (`dict[str, PreparationReport]`): split -> what became of its rows.
-        sources (`list[str]`): Hub names of the conversations; local ones stay unnamed.
-        student_tokenizer, teacher_tokenizer (`str`): whose ids its columns hold; None without a teacher.
+        sources (`list[str]`): Hub names of the conversations; a local one is not mentioned.
+        student_tokenizer (`str`): the tokenizer of `input_ids`.
+        teacher_tokenizer (`str`, *optional*): the tokenizer of `teacher_input_ids`; None without a teacher.
         settings (`dict`): plain values it was prepared with.
         license (`str`, *optional*), languages (`list[str]`, *optional*): of the conversations.
-        license_name, license_link (`str`, *optional*): with the license `other`.
-        existing (`str`): the card it replaces: metadata and text that are not written here are kept.
+        license_name, license_link (`str`, *optional*): name and address of the license `other`.
+        existing (`str`): the card it replaces; [`~tide_hf.hub.card_edits`] says what is kept of it.
     """
     published = [name for name in sources if is_hub_name(name)]
     metadata = {
@@ -38,43 +38,17 @@ def dataset_card(
         "license_name": license_name,
         "license_link": license_link,
         "language": languages or None,
-        "source_datasets": published,  # an empty one too: that of an earlier push must not outlive it
+        "source_datasets": published,  # also if empty: the sources of an earlier push must not outlive it
         "tags": ["tide", "diffusion-lm", "tokenized"],
     }
-    metadata = {name: value for name, value in metadata.items() if value is not None}
-    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
-    lines = [f"- {name}: {report}" for name, report in reports.items()]
-    names = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in published)
-    teacher = f" and of the teacher's, `{teacher_tokenizer}`" if teacher_tokenizer else ""
-    card = f"""---
-{head}
----
-
-{BEGIN}
-
-# {repo_id.split("/")[-1]}
-
-Conversations{f" of {names}" if names else ""}, rendered, tokenized and aligned by `tide_hf` for distilling a diffusion
-language model. Its ids are those of the student's tokenizer, `{student_tokenizer}`{teacher}: it serves no others.
-
-```python
-from datasets import load_dataset
-
-rows = load_dataset("{repo_id}", split="{next(iter(reports), "train")}")
-```
-
-`TIDETrainer` takes it as `train_dataset` as it stands. Columns: `row_key`, a hash of the row, keys the noise;
-`input_ids` and `labels` (−100 = not trained on); `teacher_input_ids`; `chunk_ids` and `teacher_chunk_ids`, the number
-of the span of equal bytes that a token belongs to, −1 for none.
-
-## What became of the rows
-
-{chr(10).join(lines)}
-
-## Settings
-
-{values_table(settings)}
-
-{END}
-"""
+    text = render_template(
+        "data_card_template.md",
+        repo_id=repo_id,
+        reports=reports,
+        links=[f"[{name}](https://huggingface.co/datasets/{name})" for name in published],
+        student_tokenizer=student_tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
+        settings=values_table(settings),
+    )
+    card = assemble_card({name: value for name, value in metadata.items() if value is not None}, text)
     return adopt_edits(card, existing)

@@ -1,4 +1,4 @@
-"""Where a run came from: command line, source commit, versions, machine. Free of local paths and secrets."""
+"""How a run was made: command line, source commit, versions, machine; without local paths and secrets."""
 
 import os
 import platform
@@ -14,15 +14,19 @@ from pathlib import Path
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "huggingface-hub", "peft", "trl")
 SECRET_FLAG = re.compile(r"--?[\w-]*(token|secret|password|api_key)", re.IGNORECASE)
 SECRET = re.compile(r"\b(hf|api_org|ghp|sk)_[A-Za-z0-9_]{16,}|\bsk-[A-Za-z0-9-]{20,}")
-# fields of the training arguments that say where things lie or go, not what was run
+# training arguments that name places of the machine or of its user, and do not change the run
 PLACES = re.compile(r"(^hub_|^push_to_hub|_dir$|^run_name$|^report_to$|_token$|^trackio|^project$|^resume_from)")
 
 
 def command_line(argv: list[str] | None = None, environment: dict | None = None) -> str | None:
-    """The command that started this process, as it can be typed again elsewhere; None if no script did.
+    """The command that started this process, in a form that works elsewhere; None if it was not started by a script.
 
-    Absolute paths are cut to their last part, scripts to their path in the current folder; tokens are left out. A
-    process that `accelerate launch` started says so.
+    Of an absolute path the last part is kept, of the script its path relative to the current folder. Tokens are left
+    out. If `accelerate launch` started the process, the command says so.
+
+    Args:
+        argv (`list[str]`, *optional*): words of the command; this process's by default.
+        environment (`dict`, *optional*): environment variables; this process's by default.
     """
     argv = sys.argv if argv is None else argv
     environment = os.environ if environment is None else environment
@@ -40,7 +44,7 @@ def command_line(argv: list[str] | None = None, environment: dict | None = None)
 
 
 def _without_secrets(words: list[str]) -> list[str]:
-    """Words of a command line without tokens, absolute paths cut to their last part."""
+    """Words of a command line without tokens, and with the last part of each absolute path."""
     kept, follows_secret = [], False
     for word in words:
         is_flag = word.startswith("-")
@@ -55,7 +59,11 @@ def _without_secrets(words: list[str]) -> list[str]:
 
 
 def source_commit(package: str = "tide_hf") -> str | None:
-    """Commit of the checkout that a package was imported from; None if it is no checkout, or no longer that commit."""
+    """The commit of the checkout that a package was imported from; None if git does not track the package.
+
+    Args:
+        package (`str`): name of an imported package. "with local changes" follows the commit if its files differ.
+    """
     folder = Path(sys.modules[package].__file__).parent
 
     def git(*words: str) -> str:
@@ -63,7 +71,7 @@ def source_commit(package: str = "tide_hf") -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # an environment may lie inside somebody else's checkout
+        git("ls-files", "--error-unmatch", "__init__.py")  # not of a project that the environment lies in
         changed = " with local changes" if git("status", "--porcelain", "--untracked-files=no", ".") else ""
         return git("rev-parse", "HEAD") + changed
     except (OSError, subprocess.SubprocessError):
@@ -71,7 +79,7 @@ def source_commit(package: str = "tide_hf") -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, Python and this library included."""
+    """Package -> version, for Python, this library and what it builds on."""
     found = {"python": platform.python_version()}
     for name in ("tide-hf", *PACKAGES):
         try:
@@ -82,7 +90,11 @@ def versions() -> dict[str, str]:
 
 
 def hardware(num_processes: int = 1) -> str:
-    """What a run ran on, without the machine's name."""
+    """What a run ran on, without the machine's name.
+
+    Args:
+        num_processes (`int`): of the run, one for each device.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -93,10 +105,11 @@ def hardware(num_processes: int = 1) -> str:
 
 
 def changed_arguments(args) -> dict:
-    """Training arguments that differ from their defaults: what was run, not where it lies.
+    """Training arguments that differ from their defaults and do not name places.
 
     Args:
-        args (`TrainingArguments`): of the run. No second instance is made: that would reset accelerate's state.
+        args (`TrainingArguments`): of the run. Defaults are read from its fields: a second instance would reset
+            accelerate's state.
     """
     changed = {}
     for field in fields(args):
@@ -105,11 +118,16 @@ def changed_arguments(args) -> dict:
         value = value.value if isinstance(value, Enum) else value
         plain = isinstance(value, (bool, int, float, str, list, dict)) and value not in ("", [], {})
         plain = plain and not (value is False and default is None)
-        if plain and field.init and value != default and not PLACES.search(field.name) and not _leaks(value):
+        if plain and field.init and value != default and not PLACES.search(field.name) and not leaks(value):
             changed[field.name] = value
     return changed
 
 
-def _leaks(value) -> bool:
+def leaks(value: object) -> bool:
+    """Whether the text of a value holds an access token or a local path.
+
+    Args:
+        value: any plain value.
+    """
     text = str(value)
     return SECRET.search(text) is not None or re.search(r"(^|[\s'\"])[/~]\w", text) is not None

@@ -1,8 +1,8 @@
-"""Pushing a run to the Hub so that nothing gets lost: whole commits, retries, failures that are heard.
+"""Pushing a run to the Hub so that nothing gets lost: whole commits, retries, and errors that are reported.
 
 One state of a run is one commit: code, weights, tokenizer, generation config and card, and with
-`hub_strategy="checkpoint"` or `"all_checkpoints"` the training state that belongs to them. A state is staged in a
-folder of its own (hard links), so that later saves and deleted checkpoints cannot change what is being uploaded.
+`hub_strategy="checkpoint"` or `"all_checkpoints"` the training state that belongs to them. Each state is staged in a
+folder of its own, so that later saves and deleted checkpoints cannot change what is being uploaded.
 """
 
 import fnmatch
@@ -19,18 +19,18 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .card import adopt_edits
+from .card_edits import adopt_edits
 from .provenance import SECRET
 
 logger = logging.get_logger(__name__)
 
 RETRY_WAITS = (1.0, 3.0, 9.0)  # seconds between the attempts of one push
-RETRIED = (408, 409, 412, 429)  # and everything from 500 up: another pusher was faster, or the Hub is busy
+RETRIED = (408, 409, 412, 429)  # and all from 500 up: somebody else pushed first, or the Hub is busy
 STAGING, LAST_CHECKPOINT = "_push", "last-checkpoint"
-# pickles, hidden files and keys: never pushed. Training state holds pickles too, and goes only where it was asked for
+# pickles, hidden files and keys are never pushed. Training state holds pickles too, and is pushed only if asked for
 NEVER = ("training_args.bin", ".*", "_*", "*.env", "*.pem", "*.key", "*.pkl", "*.pickle", "events.out.tfevents*")
 TRAINING_STATE = ("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "*.pt", "*.pth", "*.bin")
-LARGEST_SCANNED = 4 << 20  # bytes; larger text files than this are data, not settings
+LARGEST_SCANNED = 4 << 20  # bytes; a larger text file is data, not settings, and is not searched for tokens
 
 
 class PushError(RuntimeError):
@@ -39,22 +39,30 @@ class PushError(RuntimeError):
 
 @dataclass
 class State:
-    """What one commit will hold: a staged folder, its message, and where it goes."""
+    """What one commit will hold.
+
+    Args:
+        folder (`Path`): the staged files.
+        message (`str`): of the commit.
+        create_pr (`bool`): open a pull request instead of committing to the branch.
+        given (`tuple[str, ...]`): metadata keys that the user set for the run; the card on the Hub does not override
+            them.
+    """
 
     folder: Path
     message: str
     create_pr: bool = False
-    given: tuple[str, ...] = ()  # metadata keys of the card that the user set; the Hub's do not win over them
+    given: tuple[str, ...] = ()
 
 
 def stage(target: Path, root: list[Path], checkpoint: Path | None = None, checkpoint_name: str = "") -> Path:
-    """Links files into a folder as they shall lie in the repository.
+    """Lays files out in a folder as they will lie in the repository, and returns the folder.
 
     Args:
-        target (`Path`): the folder, made anew.
-        root (`list[Path]`): files for the top of the repository; later ones win over earlier ones of the same name.
+        target (`Path`): the folder; emptied first if it exists.
+        root (`list[Path]`): files for the top of the repository; of two with the same name the later one counts.
         checkpoint (`Path`, *optional*): folder of a checkpoint with its training state.
-        checkpoint_name (`str`): its name in the repository.
+        checkpoint_name (`str`): the name of that folder in the repository.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -70,7 +78,7 @@ def stage(target: Path, root: list[Path], checkpoint: Path | None = None, checkp
 
 
 def _link(path: Path, target: Path) -> None:
-    """A hard link, or a copy; text is copied, because it is rewritten in place."""
+    """Links weights, where the file system can, and copies everything else, because text is rewritten in place."""
     if not path.is_file() or _matches(path.name, NEVER) or _holds_secret(path):
         return
     target.unlink(missing_ok=True)
@@ -88,7 +96,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _holds_secret(path: Path) -> bool:
-    """Whether a text file holds a token; says so."""
+    """Whether a text file holds an access token; if so, an error is logged."""
     if path.suffix in (".safetensors", ".png", ".pt", ".pth") or path.stat().st_size > LARGEST_SCANNED:
         return False
     text, token = path.read_text(encoding="utf-8", errors="ignore"), get_token()
@@ -101,15 +109,15 @@ def _holds_secret(path: Path) -> bool:
 
 
 class Pusher:
-    """Commits states in the background, one after the other; the newest one counts.
+    """Commits states in the background, one after the other.
 
-    A failure is logged at once and tried again after `RETRY_WAITS` seconds where that can help.
+    A failure is logged at once; where another attempt can help, it is made after `RETRY_WAITS` seconds.
 
     Args:
         repo_id (`str`): the repository.
         revision (`str`, *optional*): branch, or `refs/pr/N`.
-        token (`str`, *optional*): with write permission.
-        keep_all (`bool`): commit every state, rather than the newest of those that wait.
+        token (`str`, *optional*): of the Hub, with write permission.
+        keep_all (`bool`): commit every state; otherwise a new state replaces those that still wait.
     """
 
     def __init__(self, repo_id: str, revision: str | None, token: str | None, keep_all: bool):
@@ -123,7 +131,11 @@ class Pusher:
         self._thread: threading.Thread | None = None
 
     def submit(self, state: State) -> None:
-        """Queues a state."""
+        """Queues a state to be committed in the background.
+
+        Args:
+            state ([`State`]): its folder is deleted after the commit, or when a newer state replaces it.
+        """
         with self._lock:
             if not self.keep_all:
                 for outdated in self.waiting:
@@ -145,17 +157,20 @@ class Pusher:
                 self.push(state)
             except Exception as error:
                 logger.error(
-                    f"{_sentence(state, self.repo_id, error)} Training goes on; it is pushed with what follows."
+                    f"{_sentence(state, self.repo_id, error)} Training continues, and the next push includes it."
                 )
 
     def wait(self) -> None:
-        """Returns when nothing is waiting or under way."""
+        """Returns once no state is waiting or being committed."""
         thread = self._thread
         if thread is not None:
             thread.join()
 
     def push(self, state: State):
-        """Commits one state now.
+        """Commits one state now, with as many attempts as `RETRY_WAITS` allows.
+
+        Args:
+            state ([`State`]): kept as `failed` if it does not arrive.
 
         Returns:
             huggingface_hub's `CommitInfo`.
@@ -183,7 +198,8 @@ class Pusher:
         self.failed = self.error = None
 
     def _commit(self, state: State):
-        """Everything in one commit; training state of an earlier one that is not replaced is deleted."""
+        """Adds everything in one commit, and deletes training state of an earlier one that it does not replace."""
+        # not upload_folder(delete_patterns=…): where hf_xet is installed, it may split one state into several commits
         self._adopt_remote_card(state)
         paths = [path for path in sorted(state.folder.rglob("*")) if path.is_file()]
         added = {path.relative_to(state.folder).as_posix(): path for path in paths}
@@ -199,7 +215,7 @@ class Pusher:
         )
 
     def _adopt_remote_card(self, state: State) -> None:
-        """Keeps what people wrote into the card on the Hub since it was pushed last."""
+        """Keeps what people wrote into the card on the Hub since the last push."""
         card = state.folder / "README.md"
         try:
             remote = self.api.hf_hub_download(self.repo_id, card.name, revision=self.revision)
@@ -210,6 +226,7 @@ class Pusher:
             card.write_text(text, encoding="utf-8")
 
     def _remote_state(self) -> list[str]:
+        """Files of the training state in the repository."""
         try:
             tree = self.api.list_repo_tree(self.repo_id, LAST_CHECKPOINT, revision=self.revision)
             return [entry.path for entry in tree]
@@ -218,7 +235,7 @@ class Pusher:
 
 
 def _can_help(error: Exception) -> bool:
-    """Whether the same request may succeed later: not if the Hub refused it for what it is."""
+    """Whether the same request may succeed later; one that the Hub refused for good will not."""
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     return status is None or status in RETRIED or status >= 500
@@ -237,11 +254,11 @@ def fetch_training_state(repo: str, revision: str | None = None, token: str | No
 
     Args:
         repo (`str`): Hub name, or `name@revision`.
-        revision (`str`, *optional*): branch or commit.
-        token (`str`, *optional*): for a private repository.
+        revision (`str`, *optional*): branch or commit, unless `repo` names one.
+        token (`str`, *optional*): of the Hub, for a private repository.
 
     Returns:
-        the local folder of the checkpoint.
+        `str`: the local folder of the checkpoint.
 
     Raises:
         ValueError: if the repository holds no training state.
@@ -254,14 +271,18 @@ def fetch_training_state(repo: str, revision: str | None = None, token: str | No
     found = str(last) if last.is_dir() else get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if found is None:
         raise ValueError(
-            f"{repo} holds no training state to resume from, only a model: runs that are to be resumed from the Hub "
-            "push with --hub_strategy checkpoint (or all_checkpoints)."
+            f"{repo} holds no training state to resume from, only a model: to be resumed from the Hub, a run must be "
+            "started with --hub_strategy checkpoint (or all_checkpoints)."
         )
     return found
 
 
 def has_remote_code(folder: str | Path) -> bool:
-    """Whether a saved model names its code for every Auto class, and the files are there."""
+    """Whether a saved model names its code for the Auto classes, and the files are there.
+
+    Args:
+        folder (`str` or `Path`): that `save_pretrained` wrote.
+    """
     config = Path(folder) / "config.json"
     if not config.is_file():
         return False

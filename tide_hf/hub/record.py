@@ -1,9 +1,13 @@
-"""What a run leaves behind for its card: plain values, collected from a trainer or from a report."""
+"""What a card says of a run, as plain values: collected from what a trainer states, or filled in from a report."""
 
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
-from .provenance import changed_arguments, command_line, hardware, source_commit, versions
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from ..data import PreparationReport
+from .provenance import changed_arguments, command_line, hardware, leaks, source_commit, versions
 from .sources import Source, find_source
 
 BEFORE, AFTER = "student before", "student after"
@@ -11,10 +15,43 @@ PROMPTS = ("What is 17 + 25?", "739152")
 METRIC_NAMES = {
     "loss": "objective, nats",
     "ce": "denoising loss, nats per token",
-    "ce_answer": "denoising loss, nats per answer token (end-of-text fill left out)",
+    "ce_answer": "denoising loss, nats per answer token (end-of-text fill excluded)",
     "distill": "distillation term, nats",
-    "fake_loss": "fake's denoising loss on the student's samples, nats per row",
+    "fake_loss": "denoising loss of the fake on the student's samples, nats per row",
 }
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a trainer states about its run each time that the card is written.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the student, without the wrappers of accelerate.
+        teachers (`list[PreTrainedModel]`): what it learns from; empty without a teacher.
+        tokenizer (`PreTrainedTokenizerBase`): the student's.
+        args (`TrainingArguments`): of the run.
+        objective (`dict`): what the run optimises, every field decided.
+        preparation (`dict[str, PreparationReport]`): dataset -> what became of its rows.
+        step, max_steps (`int`): optimizer steps taken so far, and in total.
+        log_history (`list[dict]`): of the `TrainerState`.
+        num_evaluated_rows (`int`): rows of the evaluation dataset; 0 without one.
+        evaluation (`str`): name of the trainer's own evaluation: the harness of the numbers in `log_history`.
+        plan (`dict`): what the run feeds its networks, as plain values and dicts of them: alignment, layouts, block
+            size, shared vocabulary, preparation.
+    """
+
+    model: PreTrainedModel | PeftModel
+    teachers: list[PreTrainedModel]
+    tokenizer: PreTrainedTokenizerBase
+    args: TrainingArguments
+    objective: dict
+    preparation: dict[str, PreparationReport]
+    step: int
+    max_steps: int
+    log_history: list[dict]
+    num_evaluated_rows: int
+    evaluation: str
+    plan: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -22,14 +59,14 @@ class Measurement:
     """One measured number.
 
     Args:
-        network (`str`): column of the table: teacher, student before, student after, or a name.
+        network (`str`): whose number it is, a column of the table: teacher, student before, student after, or a name.
         metric (`str`): what was measured, with its unit.
         value (`float`): the number.
-        dataset (`str`): on what; a Hub name or a short one.
-        harness, settings (`str`): with what, and how.
-        num_samples (`int`): rows or prompts.
-        date (`str`): ISO.
-        task (`str`): of the model index.
+        dataset (`str`): what it was measured on: a Hub name or a short description.
+        harness, settings (`str`): what measured it, and how.
+        num_samples (`int`): number of rows or prompts.
+        date (`str`): ISO 8601, UTC.
+        task (`str`): the task in the Hub's vocabulary, for the model index.
         spread (`float`, *optional*): sample standard deviation over seeds.
     """
 
@@ -47,14 +84,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Decoding:
-    """One line of the decoding table; scores and speeds as measured together.
+    """One line of the decoding table: quality and speed, measured together.
 
     Args:
         settings (`str`): steps or threshold.
-        block_size (`int`): tokens.
-        metric (`str`), score (`float`): quality under these settings.
-        tokens_per_forward, tokens_per_second (`float`): speed.
-        hardware (`str`): on what.
+        block_size (`int`): tokens per block.
+        metric (`str`), score (`float`): quality with these settings.
+        tokens_per_forward (`float`): answer tokens per network call.
+        tokens_per_second (`float`): answer tokens per second.
+        hardware (`str`): the machine.
     """
 
     settings: str
@@ -71,25 +109,28 @@ class RunRecord:
     """Everything a card says. What is None or empty is left out of it.
 
     Args:
-        model_name (`str`): title.
-        location (`str`): what `from_pretrained` is given: repository, or folder relative to the reader's.
-        revision (`str`, *optional*): branch that has to be named to load it.
-        start ([`Source`]): the weights the student started from.
-        teachers, datasets (`list[Source]`): where it learned.
-        network (`dict`): `architecture`, `parameters`, `block_size`, `objective` ("block", "full" or
-            "uniform").
+        model_name (`str`): the title.
+        location (`str`): the argument of `from_pretrained`: a repository, or a folder relative to the reader's.
+        start ([`Source`]): the model that the student was initialised from.
+        network (`dict`): `architecture`, `parameters`, `block_size` and `diffusion_type` ("block", "full" or
+            "uniform") of the student.
+        revision (`str`, *optional*): the branch to load, if it is not the default one.
+        teachers, datasets (`list[Source]`): what it learned from.
         objective (`dict`): every field of [`~tide_hf.Objective`], decided.
+        plan (`dict`): name -> plain value; what the run fed its networks.
         arguments (`dict`): training arguments that differ from the defaults, and the teacher's context.
         preparation (`dict[str, dict]`): dataset -> fields of its [`~tide_hf.data.PreparationReport`].
-        step, max_steps (`int`): how far training is.
+        step, max_steps (`int`): optimizer steps taken so far, and in total.
         seeds (`list[int]`): of the run.
         log_history (`list[dict]`): as logged.
         results (`list[Measurement]`), decoding (`list[Decoding]`): what was measured.
-        environment (`dict`), hardware, command, commit (`str`): where it was run.
-        is_adapter (`bool`): PEFT weights rather than a whole model.
-        example_prompt (`str`): for the code, understood by the tokenizer.
+        environment (`dict`): package -> version.
+        hardware, command, commit (`str`, *optional*): the machine, the command line, and the commit of this library.
+        is_adapter (`bool`): whether the weights are a PEFT adapter rather than a whole model.
+        example_prompt (`str`): for the programs; one that the tokenizer can encode.
         has_chat_template (`bool`): whether prompts are conversations.
-        license (`dict[str, str]`), languages, tags (`list[str]`): given by the user; win over what is derived.
+        license (`dict[str, str]`), languages, tags (`list[str]`): given by the user; the first two win over what the
+            sources say.
         intro (`str`): a sentence for the top.
         method (`str`): `"tide"` or `"idlm"`.
     """
@@ -102,6 +143,7 @@ class RunRecord:
     teachers: list[Source] = field(default_factory=list)
     datasets: list[Source] = field(default_factory=list)
     objective: dict = field(default_factory=dict)
+    plan: dict = field(default_factory=dict)
     arguments: dict = field(default_factory=dict)
     preparation: dict[str, dict] = field(default_factory=dict)
     step: int = 0
@@ -123,99 +165,102 @@ class RunRecord:
     intro: str = ""
     method: str = "tide"
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Metadata keys that the user set for this run, whatever an earlier card says."""
+        return (*(("license",) if self.license else ()), *(("language",) if self.languages else ()))
 
-def record_run(trainer, datasets: list[str] = ()) -> RunRecord:
-    """The record of a trainer as it stands before the first step; [`update_record`] keeps it current.
+
+def record_run(facts: RunFacts) -> RunRecord:
+    """The record of a run before its first step; [`update_record`] keeps it current.
 
     Args:
-        trainer ([`~tide_hf.TIDETrainer`]): of the run.
-        datasets (`list[str]`): Hub names or paths of what it trains on.
+        facts ([`RunFacts`]): from its trainer.
     """
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-    is_adapter = hasattr(model, "get_base_model")
-    base = model.get_base_model() if is_adapter else model
-    teacher = getattr(trainer, "teacher", None)
-    tokenizer = trainer.processing_class
-    objective, arguments = _settings(trainer)
-    return RunRecord(
+    args = facts.args
+    is_adapter = isinstance(facts.model, PeftModel)
+    base = facts.model.get_base_model() if is_adapter else facts.model
+    record = RunRecord(
         model_name="",
         location=".",
         start=_model_source(base, args),
-        teachers=[] if teacher is None else [_model_source(getattr(teacher, "model", teacher), args)],
-        datasets=[find_source(name, is_dataset=True, token=args.hub_token) for name in datasets],
+        teachers=[_model_source(teacher, args) for teacher in facts.teachers],
         network={
             "architecture": type(base).__name__,
             "parameters": base.num_parameters(),
             "block_size": getattr(base.config, "block_size", None),
-            "objective": base.config.objective,
+            "diffusion_type": base.config.diffusion_type,
         },
-        objective=objective,
-        arguments=arguments,
         seeds=[args.seed],
         environment=versions(),
         hardware=hardware(args.world_size),
         command=command_line(),
         commit=source_commit(),
         is_adapter=is_adapter,
-        example_prompt=_understood_prompt(tokenizer),
-        has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
-        method=objective.get("method", "tide"),
+        example_prompt=_understood_prompt(facts.tokenizer),
+        has_chat_template=getattr(facts.tokenizer, "chat_template", None) is not None,
+        method=facts.objective.get("method", "tide"),
     )
+    update_record(record, facts)
+    return record
 
 
-def _settings(trainer) -> tuple[dict, dict]:
-    """The objective, and the training arguments that differ from their defaults, as they are now."""
-    objective, args = trainer.objective.to_dict(), trainer.args
+def update_record(record: RunRecord, facts: RunFacts) -> None:
+    """Brings a record up to date; what people added to it, their measurements for example, stays.
+
+    Args:
+        record ([`RunRecord`]): changed in place.
+        facts ([`RunFacts`]): of the same run, as it stands now.
+    """
+    args, objective = facts.args, facts.objective
     arguments = {name: value for name, value in changed_arguments(args).items() if name not in objective}
-    if hasattr(args, "teacher_context") and getattr(trainer, "teacher", None) is not None:
+    if facts.teachers and hasattr(args, "teacher_context"):
         arguments["teacher_context"] = args.teacher_context
-    return objective, arguments
+    if "dataset_args" in record.arguments:  # given to create_model_card
+        arguments["dataset_args"] = record.arguments["dataset_args"]
+    record.objective, record.arguments = objective, arguments
+    record.plan = {name: value for name, value in _flat(facts.plan).items() if not leaks(value)}
+    record.step, record.max_steps, record.log_history = facts.step, facts.max_steps, list(facts.log_history)
+    record.preparation = {name: vars(report) for name, report in facts.preparation.items() if report.num_rows}
+    given = [result for result in record.results if result.harness != facts.evaluation]
+    record.results = given + _evaluations(facts, record.datasets[0].name if record.datasets else "held-out rows")
 
 
-def update_record(record: RunRecord, trainer) -> None:
-    """Brings settings, progress, logs, preparation and the evaluations a trainer has made up to date."""
-    given = {name: value for name, value in record.arguments.items() if name == "dataset_args"}
-    record.objective, arguments = _settings(trainer)
-    record.arguments = {**arguments, **given}
-    record.step, record.max_steps = trainer.state.global_step, trainer.state.max_steps
-    record.log_history = list(trainer.state.log_history)
-    record.preparation = {
-        name: vars(report) for name, report in trainer.preparation_reports.items() if report.num_rows
-    }
-    given = [result for result in record.results if not result.harness.endswith(_HARNESS)]
-    record.results = given + _evaluations(trainer)
+def _flat(values: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, their names joined by dots."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
-_HARNESS = "Trainer.evaluate"
-
-
-def _evaluations(trainer) -> list[Measurement]:
-    """The first evaluation if it came before training, and the last one."""
-    entries = [entry for entry in trainer.state.log_history if any(name.startswith("eval_") for name in entry)]
-    try:
-        num_rows = len(trainer.eval_dataset)
-    except TypeError:  # streamed, or none
-        report = trainer.preparation_reports.get("eval")
-        num_rows = 0 if report is None else report.num_kept
-    if not num_rows:
+def _evaluations(facts: RunFacts, dataset: str) -> list[Measurement]:
+    """The first evaluation, if it came before training, and the last one."""
+    entries = [entry for entry in facts.log_history if any(name.startswith("eval_") for name in entry)]
+    if not facts.num_evaluated_rows:
         return []
     columns = {AFTER: entries[-1]} if entries and entries[-1]["step"] > 0 else {}
     columns |= {BEFORE: entries[0]} if entries and entries[0]["step"] == 0 else {}
-    dataset = trainer.run_record.datasets[0].name if trainer.run_record.datasets else "held-out rows"
     found = []
     for network, entry in sorted(columns.items(), reverse=True):
+        how = {
+            "dataset": dataset,
+            "harness": facts.evaluation,
+            "settings": f"noise keyed by (seed {facts.args.seed}, row), after step {entry['step']}",
+            "num_samples": facts.num_evaluated_rows,
+            "date": today(),
+        }
         for key, value in entry.items():
             name = key.removeprefix("eval_")
             if not key.startswith("eval_") or not (name in METRIC_NAMES or name.startswith("nll_")):
                 continue
             metric = METRIC_NAMES.get(name, f"nats per masked token at t = {name.removeprefix('nll_')}")
-            settings = f"noise keyed by (seed {trainer.args.seed}, row), after step {entry['step']}"
-            harness = f"{type(trainer).__name__}.evaluate"
-            found.append(Measurement(network, metric, value, dataset, harness, settings, num_rows, today()))
+            found.append(Measurement(network, metric, value, **how))
     return found
 
 
 def today() -> str:
+    """The date in UTC, ISO 8601."""
     return datetime.now(timezone.utc).date().isoformat()
 
 
@@ -225,7 +270,7 @@ def _model_source(model, args) -> Source:
 
 
 def _understood_prompt(tokenizer) -> str:
-    """The first example prompt that the vocabulary can say."""
+    """The first example prompt that survives encoding and decoding."""
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if tokenizer.decode(ids).replace(" ", "") == prompt.replace(" ", ""):

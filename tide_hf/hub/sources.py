@@ -1,17 +1,18 @@
-"""What a checkpoint derives from: student start, teachers, data; their licences, and the one that follows."""
+"""What a checkpoint is derived from: initial weights, teachers and data; their licences, and the one that follows."""
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-from huggingface_hub import DatasetCard, ModelCard, constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from transformers.utils import logging
+
+from .front_matter import as_list, split_front_matter
 
 logger = logging.get_logger(__name__)
 
-IN_MEMORY = "weights made in the program"
-# licences that ask for nothing but attribution
+IN_MEMORY = "weights created in memory"
+# licences whose only condition is attribution
 PERMISSIVE = frozenset(
     [
         "apache-2.0",
@@ -27,23 +28,23 @@ PERMISSIVE = frozenset(
         "cdla-permissive-2.0",
     ]
 )
-# start of a model's name -> what its licence says beside its id. Source: LICENSE of the WeDLM repository.
-LICENSE_NOTES = {"wedlm": "the licence of WeDLM, code and weights, says that it is not for use in the European Union"}
+# start of a model's name -> a condition that its licence id does not tell. Source: LICENSE of WeDLM's repository
+LICENSE_NOTES = {"wedlm": "the licence of WeDLM says that code and weights are not for use in the European Union"}
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass
 class Source:
-    """A model or dataset that a checkpoint derives from, as far as its own card says.
+    """A model or dataset that a checkpoint is derived from, as described by its own card.
 
     Args:
-        name (`str`): Hub name; of a local one the last part of its path; or `IN_MEMORY`.
+        name (`str`): the Hub name, the last part of a local path, `IN_MEMORY`, or a description in words.
         on_hub (`bool`): whether `name` can be looked up on the Hub.
-        revision (`str`, *optional*): commit that was loaded.
-        license, license_name, license_link (`str`, *optional*): as in the metadata of its card.
-        languages (`list[str]`): likewise.
-        base_model (`str`, *optional*): of a local model, the Hub name its card derives it from.
-        arxiv_ids (`list[str]`): papers its card links to.
+        revision (`str`, *optional*): the commit that was loaded.
+        license, license_name, license_link (`str`, *optional*): from the metadata of its card.
+        languages (`list[str]`): from there too.
+        base_model (`str`, *optional*): for a local model, the Hub name of the model that its card calls its base.
+        arxiv_ids (`list[str]`): papers that its card links to.
     """
 
     name: str
@@ -58,15 +59,16 @@ class Source:
 
     @property
     def note(self) -> str | None:
-        """What a reader has to know of its licence beside the id."""
+        """A condition of its licence that readers must know about."""
         short = self.name.split("/")[-1].lower()
         return next((note for start, note in LICENSE_NOTES.items() if short.startswith(start)), None)
 
     @property
     def link(self) -> str:
-        """Markdown: the name, linked where it is on the Hub."""
-        kind = "datasets/" if isinstance(self, DataSource) else ""
-        return f"[{self.name}](https://huggingface.co/{kind}{self.name})" if self.on_hub else f"`{self.name}`"
+        """The name in Markdown: linked if it is on the Hub, plain if it is a description in words."""
+        if self.on_hub:
+            return f"[{self.name}](https://huggingface.co/{'datasets/' * isinstance(self, DataSource)}{self.name})"
+        return self.name if " " in self.name else f"`{self.name}`"
 
 
 class DataSource(Source):
@@ -74,20 +76,26 @@ class DataSource(Source):
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can be one of the Hub's: not an existing path, and of its form."""
+    """Whether a name has the form of a Hub name and is not an existing path.
+
+    Args:
+        name (`str`): of a model or dataset.
+    """
     return not Path(name).exists() and not name.startswith(".") and HUB_NAME.fullmatch(name) is not None
 
 
 def find_source(
     name_or_path: str, is_dataset: bool = False, revision: str | None = None, token: str | None = None
 ) -> Source:
-    """Reads the card of a model or dataset: from its folder, the cache or the Hub; without one, only its name.
+    """Describes a model or dataset from its card, which is read from its folder, the cache or the Hub.
+
+    Without a card, or with one that cannot be read, only the name is known.
 
     Args:
-        name_or_path (`str`): Hub name or path; empty for a model made in memory.
-        is_dataset (`bool`): which of the two it is.
-        revision (`str`, *optional*): commit that was loaded.
-        token (`str`, *optional*): for a private repository.
+        name_or_path (`str`): Hub name or path; empty for a model created in memory.
+        is_dataset (`bool`): whether it is a dataset rather than a model.
+        revision (`str`, *optional*): the commit that was loaded.
+        token (`str`, *optional*): of the Hub, for a private repository.
     """
     kind = DataSource if is_dataset else Source
     if not name_or_path:
@@ -106,29 +114,32 @@ def find_source(
         if not Path(path).name.endswith(".md") or not Path(path).is_file():
             return found
         text = Path(path).read_text(encoding="utf-8")
-        data = (DatasetCard if is_dataset else ModelCard)(text, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        data, _ = split_front_matter(text)
+    except (OSError, ValueError) as error:
         logger.info(f"The card of {name_or_path} could not be read: {error}")
         return found
     for key in ("license", "license_name", "license_link"):
         value = data.get(key)
         setattr(found, key, value[0] if isinstance(value, list) and value else value)
-    found.languages = _as_list(data.get("language"))
-    base_models = _as_list(data.get("base_model"))
+    found.languages = as_list(data.get("language"))
+    base_models = as_list(data.get("base_model"))
     found.base_model = base_models[0] if len(base_models) == 1 and not on_hub else None
     found.arxiv_ids = list(dict.fromkeys(re.findall(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})", text)))
     return found
 
 
 def resolve_license(sources: list[Source]) -> dict[str, str]:
-    """The licence that follows from those of the student start (first), the teachers and the data.
+    """The licence of a checkpoint that follows from the licences of its sources.
 
-    Permissive sources leave the start's. A single other licence in the chain is carried over; several, or one with
-    conditions of its own, make it `other`, named after them.
+    If all of them are permissive, it is that of the initial weights. A single other licence is carried over. Several
+    of them, or one with conditions of its own, make it `other`, named after them.
+
+    Args:
+        sources (`list[Source]`): the initial weights, then teachers and data.
 
     Returns:
-        `license`, and `license_name` and `license_link` with `other`; empty where the start's is unknown and nothing
-        in the chain restricts.
+        `license`, and `license_name` and `license_link` with `other`; empty if that of the initial weights is unknown
+        and no other source restricts.
     """
     restricting = [source for source in sources if source.note or source.license not in (None, *PERMISSIVE)]
     if not restricting:
@@ -144,9 +155,3 @@ def resolve_license(sources: list[Source]) -> dict[str, str]:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.split("/")[-1].lower()).strip("-")
-
-
-def _as_list(value) -> list[str]:
-    """Metadata that is one string, a list or missing; YAML reads the language `no` as False."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return ["no" if item is False else str(item) for item in values]

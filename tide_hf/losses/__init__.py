@@ -6,14 +6,14 @@ reproduced.
 
 - Denoising loss of MDLM and BD3LM: Σ w(t)·(−log p(x0)) / N, w = −α′/(1−α).
   losses/denoising.py; test_losses.py, golden weighted_ce
-- Forward KL, reverse KL, JSD: T² Σ KL / masked and aligned positions.
-  losses/divergence.py; test_losses.py, golden kl
-- TIDAL: KL to sg softmax(((1−λ)z_S + λz_T)/T), λ(s,t) = λ(s)(1−t).
+- Forward KL, reverse KL, JSD: T² Σ D / masked and aligned positions.
+  losses/divergences/, losses/divergence.py; test_losses.py, golden kl
+- TIDAL: the target softmax(((1−λ)z_S + λz_T)/T), detached, λ(s,t) = λ(s)(1−t), of any forward divergence.
   losses/tidal.py; test_losses.py, golden tidal_logit
 - CALM, Reverse CALM, chunk TIDAL: Bernoulli cross-entropy of chunk likelihoods.
-  losses/calm.py; test_losses.py, golden chunk_likelihood, tidal_chunk
-- The same losses from hidden states, their gradients formed for a slice of positions at a time.
-  losses/fused.py; test_fused.py, test_fused_step.py
+  losses/divergences/, losses/chunks.py; test_losses.py, golden chunk_likelihood, tidal_chunk
+- Each of these from hidden states, a slice of positions at a time.
+  losses/slices.py; test_slices.py, test_step_losses.py
 - IDLM, masked: L(f*, q) − L(f, q), where L(f, q) = Σ w(t)·(−⟨q, log f⟩).
   losses/inverse.py, few_step/; test_losses_inverse.py, test_few_step.py, test_two_modes.py
 - IDLM, uniform-state (Duo): the divergence of the discrete posteriors, through soft inputs.
@@ -32,59 +32,54 @@ reproduced.
   training/trainer.py; test_trainer.py, test_trainer_chunks.py
 """
 
-from .calm import (
+from .chunks import (
     PROBABILITY_CEILING,
     PROBABILITY_FLOOR,
-    bernoulli_reverse_kl_loss,
-    calm_loss,
+    binary_cross_entropy,
     chunk_log_likelihood,
     chunk_log_probability,
     log1mexp,
-    reverse_calm_loss,
-    tidal_chunk_loss,
     true_token_log_probs,
 )
 from .denoising import denoising_loss
-from .divergence import forward_kl_loss, jsd_loss, reverse_kl_loss
-from .fused import ChunkTerm, TokenTerm, fused_loss, fused_true_token_log_probs
+from .divergence import Divergence, chunk_divergence, kl_divergence, parameter, token_divergence
+from .divergences import DIVERGENCES
 from .inverse import (
-    chunked_head_loss,
     clean_token_probabilities,
     inverse_distillation_loss,
     sample_tokens,
     soft_denoising_loss,
     without_mask_token,
 )
-from .tidal import expected_tidal_strength, lambda_schedule, tidal_lambda, tidal_loss, timestep_weight
+from .slices import Segment, default_slice_rows, sliced_log_probs, sliced_loss
+from .tidal import expected_tidal_strength, lambda_schedule, tidal_lambda, timestep_weight
 
 __all__ = [
+    "DIVERGENCES",
     "PROBABILITY_CEILING",
     "PROBABILITY_FLOOR",
-    "ChunkTerm",
-    "TokenTerm",
-    "bernoulli_reverse_kl_loss",
-    "calm_loss",
+    "Divergence",
+    "Segment",
+    "binary_cross_entropy",
+    "chunk_divergence",
     "chunk_log_likelihood",
     "chunk_log_probability",
-    "chunked_head_loss",
     "clean_token_probabilities",
+    "default_slice_rows",
     "denoising_loss",
     "expected_tidal_strength",
-    "forward_kl_loss",
-    "fused_loss",
-    "fused_true_token_log_probs",
     "inverse_distillation_loss",
-    "jsd_loss",
+    "kl_divergence",
     "lambda_schedule",
     "log1mexp",
-    "reverse_calm_loss",
-    "reverse_kl_loss",
+    "parameter",
     "sample_tokens",
+    "sliced_log_probs",
+    "sliced_loss",
     "soft_denoising_loss",
-    "tidal_chunk_loss",
     "tidal_lambda",
-    "tidal_loss",
     "timestep_weight",
+    "token_divergence",
     "true_token_log_probs",
     "without_mask_token",
 ]

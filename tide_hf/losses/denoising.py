@@ -1,4 +1,4 @@
-"""Masked denoising loss (SPEC: forward process and denoising loss; MDLM 2406.07524, BD3LM 2503.09573).
+"""Masked denoising loss (MDLM 2406.07524, BD3LM 2503.09573).
 
 Shapes: N selected positions, V vocabulary.
 """
@@ -24,8 +24,7 @@ def denoising_loss(
         weights_N (`torch.Tensor` of shape `(N,)` or `float`): w(t) of each position's row, `−α′(t)/(1−α(t))` or 1.
         num_items (`torch.Tensor` or `float`): what the sum is divided by. A number (token normalisation: the
             trained-on tokens of the whole global batch), or one divisor per position (sequence and batch
-            normalisation). Values below 1 count as 1. None, here and in every loss: no sum, one value per position or
-            chunk.
+            normalisation). Values below 1 count as 1. None: no sum, one value per position.
 
     Returns:
         `torch.Tensor`: scalar in nats, float32 (float64 for float64 logits). No position: zero, with a graph.
@@ -37,12 +36,12 @@ def denoising_loss(
 
 
 def as_full_precision(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 at least: float64 stays, half precisions are raised."""
+    """A `tensor` in float32 at least: float64 stays, half precisions are raised."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def weighted_sum(values_N: torch.Tensor, num_items: torch.Tensor | float | None) -> torch.Tensor:
-    """Σ values / max(num_items, 1); `num_items` is a number or one divisor per value, None leaves the values alone."""
+    """Σ `values_N` / max(`num_items`, 1); a number, or one divisor per value; None leaves the values alone."""
     if num_items is None:
         return values_N
     if isinstance(num_items, torch.Tensor):

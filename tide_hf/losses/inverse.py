@@ -1,4 +1,4 @@
-"""Inverse distillation to few steps, masked diffusion (SPEC: inverse distillation; IDLM 2602.19066).
+"""Inverse distillation to few steps, masked diffusion (IDLM 2602.19066).
 
 The student predicts clean tokens q at the masks of x_t′; x_t is drawn from q and masked anew; the fake network f
 learns to denoise what the student makes, and the student moves q to where the teacher f* is likelier than the fake.
@@ -8,21 +8,16 @@ q_i is the one-hot of the seen token: for the fake that is [`denoising_loss`], f
 
 [MASK] is no clean token: where `mask_token_id` is given, its logit counts as −∞ in all three networks.
 
-Shapes: N positions masked in x_t and in x_t′, V vocabulary, H hidden.
+Shapes: N positions masked in x_t and in x_t′, V vocabulary.
 """
-
-from collections.abc import Callable
 
 import torch
 
 from .denoising import as_full_precision, weighted_sum
-from .products import gradient_dtype, gradient_product, product_dtype
-
-CHUNK_SIZE = 1024  # positions whose logits exist at a time
 
 
 def without_mask_token(logits_NV: torch.Tensor, mask_token_id: int | None) -> torch.Tensor:
-    """Logits in full precision, that of [MASK] −∞; without an id as they are."""
+    """Logits `(N, V)` in full precision, that of `mask_token_id` −∞; without an id as they are (`logits_NV`)."""
     logits_NV = as_full_precision(logits_NV)
     if mask_token_id is None:
         return logits_NV
@@ -30,7 +25,7 @@ def without_mask_token(logits_NV: torch.Tensor, mask_token_id: int | None) -> to
 
 
 def clean_token_probabilities(logits_NV: torch.Tensor, mask_token_id: int | None = None) -> torch.Tensor:
-    """q = softmax of the student's logits, [MASK] with probability 0; `(N, V)`, float32 at least."""
+    """q = softmax of the student's `logits_NV`, `mask_token_id` with probability 0; `(N, V)`, float32 at least."""
     return without_mask_token(logits_NV, mask_token_id).softmax(-1)
 
 
@@ -62,7 +57,7 @@ def soft_denoising_loss(
     Returns:
         `torch.Tensor`: scalar in nats. No position: zero, with a graph.
 
-    Source: IDLM 2602.19066; SPEC, inverse distillation, step 3.
+    Source: IDLM 2602.19066.
     """
     log_probs_NV = _clean_log_probs(logits_NV, mask_token_id)
     return weighted_sum(-(probabilities_NV.detach() * log_probs_NV).sum(-1) * weights_N, num_items)
@@ -90,7 +85,7 @@ def inverse_distillation_loss(
     Returns:
         `torch.Tensor`: scalar in nats, zero with zero gradient where fake = teacher. No position: zero, with a graph.
 
-    Source: IDLM 2602.19066; SPEC, inverse distillation, step 4.
+    Source: IDLM 2602.19066.
     """
     fake_NV = _clean_log_probs(fake_logits_NV.detach(), mask_token_id)
     log_ratio_NV = fake_NV - _clean_log_probs(teacher_logits_NV.detach(), mask_token_id)
@@ -113,65 +108,3 @@ def sample_tokens(probabilities_NV: torch.Tensor, uniform_N: torch.Tensor) -> to
     drawn_N = torch.searchsorted(cumulative_NV, below_N[:, None], right=True).squeeze(-1)
     # where a probability is NaN none is found: any token serves, and the loss says NaN
     return drawn_N.clamp(max=probabilities_NV.shape[-1] - 1)
-
-
-def chunked_head_loss(
-    loss_fn: Callable[[torch.Tensor, slice], torch.Tensor],
-    hidden_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    chunk_size: int = CHUNK_SIZE,
-) -> torch.Tensor:
-    """A sum over positions, from hidden states and head weight, with the logits of one chunk of positions at a time.
-
-    The gradients of both are formed in the forward, chunk by chunk, so that no logits are kept for the backward.
-
-    Args:
-        loss_fn (`Callable`): `loss_fn(logits (n, V), positions) -> scalar`; `positions` is the slice of the N
-            positions that the logits belong to.
-        hidden_NH (`torch.Tensor` of shape `(N, H)`), weight_VH (`torch.Tensor` of shape `(V, H)`): logits are their
-            product.
-        chunk_size (`int`): positions at a time.
-
-    Returns:
-        `torch.Tensor`: scalar, float32 at least. No position: zero, with a graph.
-    """
-    return _ChunkedHeadLoss.apply(loss_fn, hidden_NH, weight_VH, chunk_size)
-
-
-class _ChunkedHeadLoss(torch.autograd.Function):
-    """Σ loss_fn over chunks; what the backward needs are the two gradients, already summed."""
-
-    @staticmethod
-    def forward(ctx, loss_fn, hidden_NH, weight_VH, chunk_size):
-        wants_hidden, wants_weight = ctx.needs_input_grad[1:3]
-        dtype = product_dtype(weight_VH)
-        hidden, weight = hidden_NH.to(dtype), weight_VH.to(dtype)
-        total = torch.zeros((), dtype=as_full_precision(hidden[:0]).dtype, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(dtype)) if wants_hidden else None
-        # half precisions would lose the small shares of single chunks
-        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if wants_weight else None
-        for start in range(0, len(hidden), chunk_size):
-            positions = slice(start, min(start + chunk_size, len(hidden)))
-            logits = as_full_precision(hidden[positions] @ weight.T)
-            with torch.set_grad_enabled(wants_hidden or wants_weight):
-                loss = loss_fn(logits.requires_grad_(wants_hidden or wants_weight), positions)
-            total += loss.detach()
-            if not loss.requires_grad:
-                continue
-            gradient = torch.autograd.grad(loss, logits)[0].to(gradient_dtype(dtype))
-            if wants_hidden:
-                grad_hidden[positions] = gradient_product(gradient, weight)
-            if wants_weight:
-                grad_weight += gradient_product(gradient.T, hidden[positions])
-        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
-        gradients = zip((grad_hidden, grad_weight), ctx.dtypes, strict=True)
-        ctx.save_for_backward(
-            *(None if gradient is None else gradient.to(gradient_dtype(given)) for gradient, given in gradients)
-        )
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total):
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = (None if gradient is None else (gradient * grad_total).to(dtype) for gradient, dtype in gradients)
-        return None, *scaled, None

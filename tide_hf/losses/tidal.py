@@ -1,6 +1,8 @@
-"""TIDAL: distillation strength over training progress and diffusion time (SPEC §3; TIDE 2604.26951 §2.1).
+"""TIDAL: distillation strength over training progress and diffusion time (TIDE 2604.26951 §2.1).
 
-Shapes: N positions, B rows, V student vocabulary, U teacher vocabulary.
+It is a transformation of the target, which any forward divergence takes: see `token_divergence`, `chunk_divergence`.
+
+Shapes: B rows, N positions, S ids that mean the same on both sides, C chunks.
 """
 
 import math
@@ -8,8 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .denoising import weighted_sum
-from .divergence import kl_divergence, shared_logits
+from .chunks import PROBABILITY_CEILING, PROBABILITY_FLOOR
 
 MIDRANGE_WIDTH = 0.15  # TIDE §2.1: standard deviation of the mid-range weight, in units of diffusion time
 
@@ -50,8 +51,9 @@ def tidal_lambda(lambda_progress: float, lambda_max: float, t: torch.Tensor, axe
 
     Args:
         lambda_progress (`float`): λ(s) of [`lambda_schedule`].
-        lambda_max (`float`): used by `"time"` in place of λ(s).
+        lambda_max (`float`): used by `"time"` instead of λ(s).
         t (`torch.Tensor` of shape `(B,)`): diffusion time in [0, 1].
+        axes (`str`): which of the two axes λ depends on.
 
     Returns:
         `torch.Tensor` with the shape of `t`. Source: TIDE §2.1.
@@ -66,7 +68,10 @@ def tidal_lambda(lambda_progress: float, lambda_max: float, t: torch.Tensor, axe
 
 
 def timestep_weight(t: torch.Tensor, kind: str = "midrange") -> torch.Tensor:
-    """ω(t): 1 for `"uniform"`, `exp(−(t−½)² / (2·0.15²))` for `"midrange"` (TIDE §2.1)."""
+    """ω(t), of the shape of `t`: 1 if `kind` is `"uniform"`, `exp(−(t−½)² / (2·0.15²))` if it is `"midrange"`.
+
+    Source: TIDE 2604.26951 §2.1.
+    """
     if kind == "uniform":
         return torch.ones_like(t)
     if kind == "midrange":
@@ -74,40 +79,37 @@ def timestep_weight(t: torch.Tensor, kind: str = "midrange") -> torch.Tensor:
     raise ValueError(f"timestep_weight must be 'uniform' or 'midrange', got {kind!r}.")
 
 
-def tidal_loss(
-    student_logits_NV: torch.Tensor,
-    teacher_logits_NU: torch.Tensor,
-    lambda_N: torch.Tensor,
-    *,
-    num_items: torch.Tensor | float | None,
-    temperature: float = 1.0,
-    weights_N: torch.Tensor | float = 1.0,
-    shared_vocab_size: int | None = None,
+def tidal_logits(
+    student_logits_NS: torch.Tensor, teacher_logits_NS: torch.Tensor, lambda_N: torch.Tensor
 ) -> torch.Tensor:
-    """KL to the interpolated target `r = sg softmax(((1−λ) z_S + λ z_T) / T)`.
-
-    `loss = T² · Σ_i w_i Σ_v r (log r − log softmax(z_S / T)) / num_items`
+    """TIDAL's target: logits `(1−λ) z_S + λ z_T`, detached, of shape `(N, S)`.
 
     Args:
-        student_logits_NV (`torch.Tensor` of shape `(N, V)`): student logits.
-        teacher_logits_NU (`torch.Tensor` of shape `(N, U)`): teacher logits.
-        lambda_N (`torch.Tensor` of shape `(N,)`): λ of each position, see [`tidal_lambda`]; 0 gives a zero loss, 1 the
-            forward KL.
-        num_items (`torch.Tensor` or `float`): positions that are masked and aligned, in the whole global batch.
-        temperature (`float`): T > 0.
-        weights_N (`torch.Tensor` of shape `(N,)` or `float`): ω(t) of each position, times any other weight.
-        shared_vocab_size (`int`, *optional*): see [`forward_kl_loss`].
-
-    Returns:
-        `torch.Tensor`: scalar in nats per position, float32. No position: zero, with a graph.
+        student_logits_NS, teacher_logits_NS (`torch.Tensor` of shape `(N, S)`): over the same ids.
+        lambda_N (`torch.Tensor` of shape `(N,)`): λ of each position, see [`tidal_lambda`]; with 0 the student is its
+            own target, with 1 the teacher is.
 
     Source: TIDE 2604.26951 §2.1.
     """
-    student_NV, teacher_NV = shared_logits(student_logits_NV, teacher_logits_NU, shared_vocab_size)
-    lambda_N1 = lambda_N.to(student_NV.dtype)[:, None]
-    target_NV = ((1 - lambda_N1) * student_NV.detach() + lambda_N1 * teacher_NV) / temperature
-    kl_N = kl_divergence(target_NV.log_softmax(-1), (student_NV / temperature).log_softmax(-1))
-    return temperature**2 * weighted_sum(kl_N * weights_N, num_items)
+    dtype = torch.promote_types(student_logits_NS.dtype, teacher_logits_NS.dtype)
+    student, teacher = student_logits_NS.detach().to(dtype), teacher_logits_NS.detach().to(dtype)
+    return torch.lerp(student, teacher, lambda_N.to(dtype)[:, None])
+
+
+def tidal_log_probabilities(
+    student_log_p_C: torch.Tensor, teacher_log_p_C: torch.Tensor, lambda_C: torch.Tensor
+) -> torch.Tensor:
+    """Chunk TIDAL's target: `log((1−λ) p_S + λ p_T)`, detached and clamped, of shape `(C,)`.
+
+    Args:
+        student_log_p_C, teacher_log_p_C (`torch.Tensor` of shape `(C,)`): log-probabilities of the chunks.
+        lambda_C (`torch.Tensor` of shape `(C,)`): λ of each chunk's row, see [`tidal_lambda`].
+
+    Source: TIDE 2604.26951 §2.1, §2.3.
+    """
+    lambda_C = lambda_C.to(student_log_p_C.dtype)
+    mixed_C = ((1 - lambda_C) * student_log_p_C.exp() + lambda_C * teacher_log_p_C.exp()).detach()
+    return mixed_C.clamp(PROBABILITY_FLOOR, PROBABILITY_CEILING).log()
 
 
 def expected_tidal_strength(
@@ -128,6 +130,10 @@ def expected_tidal_strength(
 
     Args:
         masked_probability (`Callable`): 1 − α(t), the probability that a trained-on position is masked.
+        lambda_init, lambda_max (`float`), growth (`str`): of [`lambda_schedule`].
+        axes (`str`): of [`tidal_lambda`].
+        weight (`str`): kind of [`timestep_weight`].
+        time_epsilon (`float`): smallest diffusion time.
         num_points (`int`): points of the trapezoidal rule on each axis.
     """
     s = torch.linspace(0, 1, num_points, dtype=torch.float64)

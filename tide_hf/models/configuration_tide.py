@@ -15,7 +15,6 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .masked_diffusion import SCHEDULES
 from .older_readers import WritesForOlderReaders
 
-OBJECTIVES = ("block", "full")
 AUTO_MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 
@@ -55,24 +54,59 @@ def refuse_sliding_windows(config) -> None:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class DiffusionConfig(CarriesItsCode):
-    """What every student's configuration has; stands before a transformers configuration in the bases.
+class TypedDiffusionConfig(CarriesItsCode):
+    """Says which kind of diffusion LM a network is; stands before a transformers configuration in the bases.
+
+    Checkpoints written before the field had this name call it `objective`, and are read as if they said
+    `diffusion_type`.
+
+    Args:
+        diffusion_type (`str`, *optional*): one of the class's `DIFFUSION_TYPES`, the first of them by default.
+
+    Raises:
+        ValueError: for any other diffusion type, or an `objective` that contradicts it.
+    """
+
+    DIFFUSION_TYPES: ClassVar[tuple[str, ...]]
+
+    # None until __post_init__: a default of its own could not be told from the same value beside an older `objective`
+    diffusion_type: str | None = None
+
+    def __post_init__(self, **kwargs):
+        objective = kwargs.pop("objective", None)
+        if None not in (self.diffusion_type, objective) and self.diffusion_type != objective:
+            raise ValueError(
+                f"diffusion_type={self.diffusion_type!r} contradicts objective={objective!r}, the older name of the "
+                "same setting: remove objective."
+            )
+        self.diffusion_type = self.diffusion_type or objective or self.DIFFUSION_TYPES[0]
+        if self.diffusion_type not in self.DIFFUSION_TYPES:
+            choices = " or ".join(map(repr, self.DIFFUSION_TYPES))
+            raise ValueError(f"diffusion_type must be {choices}, got {self.diffusion_type!r}.")
+        super().__post_init__(**kwargs)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class DiffusionConfig(TypedDiffusionConfig):
+    """What every masked student's configuration has; stands before a transformers configuration in the bases.
 
     Args:
         is_causal (`bool`): False: without a 4-D mask every position sees every other.
         mask_token_id (`int`, *optional*): id of [MASK]; None where a published checkpoint leaves it to the tokenizer.
         block_size (`int`): tokens per diffusion block, counted from absolute position 0.
-        objective (`str`): `"block"` (blocks in order, clean prefix) or `"full"` (one bidirectional sequence).
+        diffusion_type (`str`, *optional*): `"block"` (blocks in order, clean prefix), the default, or `"full"` (one
+            bidirectional sequence).
         noise_schedule (`str`): α(t) the model was trained with, `"linear"` or `"cosine"`.
 
     Raises:
-        ValueError: for a block size, objective or schedule that is none, causal attention or sliding windows.
+        ValueError: for an impossible block size, diffusion type or schedule, causal attention or sliding windows.
     """
+
+    DIFFUSION_TYPES = ("block", "full")
 
     is_causal: bool = False
     mask_token_id: int | None = None
     block_size: int = 32
-    objective: str = "block"
     noise_schedule: str = "linear"
 
     def __post_init__(self, **kwargs):
@@ -80,8 +114,6 @@ class DiffusionConfig(CarriesItsCode):
             raise ValueError("is_causal=True: a student sees both sides of a [MASK]; leave is_causal at False.")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {self.block_size}.")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be 'block' or 'full', got {self.objective!r}.")
         if self.noise_schedule not in SCHEDULES:
             raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {self.noise_schedule!r}.")
         super().__post_init__(**kwargs)

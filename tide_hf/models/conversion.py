@@ -31,7 +31,7 @@ def convert_to_diffusion(
     model: str | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    objective: str | None = None,
+    diffusion_type: str | None = None,
     block_size: int | None = None,
     noise_schedule: str | None = None,
     mask_token: str = MASK_TOKEN,
@@ -48,7 +48,7 @@ def convert_to_diffusion(
     Args:
         model (`str` or `PreTrainedModel`): Hub name, folder or instance (left as it is).
         tokenizer (*optional*): its tokenizer (left as it is); from `model` by default.
-        objective (`str`, *optional*), block_size (`int`, *optional*), noise_schedule (`str`, *optional*): of the
+        diffusion_type (`str`, *optional*), block_size (`int`, *optional*), noise_schedule (`str`, *optional*): of the
             student, see [`~tide_hf.models.configuration_tide.DiffusionConfig`]; `"block"`, 32, `"linear"` by default,
             or what a diffusion LM's config says.
         mask_token (`str`): text of the mask token.
@@ -74,14 +74,14 @@ def convert_to_diffusion(
     num_known = len(tokenizer)
     _name_mask_token(tokenizer, model.config, mask_token)
 
-    given = {"objective": objective, "block_size": block_size, "noise_schedule": noise_schedule}
+    given = {"diffusion_type": diffusion_type, "block_size": block_size, "noise_schedule": noise_schedule}
     given = {name: value for name, value in given.items() if value is not None}
     carried = {name: value for name, value in model.config.to_dict().items() if name not in NOT_CARRIED}
     config = student_class.config_class(**carried | given | {"mask_token_id": tokenizer.mask_token_id})
     config._attn_implementation = model.config._attn_implementation
     student = _with_weights(student_class, config, model)
     student.name_or_path = student.config.name_or_path = model.name_or_path
-    _make_mask_row(student, num_known, never_read=not hasattr(model.config, "objective"))
+    _make_mask_row(student, num_known, never_read=not hasattr(model.config, "diffusion_type"))
     student.generation_config = _generation_config(config, model.generation_config, tokenizer)
     return student.train(model.training), tokenizer
 

@@ -109,5 +109,5 @@ class TIDEGenerationConfig(GenerationConfig):
         """Token ids and block size of a model's config; everything else at its default."""
         values = model_config if isinstance(model_config, dict) else model_config.to_dict()
         # a full-sequence model has a block size in its config and was not trained in blocks
-        names = TOKEN_IDS if values.get("objective") == "full" else (*TOKEN_IDS, "block_size")
+        names = TOKEN_IDS if values.get("diffusion_type") == "full" else (*TOKEN_IDS, "block_size")
         return cls(**{name: values[name] for name in names if values.get(name) is not None})

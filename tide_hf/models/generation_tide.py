@@ -114,7 +114,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             prompt_ids = prompts[0][0]
         if streamer is not None and len(prompt_ids) > 1:
             raise ValueError(f"A streamer shows one row, got {len(prompt_ids)} prompts.")
-        full = self.config.objective == "full"
+        full = self.config.diffusion_type == "full"
         canvas = answer_canvas(*prompts[0], settings, full, *(prompts[1] if len(prompts) > 1 else ()))
         if settings.max_time is not None and full and len(canvas.windows) == 1:
             raise ValueError(
@@ -171,7 +171,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         settings, _ = self._generation_settings("infill", generation_config, kwargs)
         valid = padding_mask(input_ids, attention_mask, settings, self.config.vocab_size)
         settings.pad_token_id = _filling(settings)
-        canvas = infill_canvas(input_ids, valid, settings, full=self.config.objective == "full")
+        canvas = infill_canvas(input_ids, valid, settings, full=self.config.diffusion_type == "full")
         num_masked = canvas.masked.sum(-1)
         rules = transformers_rules(self, settings, canvas.prompt_ids, processors=logits_processor)
         decoder = Decoder(self, canvas, settings, generator, rules=rules)

@@ -1,9 +1,9 @@
 """The community's diffusion LMs adapted from Qwen3, Qwen2.5 and Llama (`a2d-…`), loaded unchanged.
 
-The published keys are the base classes'; their configurations say neither objective nor block size nor mask id. Both
-kinds are published, bd3lm (blocks of 32, the default here) and mdlm (load those with `objective="full"`); the mask id
-is the tokenizer's. Saved again, they keep model_type and keys, and carry this library's code in place of their own,
-which transformers 5 cannot run. Source: dllm-hub Tiny-A2D, TIDE-dllm.
+The published keys are those of the base classes; the configurations give no diffusion type, block size or mask id.
+Both kinds are published: bd3lm (blocks of 32, the default here) and mdlm (load those with `diffusion_type="full"`).
+The mask id is the tokenizer's. Saved again, they keep their model_type and keys, and carry this library's code instead
+of their own, which transformers 5 cannot run. Source: dllm-hub Tiny-A2D, TIDE-dllm.
 """
 
 from typing import ClassVar

@@ -227,7 +227,7 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
         length = input_ids.shape[1]
         noised = torch.where(masked, self.config.mask_token_id, input_ids)
         position = row_positions(valid).sub(1).clamp(min=0)
-        if self.config.objective == "full":
+        if self.config.diffusion_type == "full":
             if padded:  # without a padding mask, positions of one's own would be read as packed documents
                 kwargs |= {"attention_mask": valid.long(), "position_ids": position}
             return self._network(None, 0, input_ids=noised, use_cache=False, **kwargs)
@@ -246,7 +246,7 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
 
 
 class TIDEQwen3ForBlockDiffusion(MaskedDiffusionMixin, Qwen3ForCausalLM):
-    """Qwen3 as a block-diffusion (or, by `config.objective`, full-sequence) masked diffusion LM."""
+    """Qwen3 as a block-diffusion (or, by `config.diffusion_type`, full-sequence) masked diffusion LM."""
 
     config_class = TIDEQwen3Config
     config: TIDEQwen3Config

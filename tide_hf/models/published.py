@@ -35,6 +35,7 @@ HARMLESS = frozenset(
         "initializer_range",
         "label2id",
         "max_window_layers",
+        "objective",
         "name_or_path",
         "num_labels",
         "original_max_position_embeddings",

@@ -140,8 +140,8 @@ def _reasons_against(model: PreTrainedModel, tokenizer) -> list[str]:
         known = OTHER_FAMILIES.get(config.model_type, "only Qwen3 students of this library have SDAR's network")
         return [f"its model_type is {config.model_type!r}, and {known}"]
     reasons = []
-    if config.objective != "block":
-        reasons.append(f"its objective is {config.objective!r}, and engines decode block after block")
+    if config.diffusion_type != "block":
+        reasons.append(f"its diffusion_type is {config.diffusion_type!r}, and engines decode block after block")
     mask_ids = {"its config": config.mask_token_id, "its tokenizer": tokenizer.mask_token_id}
     said = {who: index for who, index in mask_ids.items() if index is not None}
     wrong = {who: index for who, index in said.items() if index != SDAR_MASK_TOKEN_ID}

@@ -13,7 +13,7 @@ class View:
 
     Args:
         blocks (`str`): `"none"` (one bidirectional sequence, no clean copy), `"own"` (the block size of its config),
-            `"student"` (that of the student) or `"objective"` (as its config's `objective` says).
+            `"student"` (that of the student) or `"diffusion_type"` (as its config's `diffusion_type` says).
         shifted (`bool`), causal (`bool`): see [`~tide_hf.diffusion.LayoutSpec`].
     """
 
@@ -47,12 +47,12 @@ class Family:
 # Sources of the mask ids: dFactory and dInfer (LLaDA2, LLaDA-MoE), Tencent's training and inference code (WeDLM),
 # GSAI-ML's and JetAstra's published code (LLaDA-8B, SDAR), HKUNLP's config (Dream), added-token counts (a2d)
 FAMILIES = {
-    "tide_qwen3": Family.of(View("objective")),
-    "tide_qwen2": Family.of(View("objective")),
-    "tide_llama": Family.of(View("objective")),
-    "a2d-qwen3": Family.of(View("objective"), 151669),
-    "a2d-qwen2": Family.of(View("objective"), 151665),
-    "a2d-llama": Family.of(View("objective")),
+    "tide_qwen3": Family.of(View("diffusion_type")),
+    "tide_qwen2": Family.of(View("diffusion_type")),
+    "tide_llama": Family.of(View("diffusion_type")),
+    "a2d-qwen3": Family.of(View("diffusion_type"), 151669),
+    "a2d-qwen2": Family.of(View("diffusion_type"), 151665),
+    "a2d-llama": Family.of(View("diffusion_type")),
     "llada2_moe": Family(View("none"), View("own"), 156895),
     "wedlm": Family(View("student"), View("own", causal=True), 151665, block_size=32),
     "llada": Family.of(View("none"), 126336),
@@ -100,8 +100,8 @@ def contract_for(config, mask_token_id: int, context: str, student_block_size: i
     family = family_of(config)
     view = family.paper if context == "paper" else family.native
     blocks = view.blocks
-    if blocks == "objective":
-        blocks = "none" if config.objective == "full" else "own"
+    if blocks == "diffusion_type":
+        blocks = "none" if config.diffusion_type == "full" else "own"
     sizes = {
         "none": None,
         "own": getattr(config, "block_size", None) or family.block_size,

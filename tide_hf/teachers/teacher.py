@@ -1,11 +1,9 @@
 """The teacher's one forward, up to its head."""
 
-from collections.abc import Mapping
-
 import torch
 from transformers import PreTrainedModel
 
-from ..diffusion import LayoutSpec
+from ..diffusion import LayoutSpec, NetworkInputs
 from ..models.masked_diffusion import attention_mask_for, block_visibility
 
 
@@ -25,23 +23,23 @@ class Teacher:
         self.contract = contract
 
     @torch.no_grad()
-    def hidden(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def hidden(self, inputs: NetworkInputs) -> torch.Tensor:
         """Hidden states in front of the head, at the asked positions of one noised batch.
 
         CompDemo's two views are two noised copies in the same forward: they cannot see each other and share the clean
         copy, so the states equal those of two passes.
 
         Args:
-            batch (`Mapping`): the `teacher_…` tensors of [`~tide_hf.diffusion.Noising`].
+            inputs ([`~tide_hf.diffusion.NetworkInputs`]): the teacher's of a [`~tide_hf.diffusion.NoisedBatch`].
 
         Returns:
-            `torch.Tensor` of shape `(M_T, K)`, in the teacher's dtype, on the batch's device, in the order of
-            `teacher_asked`; [`logits`] takes any of them on.
+            `torch.Tensor` of shape `(M_T, K)`, in the teacher's dtype, on the inputs' device, in the order in which
+            they are asked; [`logits`] takes any of them on.
         """
-        asked = batch["teacher_asked"]
+        asked = inputs.asked
+        device = self._device(asked.device)
         input_ids, position_ids, stream, block = (
-            batch[f"teacher_{name}"].to(self._device(asked.device))
-            for name in ("input_ids", "position_ids", "stream", "block")
+            tensor.to(device) for tensor in (inputs.input_ids, inputs.position_ids, inputs.stream, inputs.block)
         )
         visible = block_visibility(stream, block, stream, block)
         if self.contract.causal:

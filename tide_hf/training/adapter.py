@@ -11,7 +11,7 @@ TASK_TYPE = "CAUSAL_LM"
 # the linear layers of all student families; short names match however the student is wrapped
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # settings of generation, which are in the base's config.json, not in the adapter
-DECODING_FIELDS = ("objective", "block_size", "mask_token_id")
+DECODING_FIELDS = ("diffusion_type", "block_size", "mask_token_id")
 
 
 def prepare_adapter(

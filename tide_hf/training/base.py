@@ -3,8 +3,9 @@
 The batch of a step is noised on the host, before any network runs.
 """
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from os import PathLike
 
 import torch
@@ -19,9 +20,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..hub import HubTrainerMixin
-from ..models.masked_diffusion import PADDING_STREAM, block_visibility
-from ..teachers import resolve_mask_token_id
+from ..diffusion import PackedInputs, Record
+from ..hub import HubTrainerMixin, RunFacts
+from ..models.masked_diffusion import block_visibility
 from .arguments import (
     check_engine,
     check_method_arguments,
@@ -29,36 +30,40 @@ from .arguments import (
     refuse_unread,
     snapshot,
 )
-from .checks import refuse_data_parallel, require_rows, require_tokenizer, require_vocabulary
+from .checks import refuse_data_parallel, require_rows, require_tokenizer
 from .config import DiffusionTrainingArguments
 from .later_changes import LaterChangesMixin
 from .nonfinite import StepGuard, require_finite
+from .plan import RunPlan
 from .row_reading import RowReadingMixin, StreamEpoch
 
 logger = logging.get_logger(__name__)
 
 
 class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trainer):
-    """`transformers.Trainer` for diffusion LMs; subclasses set `_preparation` and say what a step is.
+    """`transformers.Trainer` for diffusion LMs; subclasses say what a step is.
 
     What of `transformers` is read and what is refused stands in [`~tide_hf.training.arguments`].
 
     Attributes:
+        plan ([`~tide_hf.training.plan.RunPlan`]): what the run feeds its networks, resolved once.
         preparation_reports (`dict`): what became of the rows of each dataset.
     """
 
     loss_is_scaled_for_ga = True
     guard: StepGuard | None = None  # of the student's steps; made with its optimizer
-    # what `config.objective` of a model may be
-    OBJECTIVES = ("block", "full")
+    # what `config.diffusion_type` of a model may be
+    DIFFUSION_TYPES = ("block", "full")
     CONFIG = DiffusionTrainingArguments
     # arguments of Trainer, and own fields of the config, that a trainer refuses when they are set -> why
     REFUSED_ARGUMENTS = {}  # noqa: RUF012
     UNREAD = {}  # noqa: RUF012
 
-    def __init__(self, model, args, **kwargs):
+    def __init__(self, model, args, plan: RunPlan, train_dataset=None, eval_dataset=None, **kwargs):
+        self.plan = plan
+        train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
         use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if use_cache is not None:
             self.model.config.use_cache = use_cache  # Trainer writes its own default over the checkpoint's
         check_engine(self.accelerator)
@@ -107,41 +112,41 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
                 "optimizers, or make it from the model that is trained."
             )
 
-    def _refuse_other_objectives(self, model) -> None:
+    def _refuse_other_diffusion_types(self, model) -> None:
         """Says which models this trainer does not know the noise of."""
-        objective = getattr(model.config, "objective", None)
-        if objective is None:
+        diffusion_type = getattr(model.config, "diffusion_type", None)
+        if diffusion_type is None:
             raise ValueError(
                 f"The student is a {type(model).__name__} (model_type={model.config.model_type!r}), which is no "
                 "diffusion LM of this library. Load a tide_… or a2d-… checkpoint, or make one with "
                 "convert_to_diffusion."
             )
-        if objective not in self.OBJECTIVES:
+        if diffusion_type not in self.DIFFUSION_TYPES:
             raise ValueError(
-                f"{type(self).__name__} trains diffusion LMs with objective {' or '.join(self.OBJECTIVES)}, got "
-                f"{objective!r}. Uniform-state models go with UniformIDLMTrainer or, without a teacher, with "
+                f"{type(self).__name__} trains diffusion LMs of diffusion_type {' or '.join(self.DIFFUSION_TYPES)}, "
+                f"got {diffusion_type!r}. Uniform-state models go with UniformIDLMTrainer or, without a teacher, with "
                 "transformers.Trainer; masked ones with TIDETrainer and IDLMTrainer."
             )
 
-    def _configure_student(self, model, args, tokenizer) -> None:
+    @property
+    def objective(self):
+        """What the run optimises, every field decided."""
+        return self.plan.objective
+
+    def _announce(self) -> None:
+        """Logs what was decided."""
+        for what, values in (("Plan", self.plan.to_dict()), ("Objective", self.objective.to_dict())):
+            logger.info(f"{what}: {json.dumps(values)}")
+
+    def _configure_student(self, model, args, tokenizer, plan: RunPlan) -> None:
         """Writes what the run decides into the student's config, so that a checkpoint generates as it was trained."""
-        self._refuse_other_objectives(model)
         config = model.config
-        require_vocabulary("student", tokenizer, config)
-        config.mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
-        if args.block_size is not None:
-            config.block_size = args.block_size
-        elif config.objective == "block" and args.max_length % config.block_size:
-            raise ValueError(
-                f"The student's block_size={config.block_size} does not fit max_length={args.max_length}: choose a "
-                "multiple of it as max_length, or set block_size."
-            )
-        if args.schedule is not None:
-            config.noise_schedule = args.schedule
+        config.mask_token_id, config.noise_schedule = plan.student.mask_token_id, plan.schedule
+        config.block_size = plan.block_size
         settings = model.generation_config
         settings.mask_token_id = config.mask_token_id
         # a whole-sequence student decodes the whole answer at once, unless its own settings say otherwise
-        if config.objective == "block" and (args.block_size is not None or settings.block_size is None):
+        if config.diffusion_type == "block" and (args.block_size is not None or settings.block_size is None):
             settings.block_size = config.block_size
         if settings.eos_token_id is None:
             settings.eos_token_id = tokenizer.eos_token_id
@@ -190,20 +195,27 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
             "each trial, for example inside the objective of an optuna study."
         )
 
+    def _prepare_inputs(self, inputs: Record) -> Record:
+        """A noised micro-batch on the device."""
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs) -> int:
+        """As [`~transformers.Trainer.floating_point_ops`], of the columns that the student is run on."""
+        return super().floating_point_ops({"input_ids": inputs.inputs.input_ids})
+
     def _track_num_input_tokens(self, inputs) -> None:
-        """Counts the columns of the packed layout that the student is run on: noised and clean copies."""
-        names = [name for name in ("student_stream", "stream") if name in inputs]
-        if self.args.include_num_input_tokens_seen == "no" or not names:
-            return super()._track_num_input_tokens(inputs)
-        is_real = inputs[names[0]] != PADDING_STREAM
+        """Counts the columns that the student is run on: of packed layouts noised and clean copies."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        is_real = inputs.inputs.is_real
         count = is_real.sum() if self.args.include_num_input_tokens_seen == "non_padding" else is_real.numel()
         count = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
         self.state.num_input_tokens_seen += self.accelerator.gather(count).sum().item()
 
     # -- what is not finite is neither stepped on nor saved nor best ------------------------------------------------
 
-    def _row_terms(self, batch: Mapping) -> dict[str, torch.Tensor]:
-        """The loss's terms by row of one micro-batch of the host."""
+    def _row_terms(self, batch: Record) -> dict[str, torch.Tensor]:
+        """The loss's terms by row of one micro-batch on the host."""
         raise NotImplementedError
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -250,6 +262,28 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         if isinstance(self.model, PeftModel):
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
+    def _run_facts(self) -> RunFacts:
+        """What the model card says of this run, as it stands now."""
+        try:
+            num_evaluated_rows = len(self.eval_dataset)
+        except TypeError:  # streamed, or none
+            report = self.preparation_reports.get("eval")
+            num_evaluated_rows = 0 if report is None else report.num_kept
+        return RunFacts(
+            model=self.accelerator.unwrap_model(self.model),
+            teachers=[] if self.teacher is None else [self.teacher],
+            tokenizer=self.processing_class,
+            args=self.args,
+            objective=self.objective.to_dict(),
+            plan=self.plan.to_dict(),
+            preparation=self.preparation_reports,
+            step=self.state.global_step,
+            max_steps=self.state.max_steps,
+            log_history=self.state.log_history,
+            num_evaluated_rows=num_evaluated_rows,
+            evaluation=f"{type(self).__name__}.evaluate",
+        )
+
     def create_model_card(self, *args, **kwargs):
         """See [`~tide_hf.hub.HubTrainerMixin.create_model_card`]; none of weights that are not finite."""
         require_finite(trained_parameters(self.accelerator.unwrap_model(self.model)), "The model card")
@@ -295,19 +329,19 @@ def load_student(
     return AutoModelForCausalLM.from_pretrained(model, **kwargs), processing_class, kwargs.get("revision")
 
 
-def run_packed(network, inputs: Mapping[str, torch.Tensor], head_fn: Callable):
-    """A (wrapped) student's forward on a packed layout, `head_fn` in place of its head.
+def run_packed(network, inputs: PackedInputs, head_fn: Callable):
+    """A (wrapped) student's forward on a packed layout, `head_fn` instead of its head.
 
     Args:
         network (`Callable`): a student of this library, wrapped by accelerate or not.
-        inputs (`Mapping`): `input_ids`, `position_ids`, `stream` and `block` of a [`~tide_hf.diffusion.PackedLayout`].
+        inputs ([`~tide_hf.diffusion.PackedInputs`]): on its device.
         head_fn (`Callable`): `head_fn(hidden (B, P, H), lm_head_weight (V, H)) -> (loss, terms)`.
     """
-    stream, block = inputs["stream"], inputs["block"]
+    stream, block = inputs.stream, inputs.block
     return network(
-        input_ids=inputs["input_ids"],
+        input_ids=inputs.input_ids,
         attention_mask=block_visibility(stream, block, stream, block),
-        position_ids=inputs["position_ids"],
+        position_ids=inputs.position_ids,
         use_cache=False,
         head_fn=head_fn,
     )

@@ -7,6 +7,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..losses import Divergence
+
 logger = logging.get_logger(__name__)
 
 
@@ -83,6 +85,19 @@ def require_vocabulary(who: str, tokenizer, config) -> None:
     logger.warning_once(f"{what}. Rows that contain it will be refused.")
 
 
+def require_divergence(objective) -> None:
+    """Refuses an `objective` that is not a divergence; None passes.
+
+    Raises:
+        ValueError: with how to write one.
+    """
+    if objective is not None and not isinstance(objective, Divergence):
+        raise ValueError(
+            f"objective={objective!r} is not a tide_hf.losses.Divergence: give an instance of a subclass that "
+            "defines values(log_student, log_target). One of the library's is chosen by name, with divergence=…."
+        )
+
+
 def refuse_data_parallel(args) -> None:
     """Refuses several GPUs in one process.
 
@@ -146,4 +161,17 @@ def refuse_loading_arguments(args) -> None:
         raise ValueError(
             f"{', '.join(names)}: only used to load a teacher by name, but the teacher is given as an instance. "
             "Load it that way yourself, or give its name."
+        )
+
+
+def check_block_size(block_size: int, max_length: int) -> None:
+    """Refuses blocks of `block_size` tokens that do not fill a row of `max_length`.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if block_size < 1 or max_length % block_size:
+        raise ValueError(
+            f"block_size={block_size} does not fit max_length={max_length}: the last block of a full row would be cut "
+            "short. Choose a multiple of the block size as max_length, or set block_size."
         )

@@ -4,8 +4,9 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from inspect import get_annotations
+from itertools import chain
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
@@ -13,12 +14,21 @@ from typing import Literal, Union, get_args, get_origin
 from transformers import TrainingArguments
 
 from ..data import EOS_FILLS, TRAINED_TURNS
+from ..losses import DIVERGENCES
 from ..models.masked_diffusion import SCHEDULES, TIME_EPSILON
 from .arguments import check_training_arguments
-from .objective import DIVERGENCES, PRESETS
+from .checks import check_block_size
+from .objective import NO_DIVERGENCE
+from .presets import PRESETS
 
-# fields whose choices programs may add to: the table counts as it stands when a value is checked
-REGISTRIES: dict[str, Collection[str]] = {"schedule": SCHEDULES, "preset": PRESETS, "divergence": DIVERGENCES}
+# fields whose choices programs may add to: what the tables hold when a value is checked counts
+REGISTRIES: dict[str, tuple[Collection[str], ...]] = {
+    "schedule": (SCHEDULES,),
+    "preset": (PRESETS,),
+    "divergence": (DIVERGENCES, (NO_DIVERGENCE,)),
+}
+# parameters of the divergences, as fields of TIDEConfig: {divergence}_{parameter}
+PARAMETERS = {f"{name}_{knob.name}": knob for name, cls in DIVERGENCES.items() for knob in fields(cls)}
 # field -> (smallest, largest, whether the ends are allowed); None, NaN and infinities never lie in a range
 RANGES = {
     "max_length": (1, float("inf"), True),
@@ -33,7 +43,7 @@ RANGES = {
     "lambda_init": (0.0, 1.0, True),
     "lambda_max": (0.0, 1.0, True),
     "demo_ratio": (0.0, 1.0, True),
-    "jsd_beta": (0.0, 1.0, False),
+    **{name: (*knob.metadata["range"], False) for name, knob in PARAMETERS.items()},
     "time_epsilon": (0.0, 1.0, False),
 }
 # metrics of the trainers, all of them the smaller the better, with or without a dataset's name in front
@@ -42,6 +52,11 @@ OWN_METRIC = re.compile(r"(^|_)(loss|ce|ce_answer|distill|nll_[\d.e-]+)$")
 
 def _knob(default, text: str):
     return field(default=default, metadata={"help": text})
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """What the registries of a field, by `name`, hold at the moment; empty for a field without one."""
+    return tuple(chain(*REGISTRIES.get(name, ())))
 
 
 def declared_types(cls: type) -> dict[str, object]:
@@ -75,7 +90,7 @@ def check_types(config, declared: Mapping[str, object]) -> None:
         parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         choices = next((get_args(part) for part in parts if get_origin(part) is Literal), None)
         if choices is not None:
-            choices = tuple(REGISTRIES.get(name, choices))
+            choices = choices_of(name) or choices
             if value not in choices and not (value is None and NoneType in parts):
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
         elif not any(_is_of(value, part) for part in parts):
@@ -217,17 +232,24 @@ class DiffusionTrainingArguments(TrainingArguments):
         """
         check_types(self, declared_types(type(self)))
         check_ranges(self, RANGES)
-        if self.block_size is not None and (self.block_size < 1 or self.max_length % self.block_size):
-            raise ValueError(
-                f"block_size={self.block_size} does not fit max_length={self.max_length}: the last block of a full "
-                "row would be truncated. Choose a block_size that divides max_length."
-            )
+        if self.block_size is not None:
+            check_block_size(self.block_size, self.max_length)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop row_key, which keys the noise; leave it False.")
 
 
+_DivergenceParameters = make_dataclass(
+    "_DivergenceParameters",
+    [
+        (name, float | None, _knob(None, f"{knob.metadata['help']}. Preset value: {knob.default:g}."))
+        for name, knob in PARAMETERS.items()
+    ],
+    bases=(DiffusionTrainingArguments,),
+)
+
+
 @dataclass
-class TIDEConfig(DiffusionTrainingArguments):
+class TIDEConfig(_DivergenceParameters):
     """Arguments of [`TIDETrainer`].
 
     Everything in [`DiffusionTrainingArguments`], and the fields below. Those that default to None are filled in from
@@ -246,10 +268,14 @@ class TIDEConfig(DiffusionTrainingArguments):
     alignment: Literal["auto", "token", "chunk"] = _knob(
         "auto", "token (one shared tokenizer), chunk (two tokenizers), or auto: decided by comparing the tokenizers."
     )
-    divergence: Literal[tuple(DIVERGENCES)] | None = _knob(
+    divergence: Literal[(*DIVERGENCES, NO_DIVERGENCE)] | None = _knob(
         None,
-        "Divergence between student and teacher: forward_kl, reverse_kl or jsd (of token distributions), calm, "
-        "reverse_calm or bernoulli_reverse_kl (of chunk likelihoods), or none.",
+        "Divergence between student and teacher, "
+        + "; ".join(
+            f"of {pairs}s: {', '.join(name for name, cls in DIVERGENCES.items() if cls.pairs == pairs)}"
+            for pairs in ("token", "chunk")
+        )
+        + "; or none.",
     )
     tidal: bool | None = _knob(
         None, "TIDAL: the target moves from the student's own distribution to the teacher's as training progresses."
@@ -268,7 +294,6 @@ class TIDEConfig(DiffusionTrainingArguments):
         "Temperature T > 0 of both softmaxes, whose term is multiplied by T²; chunk probabilities are taken to the "
         "power 1/T. Preset value: 2.",
     )
-    jsd_beta: float | None = _knob(None, "β of the Jensen-Shannon divergence, in (0, 1). Preset value: 0.5.")
     lambda_init: float | None = _knob(
         None, "TIDAL: λ, the teacher's share of the target, at the start of training, in [0, 1]. Preset value: 0.1."
     )

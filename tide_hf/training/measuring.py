@@ -4,10 +4,13 @@ Shapes: B rows, L positions, N masked positions, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
+
+from ..diffusion import NoisedBatch
 
 IGNORED = -100
 # logits that are in memory at once when predictions are made
@@ -40,21 +43,14 @@ def fill_positions(labels_BL: torch.Tensor, valid_BL: torch.Tensor, eos_token_id
     return valid_BL & (position > last_other_B[:, None] + 1)
 
 
-def mark_fill(noised: Mapping[str, torch.Tensor], fill_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Adds `is_fill (N,)`, whether a masked position is fill, to a `noised` batch; `fill_BL` by [`fill_positions`]."""
-    position_N = noised["position_ids"].flatten()[noised["asked"]]
-    return {**noised, "is_fill": fill_BL[noised["row"], position_N]}
+def mark_fill(batch: NoisedBatch, fill_BL: torch.Tensor) -> NoisedBatch:
+    """A `batch` with `is_fill`, from the positions `fill_BL (B, L)` of its rows."""
+    return replace(batch, is_fill=fill_BL[batch.row, _positions(batch)])
 
 
 def count_rows(rows: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
     """Counts how often each row number occurs in `rows`; `(B,)`, with dtype and device of `like_B`."""
     return torch.zeros_like(like_B).index_add_(0, rows, torch.ones_like(rows, dtype=like_B.dtype))
-
-
-def with_means(rows_RC: torch.Tensor) -> torch.Tensor:
-    """Prepends two columns to `rows_RC`, those of an evaluated batch: 1, and the row's own mean of ce."""
-    ones_R1, trained_R1, ce_R1 = torch.ones_like(rows_RC[:, :1]), rows_RC[:, :1], rows_RC[:, 3:4]
-    return torch.cat([ones_R1, ce_R1 / trained_R1.clamp(min=1), rows_RC], 1)
 
 
 @torch.no_grad()
@@ -91,22 +87,26 @@ def predict_masked(
     return torch.cat(found)
 
 
-def on_rows(values_N: torch.Tensor, noised: Mapping[str, torch.Tensor], length: int) -> torch.Tensor:
+def on_rows(values_N: torch.Tensor, batch: NoisedBatch, length: int) -> torch.Tensor:
     """Puts values of masked positions into their rows.
 
     Args:
         values_N (`torch.Tensor` of shape `(N, …)`): of the masked positions.
-        noised (`Mapping`): the batch they belong to.
+        batch (`NoisedBatch`): they belong to.
         length (`int`): L of the rows.
 
     Returns:
         `torch.Tensor` of shape `(B, L, …)`, −100 where nothing is masked.
     """
     values_N = values_N.long() if values_N.dtype == torch.bool else values_N
-    rows = values_N.new_full((len(noised["t"]), length, *values_N.shape[1:]), IGNORED)
-    position_N = noised["position_ids"].flatten()[noised["asked"]]
-    rows[noised["row"], position_N] = values_N
+    rows = values_N.new_full((len(batch.t), length, *values_N.shape[1:]), IGNORED)
+    rows[batch.row, _positions(batch)] = values_N
     return rows
+
+
+def _positions(batch: NoisedBatch) -> torch.Tensor:
+    """Where in its row each masked position is, (N,)."""
+    return batch.student.position_ids.flatten()[batch.student.asked]
 
 
 class Predictions:

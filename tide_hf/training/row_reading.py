@@ -40,16 +40,16 @@ class RowReadingMixin:
         if dataset is None:
             return None
         if is_prepared(dataset):
-            report = require_same_preparation(dataset, self._preparation, name)
+            report = require_same_preparation(dataset, self.plan.preparation, name)
             if report is not None:
                 reports[name] = report
             return dataset
         if isinstance(dataset, IterableDataset):
-            stream = RowStream(dataset, self._preparation)
+            stream = RowStream(dataset, self.plan.preparation)
             reports[name] = stream.report  # grows as the stream is read
             return stream
         with args.main_process_first(desc=f"preparing the {name} dataset"):
-            dataset, reports[name] = prepare_dataset(dataset, self._preparation, num_proc=args.dataset_num_proc)
+            dataset, reports[name] = prepare_dataset(dataset, self.plan.preparation, num_proc=args.dataset_num_proc)
         return dataset
 
     def _prepare_given(self, name: str, rows):

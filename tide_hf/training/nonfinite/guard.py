@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from transformers.utils import logging
 
+from ...diffusion import Record
 from .checks import NonFiniteError, local, norms, not_finite, some
 from .report import Step, find_causes, write_step
 
@@ -55,7 +56,7 @@ class StepGuard:
         ValueError: for an optimizer or engine that steps before gradients can be checked.
     """
 
-    def __init__(self, trainer, network: str, parameters: Mapping, optimizer, terms_of: Callable[[Mapping], dict]):
+    def __init__(self, trainer, network: str, parameters: Mapping, optimizer, terms_of: Callable[[Record], dict]):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.network, self.parameters, self.terms_of = network, parameters, terms_of
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -73,11 +74,11 @@ class StepGuard:
         supported = self.scaler is not None or getattr(self.optimizer, "_step_supports_amp_scaling", False)
         return supported and self.accelerator.device.type == "cuda"
 
-    def saw(self, batch: Mapping, loss: torch.Tensor, is_last: bool) -> torch.Tensor:
+    def saw(self, batch: Record, loss: torch.Tensor, is_last: bool) -> torch.Tensor:
         """Records a micro-batch after its backward pass; with the last one of a step, decides on the step.
 
         Args:
-            batch (`Mapping`): as it was noised, on the host.
+            batch (`Record`): as it was noised, on the host.
             loss (`torch.Tensor`): of the micro-batch, a scalar.
             is_last (`bool`): whether it is the last micro-batch of the step.
 
@@ -99,11 +100,11 @@ class StepGuard:
         before, self._shown = self._shown, None
         return torch.where(self.bad, 0.0 if before is None else -before, shown)
 
-    def before_backward(self, batch: Mapping, loss: torch.Tensor) -> None:
+    def before_backward(self, batch: Record, loss: torch.Tensor) -> None:
         """Checks only the loss, under DeepSpeed, where the backward pass takes the step; otherwise does nothing.
 
         Args:
-            batch (`Mapping`), loss (`torch.Tensor`): as in `saw`.
+            batch (`Record`), loss (`torch.Tensor`): as in `saw`.
 
         Raises:
             NonFiniteError: as in `saw`.

@@ -1,6 +1,5 @@
 """Reports of steps that are not finite, the file with their batches, and how to run these again."""
 
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from ...models.masked_diffusion import PADDING_STREAM, STREAMS_PER_ROW
+from ...diffusion import Record
 from .checks import NAMED, gradient_norms, some
 
 TEXT_LENGTH = 80  # characters of a row that a message quotes
@@ -20,13 +19,13 @@ class Step:
 
     Args:
         number (`int`): counted from 1.
-        batches (`list[Mapping]`): noised micro-batches, on the host.
+        batches (`list[Record]`): noised micro-batches, on the host.
         losses (`list[torch.Tensor]`): one of each micro-batch, scalars.
         names (`list[str]`), norms (`torch.Tensor`, *optional*): of the gradients.
     """
 
     number: int = 0
-    batches: list[Mapping] = field(default_factory=list)
+    batches: list[Record] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     norms: torch.Tensor | None = None
@@ -100,10 +99,8 @@ def write_step(step: Step, trainer, network: str, found: list[str]) -> str:
         "num_processes": accelerator.num_processes,
         "found": found,
         "losses": [float(loss) for loss in step.losses],
-        "batches": [
-            {name: value.cpu() if torch.is_tensor(value) else value for name, value in batch.items()}
-            for batch in step.batches
-        ],
+        "kind": type(step.batches[0]).__name__,
+        "batches": [batch.to("cpu").to_dict() for batch in step.batches],
     }
     torch.save(content, path)
     return str(path)
@@ -123,11 +120,12 @@ def replay(trainer, path: str | Path) -> tuple[list[float], dict[str, float]]:
         the loss of each micro-batch, and the norm of each trained parameter's gradient over all of them.
     """
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    kind = _kinds()[saved["kind"]]
     of_fake = saved["network"] == "fake"
     network, losses = trainer.fake if of_fake else trainer.model, []
     network.zero_grad()
     with at_step(trainer, saved["step"] - 1, saved["max_steps"]):
-        for batch in saved["batches"]:
+        for batch in map(kind.from_dict, saved["batches"]):
             if of_fake:
                 loss = trainer._fake_loss(trainer.model_wrapped, batch)
             else:
@@ -138,6 +136,14 @@ def replay(trainer, path: str | Path) -> tuple[list[float], dict[str, float]]:
     found = gradient_norms(dict(network.named_parameters()))
     network.zero_grad()
     return losses, found
+
+
+def _kinds(cls: type = Record) -> dict[str, type]:
+    """Every kind of noised batch by its name."""
+    found = {cls.__name__: cls}
+    for each in cls.__subclasses__():
+        found |= _kinds(each)
+    return found
 
 
 @contextmanager
@@ -159,28 +165,10 @@ def at_step(trainer, global_step: int, max_steps: int | None = None):
         state.global_step, state.max_steps = kept
 
 
-def _row_name(batch: Mapping, row: int, tokenizer) -> str:
+def _row_name(batch: Record, row: int, tokenizer) -> str:
     """Its number, key and text."""
-    ids = _row_ids(batch, row)
+    ids = batch.row_ids(row)
     text = tokenizer.decode(ids) if len(ids) else ""
     if len(text) > TEXT_LENGTH:
         text = text[:TEXT_LENGTH] + "…"
-    key = f" (row_key {int(batch['row_key'][row])})" if "row_key" in batch else ""
-    return f"row {row}{key} {text!r}"
-
-
-def _row_ids(batch: Mapping, row: int) -> torch.Tensor:
-    """Token ids of a row as the network was given them; for block students the clean copy, then the noised one."""
-    if "asked" in batch:
-        columns = batch["asked"][batch["row"] == row]
-    elif "soft" in batch:
-        columns = torch.cat([batch[kind][batch[f"{kind}_row"] == row] for kind in ("soft", "seen")])
-    else:
-        return batch["input_ids"][row][batch["attention_mask"][row].bool()]
-    if not len(columns):
-        return columns
-    # a line holds several rows
-    line, column = divmod(int(columns[0]), batch["stream"].shape[1])
-    stream = batch["stream"][line]
-    own = (stream // STREAMS_PER_ROW == stream[column] // STREAMS_PER_ROW) & (stream != PADDING_STREAM)
-    return batch["input_ids"][line][own][stream[own].argsort(stable=True)]
+    return f"row {row} (row_key {int(batch.row_key[row])}) {text!r}"

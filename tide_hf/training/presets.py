@@ -1,0 +1,177 @@
+"""Presets, and how a configuration becomes the one frozen record of what a run optimises.
+
+A preset means different divergences in the two pipelines, and only the two tokenizers tell which one it is: fields of
+TIDEConfig that are None are filled here, once both tokenizers are known.
+"""
+
+from dataclasses import fields, replace
+from functools import partial
+
+from transformers.utils import logging
+
+from ..alignment import ALIGNMENTS
+from ..losses import DIVERGENCES, Divergence, expected_tidal_strength
+from ..models.masked_diffusion import masked_probability
+from .objective import NO_DIVERGENCE, Objective
+
+logger = logging.get_logger(__name__)
+TIDAL_FIELDS = (
+    *("lambda_init", "lambda_max", "lambda_growth", "lambda_axes", "timestep_weight", "tidal_normalization"),
+    "allow_reverse_tidal",
+)
+
+# preset -> fields; a pair is (shared tokenizer, two tokenizers). Source: TIDE 2604.26951, tables of hyperparameters.
+PRESETS = {
+    "tide-shared": {"divergence": ("forward_kl", "calm"), "tidal": True, "comp_demo": True},
+    "tide-cross": {"divergence": ("reverse_kl", "reverse_calm")},
+    "kl": {"divergence": ("forward_kl", None)},
+    "reverse-kl": {"divergence": ("reverse_kl", None)},
+    "calm": {"divergence": ("calm", "calm")},
+    "ce": {"divergence": (NO_DIVERGENCE, NO_DIVERGENCE)},
+}
+PRESET_DEFAULTS = {
+    "tidal": False,
+    "comp_demo": False,
+    "ce_weight": 1.0,
+    "distill_weight": 1.0,
+    "temperature": 2.0,
+    "lambda_init": 0.1,
+    "lambda_max": 0.9,
+    "lambda_growth": "cosine",
+    "lambda_axes": "both",
+    "timestep_weight": "midrange",
+    "tidal_normalization": "none",
+    "demo_ratio": 0.5,
+}
+
+
+def resolve_objective(config, alignment: str, schedule: str = "linear", given: Divergence | None = None) -> Objective:
+    """Fills every None of a configuration from its preset, for one pipeline.
+
+    Args:
+        config ([`TIDEConfig`]): given fields win over the preset's.
+        alignment (`str`): `"token"` (shared tokenizer) or `"chunk"` (two tokenizers).
+        schedule (`str`): the student's own `noise_schedule`, where the configuration gives none.
+        given ([`~tide_hf.losses.Divergence`], *optional*): a divergence of the user's. It replaces the preset's, and
+            TIDAL then has to be asked for.
+
+    Raises:
+        ValueError: for fields that do not go together, with the reason.
+    """
+    preset = dict(PRESETS[config.preset]) if config.preset else {"divergence": (None, None)}
+    preset["divergence"] = preset["divergence"][ALIGNMENTS.index(alignment)]
+    if given is not None:
+        preset |= {"divergence": given.name, "tidal": False}
+    values = {**PRESET_DEFAULTS, **preset}
+    values |= {name: getattr(config, name) for name in values if getattr(config, name) is not None}
+    values["divergence"] = divergence = _divergence(config, alignment, values["divergence"], given)
+    if divergence is None:
+        values |= {"tidal": False, "comp_demo": False}
+    if values["tidal"]:
+        _check_tidal(divergence, config.allow_reverse_tidal)
+    objective = Objective(
+        preset=config.preset,
+        alignment=alignment,
+        schedule=config.schedule or schedule,
+        ce_weighting=config.ce_weighting,
+        chunk_weighting=config.chunk_weighting,
+        loss_normalization=config.loss_normalization,
+        **values,
+    )
+    _check_weights(objective)
+    _warn_about_unread(config, objective)
+    if objective.tidal and objective.tidal_normalization == "expected":
+        strength = expected_tidal_strength(
+            partial(masked_probability, schedule=objective.schedule),
+            lambda_init=objective.lambda_init,
+            lambda_max=objective.lambda_max,
+            growth=objective.lambda_growth,
+            axes=objective.lambda_axes,
+            weight=objective.timestep_weight,
+            time_epsilon=config.time_epsilon,
+        )
+        objective = replace(objective, tidal_scale=1 / strength)
+    return objective
+
+
+def _divergence(config, alignment: str, name: str | None, given: Divergence | None) -> Divergence | None:
+    """The divergence of a run with its parameters; None for none.
+
+    Raises:
+        ValueError: if there is none to choose, it does not suit the pipeline, or two are given.
+    """
+    suitable = [key for key, cls in DIVERGENCES.items() if alignment == "token" or cls.pairs == "chunk"]
+    if name is None:
+        why = "no preset is given"
+        if config.preset:
+            why = f"preset {config.preset!r} compares vocabularies token by token"
+        raise ValueError(
+            f"{why}, so the {alignment} pipeline needs divergence set: one of "
+            f"{', '.join([*suitable, NO_DIVERGENCE] if alignment == 'token' else suitable)}."
+        )
+    if given is not None and config.divergence is not None:
+        raise ValueError(
+            f"objective={given} and divergence={config.divergence!r} both say what is compared: give one of them."
+        )
+    if name == NO_DIVERGENCE:
+        return None
+    cls = type(given) if given is not None else DIVERGENCES[name]
+    if alignment == "chunk" and cls.pairs == "token":
+        raise ValueError(
+            f"divergence={cls.name!r} compares token distributions, which needs one shared vocabulary; teacher and "
+            f"student have different tokenizers here. Use one of {', '.join(suitable)}."
+        )
+    if given is not None:
+        return given
+    parameters = {field.name: getattr(config, f"{name}_{field.name}") for field in fields(cls)}
+    return cls(**{key: value for key, value in parameters.items() if value is not None})
+
+
+def _warn_about_unread(config, objective: Objective) -> None:
+    """Says which fields were given and play no part in this objective."""
+    parameters = {f"{name}_{field.name}": name for name, cls in DIVERGENCES.items() for field in fields(cls)}
+    used = objective.divergence.name if objective.divergence is not None else NO_DIVERGENCE
+    read = {
+        **{field: name == used for field, name in parameters.items()},
+        "demo_ratio": objective.comp_demo,
+        "temperature": objective.distills,
+        **dict.fromkeys(("tidal", "comp_demo"), objective.distills),
+        **dict.fromkeys(TIDAL_FIELDS, objective.tidal),
+    }
+    unread = [f"{name}={getattr(config, name)}" for name, is_read in read.items() if not is_read]
+    unread = [text for text in unread if not text.endswith(("=None", "=False"))]
+    if unread:
+        logger.warning(
+            f"These fields are given and not read, because the objective has no such part (divergence={used!r}, "
+            f"distill_weight={objective.distill_weight}, tidal={objective.tidal}, comp_demo={objective.comp_demo}): "
+            f"{', '.join(unread)}."
+        )
+
+
+def _check_weights(objective: Objective) -> None:
+    """Something must be learned."""
+    axes = objective.lambda_axes
+    is_still = objective.lambda_max == 0 and (objective.lambda_init == 0 or axes == "time")
+    if objective.distills and objective.tidal and is_still:
+        raise ValueError(
+            f"lambda_init={objective.lambda_init} and lambda_max=0 with lambda_axes={axes!r} make TIDAL's target the "
+            "student itself at every step, so that the teacher would teach nothing: raise lambda_max."
+        )
+    if objective.ce_weight == 0 and not objective.distills:
+        name = NO_DIVERGENCE if objective.divergence is None else objective.divergence.name
+        raise ValueError(
+            f"ce_weight=0 and no distillation term (divergence={name!r}, distill_weight={objective.distill_weight}) "
+            "leave nothing to train on: set one of the weights."
+        )
+
+
+def _check_tidal(divergence: Divergence, allow_reverse: bool) -> None:
+    """TIDAL goes with forward divergences."""
+    if divergence.direction == "forward" or (allow_reverse and divergence.name == "reverse_calm"):
+        return
+    raise ValueError(
+        f"tidal=True goes with forward divergences only, and {divergence.name!r} is {divergence.direction}: late in "
+        "training and at large t the (1−λ) share of the target suppresses the self-selection that reverse divergences "
+        "live on. Use divergence='forward_kl' (shared tokenizer) or 'calm' (two tokenizers)"
+        + (", or allow_reverse_tidal=True for the ablation." if divergence.name == "reverse_calm" else ".")
+    )
