@@ -158,6 +158,7 @@ def token_rows(case: Case) -> dict:
         teacher_ids = torch.randint(case.vocab - 1, shape, generator=generator)
         chunk_ids, teacher_chunk_ids = (torch.randint(2, shape, generator=generator).cumsum(1) for _ in range(2))
     return {
+        "row_key": torch.arange(case.batch),
         "input_ids": ids,
         "labels": torch.where(trained, ids, -100),
         "chunk_ids": torch.where(trained, chunk_ids, -1),
@@ -224,15 +225,11 @@ def shared_loss(bench: Bench, uniforms, select: bool):
         (labels != -100).sum(),
         select,
     )
-    distill = losses.tidal_loss(
-        student,
-        teacher,
-        losses.tidal_lambda(bench.trainer._lambda_progress(), objective.lambda_max, t_N),
-        num_items=masked.sum(),
-        temperature=objective.temperature,
-        weights_N=losses.timestep_weight(t_N),
+    lambda_N = losses.tidal_lambda(bench.trainer._lambda_progress(), objective.lambda_max, t_N)
+    distill_N = losses.token_divergence(
+        losses.DIVERGENCES["forward_kl"](), student, teacher, temperature=objective.temperature, lambda_N=lambda_N
     )
-    return ce + distill
+    return ce + (losses.timestep_weight(t_N) * distill_N).sum() / masked.sum()
 
 
 def likelihoods(logits_NV, ids, masked, chunk_ids, active):
@@ -267,13 +264,11 @@ def cross_loss(bench: Bench, uniforms, select: bool):
         (labels != -100).sum(),
         select,
     )
-    distill = losses.reverse_calm_loss(
-        likelihoods(logits, ids, masked, chunks, active),
-        teacher,
-        num_items=active.sum(),
-        temperature=bench.trainer.objective.temperature,
+    student, temperature = likelihoods(logits, ids, masked, chunks, active), bench.trainer.objective.temperature
+    distill_C = losses.chunk_divergence(
+        losses.DIVERGENCES["reverse_calm"](), student, teacher, temperature=temperature
     )
-    return ce + distill
+    return ce + distill_C.sum() / active.sum()
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

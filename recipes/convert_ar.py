@@ -1,8 +1,8 @@
 """Make a diffusion student of an autoregressive model (Qwen3, Qwen2, Llama) or of a community a2d-* checkpoint.
 
-Method: the weights are kept, attention becomes bidirectional within a block, and a mask token is added, in a spare
-row of the embeddings if there is one. The result still has to learn to denoise: continue with recipes/sft_student.py.
-Runs on a CPU; needs memory for two copies of the model.
+Method: the weights are kept, attention becomes bidirectional inside a block, and a mask token is added, in a spare row
+of the embeddings if there is one. The result still has to learn to denoise: continue with recipes/sft_student.py. Runs
+on a CPU; needs memory for two copies of the model.
 
     python recipes/convert_ar.py Qwen/Qwen3-0.6B outputs/qwen3-0.6b-diffusion
     python recipes/convert_ar.py Qwen/Qwen2.5-0.5B-Instruct outputs/qwen2.5-0.5b-mdlm --diffusion_type full

@@ -4,8 +4,8 @@
 
 `--model_name_or_path` is a Hub name, a folder, or an adapter's folder (merged into its base). Runs on a CPU; needs
 memory for the weights, and for one more copy of the head where it is tied. A student that does not fit (another mask
-id than 151669, full-sequence diffusion, another network than Qwen3's) is refused with the reasons. The launch lines
-for the engines are printed, and saved in SERVING.md beside the weights.
+id than 151669, full-sequence diffusion, another network than Qwen3's) is refused with the reasons. The launch
+commands for the engines are printed, and written to SERVING.md beside the weights.
 """
 
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ExportArguments:
-    """What to export, and where to."""
+    """What to export, and where."""
 
     model_name_or_path: str = field(metadata={"help": "Student or adapter: Hub name or folder."})
     output_dir: str = field(metadata={"help": "Folder to write."})
-    format: str = field(default="sdar", metadata={"help": "Architecture that the engines load it as: sdar."})
+    format: str = field(default="sdar", metadata={"help": "Network that engines serve it as: sdar."})
     confidence_threshold: float = field(
         default=0.9, metadata={"help": "Probability in (0, 1] at which the engines reveal a token."}
     )

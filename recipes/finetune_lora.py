@@ -14,8 +14,8 @@ Your own student and data; every flag of TRL's ModelConfig and every TIDEConfig 
         --output_dir outputs/adapter --lora_r 16 --learning_rate 1e-4 --bf16
 
 `--use_dora` for DoRA; `--load_in_4bit` for QLoRA (pip install "tide-hf[quant]"); `--lora_target_modules q_proj v_proj`
-for other layers than all linear ones. With `--teacher_model_name_or_path` and `--preset tide-shared` (or kl, …) the
-adapter is distilled instead. The adapter's block size is its base's. To merge:
+for these layers instead of all linear ones. With `--teacher_model_name_or_path` and `--preset tide-shared` (or kl, …)
+the adapter is distilled instead. An adapter has the block size of its base. To merge:
 
     import tide_hf
     from peft import AutoPeftModelForCausalLM
@@ -25,26 +25,20 @@ adapter is distilled instead. The adapter's block size is its base's. To merge:
 
 
 def main() -> None:
-    from embedded.adapter import format_adapter_table, run_adapter_demo
-    from embedded.command import refuse_other_flags
+    from embedded.adapter import show_adapter
 
     from tide_hf import TIDEConfig
     from tide_hf.commands.distill import parse_arguments, run_distillation
 
     arguments = parse_arguments("outputs/finetune_lora")
-    if arguments.model.model_name_or_path is not None:
-        arguments.model.use_peft = True
-        undecided = "preset" not in arguments.given and arguments.training.preset == TIDEConfig.preset
-        if undecided and arguments.script.teacher_model_name_or_path is None:
-            arguments.training.preset = "ce"
-        run_distillation(arguments)
+    if arguments.model.model_name_or_path is None:
+        show_adapter(arguments)
         return
-    refuse_other_flags(arguments, {"output_dir", "seeds"})
-    output_dir = arguments.training.output_dir
-    seeds = range(arguments.script.seeds or 1)
-    results = [run_adapter_demo(f"{output_dir}/seed{seed}", seed) for seed in seeds]
-    print(f"\nExact match on 400 held-out prompts, {len(seeds)} seed(s):\n\n{format_adapter_table(results)}\n")
-    print(f"Base, adapter and merged student are in {output_dir}/seed0.")
+    arguments.model.use_peft = True
+    undecided = "preset" not in arguments.given and arguments.training.preset == TIDEConfig.preset
+    if undecided and arguments.script.teacher_model_name_or_path is None:
+        arguments.training.preset = "ce"
+    run_distillation(arguments)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ Your own models and data; every TIDEConfig field is a flag:
 
 
 def main() -> None:
-    from embedded import moe_task
     from embedded.command import run_embedded
+    from embedded.tasks import moe_task
 
     from tide_hf.commands.distill import parse_arguments, run_distillation
 

@@ -2,10 +2,10 @@
 
 Method: each conversation is rendered with both chat templates and tokenised by both tokenizers; every assistant turn
 is located, and the tokens on both sides are numbered by the shortest chunks of equal bytes (one shared tokenizer: by
-token). What it was prepared with is stored in the dataset, and training refuses one that was prepared differently.
+token). The dataset records what it was made with, and training refuses one that was made for something else.
 
 Hardware: any CPU; only the tokenizers and configs of the two models are read. --dataset_num_proc uses several cores.
-After an interruption, the same command continues where it stopped.
+After an interruption the same command continues where it stopped.
 
     python recipes/prepare_data.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
         --dataset_name NAME_OR_FILE --max_length 512 --teacher_max_length 1024 --output_dir prepared

@@ -4,7 +4,7 @@ Method: masked diffusion (MDLM, arXiv 2406.07524) in blocks (BD3LM, arXiv 2503.0
 whole sequences are denoised is set in the student's own config (recipes/convert_ar.py --diffusion_type).
 
 Embedded default, on a CPU, nothing downloaded (sort six digits; about half a minute on 2 cores): an autoregressive
-model is trained, converted, and trained to denoise, beside a student that starts from random weights.
+model is trained, converted, and trained to denoise, next to a student that starts from random weights.
 
     accelerate launch --num_processes 1 recipes/sft_student.py
 
@@ -14,14 +14,13 @@ Your own start and data; every TIDEConfig field is a flag:
     accelerate launch recipes/sft_student.py --model_name_or_path outputs/start --dataset_name NAME_OR_FILE \
         --output_dir outputs/sft --learning_rate 1e-4 --num_train_epochs 3 --bf16
 
-With an adapter instead of the whole student: --use_peft --lora_target_modules q_proj k_proj v_proj o_proj
+An adapter instead of the whole student: --use_peft --lora_target_modules q_proj k_proj v_proj o_proj
 """
 
 import sys
 
 
 def main() -> None:
-    from embedded.command import refuse_other_flags
     from embedded.from_autoregressive import show_from_autoregressive
 
     from tide_hf.commands.distill import parse_arguments, run_distillation
@@ -35,8 +34,7 @@ def main() -> None:
     if arguments.model.model_name_or_path is not None:
         run_distillation(arguments)
     else:
-        refuse_other_flags(arguments, {"output_dir", "preset"})
-        show_from_autoregressive(arguments.training.output_dir)
+        show_from_autoregressive(arguments)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def naive_generate(
 
     Of the last block only what is returned is denoised; the rest stays masked.
 
-    Returns the new ids, cut behind EOS, and the number of denoising steps of each block.
+    Returns the new ids, cut after EOS, and the number of denoising steps of each block.
     """
     ids, length = list(prompt_ids), len(prompt_ids)
     ends = {eos} if isinstance(eos, int) else set(eos or ())

@@ -230,7 +230,7 @@ def test_a_registry_counts_as_it_stands(name, tmp_path, monkeypatch):
     assert getattr(args, name) == "mine"
     args.check()
     assert getattr(parse_arguments("x", ["--use_cpu", f"--{name}", "mine"]).training, name) == "mine"
-    with pytest.raises(ValueError, match=r"choose one of .*, mine\.$"):
+    with pytest.raises(ValueError, match=r"choose one of .*, mine\b"):
         TIDEConfig(output_dir=str(tmp_path), use_cpu=True, **{name: "yours"})
 
 
@@ -298,7 +298,7 @@ def test_tidal_with_a_reverse_objective_is_refused(config, divergence):
     if divergence == "reverse_calm":
         assert resolve_objective(ablation, alignment).tidal
     else:
-        with pytest.raises(ValueError, match="forward objectives only"):
+        with pytest.raises(ValueError, match="forward divergences only"):
             resolve_objective(ablation, alignment)
 
 
@@ -311,7 +311,7 @@ def test_tidal_with_jsd_is_refused(config):
 @pytest.mark.parametrize("values", [{"preset": "kl"}, {"preset": "reverse-kl"}, {"divergence": "forward_kl"}])
 def test_token_divergence_across_tokenizers_is_refused(config, values):
     """Catches distributions over two different vocabularies compared id by id."""
-    with pytest.raises(ValueError, match=r"calm, reverse_calm, bernoulli_reverse_kl\.$"):
+    with pytest.raises(ValueError, match=r"bernoulli_reverse_kl, calm, reverse_calm\.$"):
         resolve_objective(config(**values), "chunk")
 
 

@@ -110,7 +110,7 @@ def test_prompt_aligned_batch_equals_row_by_row():
 @pytest.mark.parametrize("steps", [None, 1, 3])
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_full_sequence_blocks_match_a_bidirectional_loop(size, steps):
-    """Catches blocks of a full-sequence model that do not see the masks behind them, or a cache it cannot have."""
+    """Catches blocks of a full-sequence model that do not see the masks after them, or a cache it cannot have."""
     model = tiny(seed=2, diffusion_type="full")
     expected = naive_windows(
         lambda ids, _: model(torch.tensor([ids])).logits[0], prompt(6)[0].tolist(), 6, 10, size, steps
@@ -164,7 +164,7 @@ def test_guidance_matches_two_forwards(lengths, grid):
     ids, negative = prompt(lengths[0]), prompt(lengths[1], seed=9)
 
     def logits_with(given, tokens, size_before):
-        """Logits of the answer behind `given`; its blocks end where the answer's do."""
+        """Logits of the answer after `given`; its blocks end where the answer's do."""
         row = torch.cat([given, torch.tensor([tokens], dtype=torch.long)], 1)
         columns = torch.arange(row.shape[1])
         number = (columns - given.shape[1] + size_before + 1000 * BLOCK) // BLOCK

@@ -1,6 +1,7 @@
 """The embedded comparison, end to end and in its parts."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,22 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from embedded import (
-    build_report,
-    complete,
-    format_table,
+from embedded.command import run_and_show
+from embedded.comparison import build_report, comparison_table
+from embedded.decoding import complete
+from embedded.harness import Result
+from embedded.networks import Network, build_network
+from embedded.report import cell, format_table, mean_curve, summarize
+from embedded.tasks import (
+    COMPARISONS,
+    dense_task,
+    find_comparison,
+    moe_task,
     rows_task,
     sorting_across_tokenizers_task,
     sorting_task,
 )
-from embedded.command import run_and_show
-from embedded.comparison import RowResult
-from embedded.networks import Network, build_network
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dense_teacher.py"
+REPORTS = RECIPE.parent / "reports"
 ROWS = ["teacher", "ce", "kl", "kl_weight_3", "tide_raw", "tide", "ce_equal_time"]
 
 
@@ -66,17 +72,120 @@ def test_completions_are_cut_at_eos_and_counted():
 def test_report_of_nll_keeps_noise_levels():
     """Catches a summary that averages over diffusion times, and spreads claimed from one seed."""
     nll = {"0.1": 1.0, "0.5": 2.0}
-    one = RowResult("teacher", 0, {"exact_match": 0.5, "nll": nll}, 10, 5, 1.0, 100.0, [], "")
+    size = {"parameters": 10, "steps": 5, "train_seconds": 1.0, "tokens_per_second": 100.0}
+    one = Result("sorting", "teacher", 0, {"exact_match": 0.5, "nll": nll, **size})
     report = build_report(sorting_task(), [one], [0])
     assert report["rows"][0]["nll"] == {"mean": nll, "sd": None, "values": [nll]}
-    two = replace(one, seed=1, metrics={"exact_match": 1.0, "nll": {"0.1": 3.0, "0.5": 4.0}})
+    two = replace(one, seed=1, metrics={"exact_match": 1.0, "nll": {"0.1": 3.0, "0.5": 4.0}, **size})
     row = build_report(sorting_task(), [one, two], [0, 1])["rows"][0]
     assert row["nll"]["mean"] == {"0.1": 2.0, "0.5": 3.0} and row["nll"]["sd"]["0.1"] == pytest.approx(2**0.5)
     assert row["exact_match"]["mean"] == 0.75
-    head, line = format_table(report).splitlines()
+    assert (row["parameters"], row["steps"]) == (10, 5) and type(row["steps"]) is int
+    head, line = comparison_table(report).splitlines()
     assert head.split("  ")[-6:-4] == ["nll t=0.1", "nll t=0.5"]
     assert line.split()[:5] == ["teacher", "50.0", "%", "1.000", "2.000"]
     json.dumps(report)
+
+
+def committed(name: str) -> list[tuple[list[Result], list[dict]]]:
+    """Of each task of a committed report: results with the numbers of every seed, and the networks as reported."""
+    report = json.loads((REPORTS / f"{name}.json").read_text())
+    tasks = [(task["name"], task["networks"]) for task in report.get("tasks", [])]
+    if not tasks:
+        # nll has its noise levels inside "mean", "sd" and "values": bring them outside, as in every other metric
+        for row in report["rows"]:
+            if "nll" in row:
+                mean, sd, values = (row["nll"][key] for key in ("mean", "sd", "values"))
+                row["nll"] = {
+                    t: {"mean": mean[t], "sd": sd and sd[t], "values": [value[t] for value in values]} for t in mean
+                }
+        tasks = [(report["task"], report["rows"])]
+    seeds = range(len(report["seeds"] if "seeds" in report else report["settings"]["seeds"]))
+    return [
+        ([Result(task, row["name"], seed, of_seed(row, seed)) for row in rows for seed in seeds], rows)
+        for task, rows in tasks
+    ]
+
+
+def of_seed(entry: dict, seed: int) -> dict:
+    """A network of a report with one seed's value instead of every summary."""
+    found = {}
+    for key, value in entry.items():
+        if isinstance(value, dict) and "values" in value:
+            number = value["values"][seed]
+            found[key] = float("nan") if number is None else number
+        elif isinstance(value, dict):
+            found[key] = of_seed(value, seed)
+    return found
+
+
+def summaries(entry: dict, path: str = "") -> dict[str, dict]:
+    """Every summary of a network, by the path to it."""
+    found = {}
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            here = f"{path}/{key}"
+            found |= {here: value} if "values" in value else summaries(value, here)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["sorting", "sorting_across_tokenizers", "python_stdlib", "python_stdlib_1000_rows", "few_step"]
+)
+def test_statistics_are_those_of_the_committed_reports(name):
+    """Catches another mean or standard deviation (of the population, or over missing seeds) than the reports', which
+    were written with the standard library's `statistics`."""
+    for results, rows in committed(name):
+        entries = summarize(results)
+        assert [entry["name"] for entry in entries] == [row["name"] for row in rows]
+        for entry, row in zip(entries, rows, strict=True):
+            found, expected = summaries(entry), summaries(row)
+            assert list(found) == list(expected) and expected
+            for path, summary in expected.items():
+                assert found[path]["values"] == summary["values"]
+                for statistic in ("mean", "sd"):
+                    ours, reported = found[path][statistic], summary[statistic]
+                    # deviations are differences of numbers as large as the mean, and as precise as those
+                    rounding = 1e-15 * abs(summary["mean"] or 0.0)
+                    same = ours == reported or math.isclose(ours, reported, rel_tol=1e-12, abs_tol=rounding)
+                    assert same, (path, statistic, ours, reported)
+
+
+def test_missing_numbers_are_left_out_and_shown_as_a_dash():
+    """Catches a seed without the number counted as zero, and a spread of one value."""
+    results = [
+        Result("t", name, seed, {"a": {"b": value}})
+        for name, values in (("x", (1.0, float("nan"), 3.0)), ("y", (float("nan"),) * 3), ("z", (2.0,)))
+        for seed, value in enumerate(values)
+    ]
+    x, y, z = summarize(results)
+    assert x["a"]["b"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "values": [1.0, None, 3.0]}
+    assert y["a"]["b"] == {"mean": None, "sd": None, "values": [None] * 3}
+    assert z["a"]["b"] == {"mean": 2.0, "sd": None, "values": [2.0]}
+    table = format_table([x, y, z], {"b": lambda entry: cell(entry["a"]["b"], "{:.1f}", 10, " %")}, corner="of a")
+    assert table.splitlines() == [
+        "of a              b",
+        "   x  20.0 % ± 14.1",
+        "   y              –",
+        "   z         20.0 %",
+    ]
+
+
+def test_mean_curve_has_only_steps_of_every_seed():
+    """Catches a curve that jumps where one seed stopped earlier."""
+    curves = [[{"step": 1, "ce": 2.0}, {"step": 2, "ce": 1.0}, {"step": 2, "lambda": 9.0}], [{"step": 1, "ce": 4.0}]]
+    results = [Result("t", "x", seed, {}, curve=curve) for seed, curve in enumerate(curves)]
+    assert mean_curve(results, "ce").to_dict() == {1: 3.0} and mean_curve(results, "distill").empty
+
+
+@pytest.mark.parametrize("name", [*COMPARISONS["dense_teacher"], *COMPARISONS["moe_teacher"], "mine.jsonl"])
+def test_the_command_of_a_report_runs_its_task(name):
+    """Catches a card that names the command of another comparison."""
+    task, recipe, command = find_comparison(name)
+    launched, _, named = command.partition(" --dataset_name ")
+    choose = {"dense_teacher": dense_task, "moe_teacher": moe_task}[recipe]
+    assert launched == f"accelerate launch recipes/{recipe}.py" and task.name == name
+    assert choose(named or None).name == name
 
 
 @pytest.mark.slow

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from embedded import build_case_tokenizer, copying_rows, copying_task, run_and_show_few_step, sorting_few_step_task
-from embedded.few_step import FULL, NETWORKS, _dense_teacher, measure
-from embedded.few_step_report import METRICS, format_few_step_table, show_few_step
+from embedded.command import run_and_show_few_step, show_few_step
+from embedded.few_step import FULL, METRICS, NETWORKS, few_step_table, find_teacher, measure
+from embedded.tasks import FEW_STEP, copying_task, sorting_few_step_task
 from tiny import tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tide_hf import IDLMConfig
 from tide_hf.commands.distill import parse_arguments, run_inverse_distillation
-from tide_hf.demo.copying import HELD_OUT_SEED, VALIDATION_SEED, both_cases
+from tide_hf.demo.copying import HELD_OUT_SEED, VALIDATION_SEED, both_cases, build_case_tokenizer, copying_rows
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 
 ROOT = Path(__file__).parents[1]
@@ -73,9 +73,9 @@ class Answers:
 def test_measures_of_a_known_network():
     """Catches an accuracy that takes mixtures for right, one answer for two, or other settings than random order at
     temperature 1: with n independent choices of case 2^(1−n) answers are right, and half of the right pairs differ."""
-    task = copying_task(num_held_out=400)
+    task = copying_task()
     network = Answers(build_case_tokenizer())
-    metrics = measure(task, network, network.tokenizer, seed=0)
+    metrics = measure(task, network, network.tokenizer, copying_rows(400, HELD_OUT_SEED), seed=0)
     for steps, expected in (("1", 1.0), ("2", 0.5), ("4", 0.125), ("16", 0.0)):
         assert metrics[steps]["accuracy"] == pytest.approx(expected, abs=0.04), steps
     assert metrics["1"]["differ"] == pytest.approx(0.5, abs=0.07) and math.isnan(metrics["16"]["differ"])
@@ -85,10 +85,25 @@ def test_measures_of_a_known_network():
         assert settings["remasking"] == "random" and settings["temperature"] == 1.0
 
 
-def test_the_dense_recipes_teacher_is_taken_where_it_lies(tmp_path):
-    """Catches a teacher trained once more although the dense recipe left one."""
-    tiny_model(0).save_pretrained(tmp_path / "teacher-seed0")
-    assert _dense_teacher(0, tmp_path / "runs", str(tmp_path)) == tmp_path / "teacher-seed0"
+def save_dense_run(folder: Path, task: str) -> Path:
+    """What the dense recipe leaves of its teacher, in a folder beside the output of the few-step one."""
+    teacher = folder / "dense_teacher" / "runs" / "teacher-seed0"
+    tiny_model(0, dtype=torch.float32).save_pretrained(teacher)
+    build_tokenizer().save_pretrained(teacher)
+    (folder / "dense_teacher" / "report.json").write_text(json.dumps({"task": task}))
+    return teacher
+
+
+def test_only_the_same_tasks_teacher_is_taken(tmp_path):
+    """Catches a teacher trained once more although the dense recipe left one, and a teacher of another task, seed or
+    network taken for this one."""
+    sorting, copying = sorting_few_step_task(), copying_task()
+    teacher = save_dense_run(tmp_path, "sorting")
+    assert find_teacher(sorting, 0, tmp_path / "few_step") == teacher
+    assert find_teacher(sorting, 1, tmp_path / "few_step") is None
+    assert find_teacher(copying, 0, tmp_path / "few_step") is None
+    save_dense_run(tmp_path, "python_stdlib")
+    assert find_teacher(sorting, 0, tmp_path / "few_step") is None
 
 
 # -- the recipe -------------------------------------------------------------------------------------------------------
@@ -98,11 +113,10 @@ def test_the_dense_recipes_teacher_is_taken_where_it_lies(tmp_path):
 def test_comparison_from_end_to_end(tmp_path, capsys):
     """Catches a comparison that leaves out a network, a seed or a number of steps, or hands over another student."""
     tasks = [copying_task(teacher_steps=4, student_steps=2, num_held_out=4), sorting_few_step_task(2, 4)]
-    tiny_model(0, dtype=torch.float32).save_pretrained(tmp_path / "dense" / "teacher-seed0")
-    build_tokenizer().save_pretrained(tmp_path / "dense" / "teacher-seed0")
-    tasks[1] = sorting_few_step_task(2, 4, dense_runs=str(tmp_path / "dense"))
+    save_dense_run(tmp_path, "sorting")
     out = tmp_path / "out"
-    report = run_and_show_few_step(tasks, [0], out)
+    report = run_and_show_few_step(tasks, [0], str(out))
+    assert not (out / "sorting" / "runs" / "teacher-seed0").exists(), "the dense recipe's was taken"
     assert json.loads((out / "report.json").read_text()) == report
     assert (out / "few_step.png").stat().st_size > 5000
     for task, columns in zip(report["tasks"], (7, 3), strict=True):
@@ -111,12 +125,10 @@ def test_comparison_from_end_to_end(tmp_path, capsys):
             assert len(network["steps"]) == columns
             assert all(set(cell) == set(METRICS) for cell in network["steps"].values())
     printed = capsys.readouterr().out
-    assert (
-        format_few_step_table(report["tasks"][0]) in printed and format_few_step_table(report["tasks"][1]) in printed
-    )
+    assert few_step_table(report["tasks"][0]) in printed and few_step_table(report["tasks"][1]) in printed
     card = (out / "README.md").read_text()
     assert "![Right answers against denoising steps](few_step.png)" in card and "2602.19066" in card
-    assert format_few_step_table(report["tasks"][0]) in card
+    assert few_step_table(report["tasks"][0]) in card
     student, saved = (AutoModel.from_pretrained(path) for path in (out, out / "copying" / "runs" / "IDLM-seed0"))
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in student.state_dict().items())
     assert student.generation_config.steps_per_block == tasks[0].idlm["num_steps"]
@@ -126,9 +138,9 @@ def test_comparison_from_end_to_end(tmp_path, capsys):
 def test_embedded_run_refuses_flags_it_would_ignore(flags, monkeypatch):
     """Catches a setting of the user that the embedded comparison silently does not use."""
     monkeypatch.setattr(
-        "embedded.few_step_report.run_and_show_few_step", lambda *args: pytest.fail("the comparison was started")
+        "embedded.command.run_and_show_few_step", lambda *args: pytest.fail("the comparison was started")
     )
-    with pytest.raises(SystemExit, match="has no meaning for an embedded comparison"):
+    with pytest.raises(SystemExit, match="is not used by the embedded comparison"):
         show_few_step(parse_arguments("outputs", flags, IDLMConfig))
 
 
@@ -192,9 +204,9 @@ def test_committed_report_is_a_whole_run():
     report = json.loads(REPORT.read_text())
     assert report["seeds"] == [0, 1, 2]
     copying, sorting = report["tasks"]
-    for found, task in ((copying, copying_task()), (sorting, sorting_few_step_task())):
+    for found, task in zip((copying, sorting), (make() for make in FEW_STEP.values()), strict=True):
         assert found["name"] == task.name and found["settings"]["idlm"] == task.idlm
         assert found["settings"]["student"] == vars(task.student)
-        assert found["settings"]["num_held_out"] == len(task.held_out())
+        assert found["settings"]["num_held_out"] == len(task.load(0).held_out_rows)
         assert [network["name"] for network in found["networks"]] == list(NETWORKS)
         assert all(len(cell["accuracy"]["values"]) == 3 for n in found["networks"] for cell in n["steps"].values())

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from embedded import dense_task, moe_task
 from embedded.command import run_embedded
+from embedded.tasks import dense_task, moe_task
 from peft import AutoPeftModelForCausalLM
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +68,8 @@ def test_embedded_run_refuses_flags_it_would_ignore(flags, named, monkeypatch):
     monkeypatch.setattr("embedded.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
     with pytest.raises(SystemExit) as stopped:
         run_embedded(parse_arguments("outputs", flags), dense_task)
-    assert str(stopped.value).startswith(f"{named} has no meaning for an embedded comparison")
+    verb = "are" if "," in named else "is"
+    assert str(stopped.value).startswith(f"{named} {verb} not used by the embedded comparison, which")
 
 
 def test_embedded_run_refuses_a_file_of_settings(tmp_path, monkeypatch):
@@ -76,7 +77,7 @@ def test_embedded_run_refuses_a_file_of_settings(tmp_path, monkeypatch):
     monkeypatch.setattr("embedded.command.run_and_show", lambda *args: pytest.fail("the comparison was started"))
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 1e-3\nuse_cpu: true\n")
-    with pytest.raises(SystemExit, match="--config has no meaning"):
+    with pytest.raises(SystemExit, match="--config is not used"):
         run_embedded(parse_arguments("outputs", ["--config", str(path)]), dense_task)
 
 

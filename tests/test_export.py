@@ -194,7 +194,7 @@ def test_published_student_by_name(tmp_path):
 
 
 def test_adapters_are_merged_by_name_and_refused_as_instances(tmp_path):
-    """Catches an adapter that is left out of the exported weights without a word, and a caller's model changed."""
+    """Catches an adapter that is silently left out of the exported weights, and a caller's model changed."""
     model = student()
     model.save_pretrained(tmp_path / "base")
     adapted = get_peft_model(
@@ -205,7 +205,7 @@ def test_adapters_are_merged_by_name_and_refused_as_instances(tmp_path):
     build_tokenizer().save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     for instance in (adapted, loaded):
-        with pytest.raises(ValueError, match="carries an adapter, which engines do not know: merge first"):
+        with pytest.raises(ValueError, match="carries an adapter, which engines do not know: merge it first"):
             export_for_serving(instance, tmp_path / "served", tokenizer=build_tokenizer())
     export_for_serving(str(tmp_path / "adapter"), tmp_path / "served")
     served = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "served"))

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from embedded import Network, adapter
-from embedded.adapter import format_adapter_table, run_adapter_demo
+from embedded import adapter
+from embedded.adapter import adapter_table, run_adapter_demo
+from embedded.harness import Result
+from embedded.networks import Network
 from peft import AutoPeftModelForCausalLM
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
@@ -42,8 +44,8 @@ def test_the_example_measures_what_it_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(adapter, "decode_and_match", decode_and_match)
     tiny = Network(hidden=16, layers=1, heads=2, steps=2)
-    results = run_adapter_demo(tmp_path, base=tiny, adapter_steps=2, num_held_out=4)
-    assert {name: list(result) for name, result in results.items()} == {
+    results = run_adapter_demo(tmp_path, base=tiny, adapter=tiny, num_held_out=4)
+    assert {result.network: list(result.metrics) for result in results} == {
         name: ["ascending", "descending"] for name in ("base", "adapter", "merged")
     }
     base, merged = str(tmp_path / "base"), str(tmp_path / "merged")
@@ -62,19 +64,9 @@ def test_the_example_measures_what_it_saved(tmp_path, monkeypatch):
 
 def test_table_is_of_all_seeds():
     """Catches a table of the last seed, or a spread of one."""
-    runs = [{"base": {"ascending": a, "descending": 0.0}} for a in (0.5, 1.0)]
-    assert format_adapter_table(runs).splitlines()[1].split() == [
-        "base",
-        "75.0",
-        "%",
-        "±",
-        "35.4",
-        "0.0",
-        "%",
-        "±",
-        "0.0",
-    ]
-    assert "±" not in format_adapter_table(runs[:1])
+    runs = [Result("sorting", "base", seed, {"ascending": a, "descending": 0.0}) for seed, a in enumerate((0.5, 1.0))]
+    assert adapter_table(runs).splitlines()[1] == "base  75.0 % ± 35.4  0.0 % ± 0.0"
+    assert "±" not in adapter_table(runs[:1])
 
 
 @pytest.mark.slow
@@ -121,13 +113,13 @@ def test_own_student_and_data(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "world_size", "message"),
     [
-        (["--lora_r", "4", "--learning_rate", "1e-3"], "1", "--learning_rate, --lora_r has no meaning"),
+        (["--lora_r", "4", "--learning_rate", "1e-3"], "1", "--learning_rate, --lora_r are not used"),
         ([], "2", "runs in one process"),
     ],
 )
 def test_embedded_example_refuses_what_it_would_ignore(flags, world_size, message, monkeypatch):
     """Catches a setting that is silently not used, and one example per process, all writing into one folder."""
-    monkeypatch.setattr(adapter, "run_adapter_demo", lambda *args: pytest.fail("the example was started"))
+    monkeypatch.setattr(adapter, "run_jobs", lambda *args: pytest.fail("the example was started"))
     arguments = parse_arguments("outputs", flags)
     monkeypatch.setattr("tide_hf.commands.distill.parse_arguments", lambda output_dir: arguments)
     monkeypatch.setenv("WORLD_SIZE", world_size)

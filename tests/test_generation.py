@@ -113,7 +113,7 @@ def test_ties_are_revealed_from_the_left():
 
 @pytest.mark.parametrize("settings", [{}, {"steps_per_block": 2}, {"confidence_threshold": 0.3}], ids=str)
 def test_eos_ends_a_row(settings):
-    """Catches text behind the end of the answer, and an EOS of the prompt taken for the answer's."""
+    """Catches text after the end of the answer, and an EOS of the prompt taken for the answer's."""
     model, lengths = tiny(seed=3), []
     for eos in range(20):
         with_eos = prompt(6)
@@ -154,7 +154,7 @@ def test_batch_equals_row_by_row(settings, side, diffusion_type):
 
 
 def test_finished_rows_cost_no_forward_passes():
-    """Catches rows that are denoised on behind their EOS and hold up the batch: slower, and a wrong speed."""
+    """Catches rows that are still denoised after their EOS and hold up the batch: slower, and a wrong speed."""
     model, saved = tiny(seed=3), 0
     prompts = [prompt(length) for length in (4, 5, 6, 7)]
     ids, mask = as_batch(prompts, "left")
@@ -172,7 +172,7 @@ def test_finished_rows_cost_no_forward_passes():
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_full_sequence_matches_a_bidirectional_loop(settings):
-    """Catches a full-sequence model decoded block by block, or one that sees padding behind its answer."""
+    """Catches a full-sequence model decoded block by block, or one that sees padding after its answer."""
     model = tiny(seed=2, diffusion_type="full")
     for length, max_new_tokens in ((1, 5), (6, 9), (8, 8)):
         expected, num_steps = naive_generate(model, prompt(length)[0].tolist(), max_new_tokens, **settings)
@@ -328,7 +328,7 @@ def test_streamer_without_drafts():
 
 @pytest.mark.parametrize("ending", ["max_new_tokens", "eos"])
 def test_streamed_tokens_are_the_returned_ones(ending):
-    """Catches text shown behind the answer's end: a block's rest behind EOS or max_new_tokens is no answer."""
+    """Catches text shown after the answer's end: what follows EOS or max_new_tokens in a block is not an answer."""
     model, streamer = tiny(seed=3), Recorder()
     free = model.generate(prompt(4), max_new_tokens=8)[0, 4:].tolist()
     eos = next(token for index, token in enumerate(free) if free.index(token) == index and index % BLOCK != BLOCK - 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from embedded.cards import report_card
+from embedded.tasks import COMPARISONS
 from huggingface_hub import ModelCard
 from tiny import tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM
@@ -327,8 +328,9 @@ def test_source_of_a_folder_is_its_card(tmp_path):
 def test_card_of_an_embedded_run(task, row):
     """Catches a card of an embedded run that hides what it is, or shows another number than the report."""
     report = json.loads((Path(__file__).parents[1] / "recipes" / "reports" / f"{task}.json").read_text())
+    made = COMPARISONS["dense_teacher"][task]()
     text = report_card(
-        report, row, "accelerate launch recipes/dense_teacher.py", "outputs/dense_teacher", 400, "2026-11-23"
+        made, report, row, "accelerate launch recipes/dense_teacher.py", "outputs/dense_teacher", 400, "2026-11-23"
     )
     assert check_card(text) == []
     data = ModelCard(text).data.to_dict()

@@ -35,7 +35,7 @@ def naive_infill(model, ids, steps=None):
 @pytest.mark.parametrize("diffusion_type", ["block", "full"])
 @pytest.mark.parametrize("steps", [None, 1, 2])
 def test_infill_matches_a_loop_over_the_whole_text(diffusion_type, steps):
-    """Catches holes filled without what stands behind them, blocks out of order, or a cache of masked columns."""
+    """Catches holes filled without what stands after them, blocks out of order, or a cache of masked columns."""
     model = tiny(seed=3, diffusion_type=diffusion_type)
     for length, holes in ((10, [1, 2, 6]), (7, [0]), (12, [3, 4, 5, 11]), (3, [1]), (14, [12, 13])):
         ids = with_holes(length, holes)
@@ -78,7 +78,7 @@ def test_a_hole_sees_its_own_block_on_both_sides_and_no_later_one():
 
 
 def test_only_what_a_hole_needs_is_run(monkeypatch):
-    """Catches blocks behind the last hole being run, and blocks without holes being denoised."""
+    """Catches blocks after the last hole being run, and blocks without holes being denoised."""
     model, columns = tiny(), []
     run = model.run_decoder
     monkeypatch.setattr(

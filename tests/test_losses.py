@@ -447,11 +447,11 @@ def test_sums_are_divided_by_the_count_passed_in(name, as_tensor):
         (lambda: losses.timestep_weight(torch.zeros(2), "middle"), "'uniform' or 'midrange'"),
         (
             lambda: weighted_losses.jsd_loss(draw(2, 3), draw(2, 3), num_items=2, beta=0.0),
-            r"jsd: beta=.* must lie in \(0, 1\)",
+            r"jsd: beta=.* must lie in",
         ),
         (
             lambda: weighted_losses.jsd_loss(draw(2, 3), draw(2, 3), num_items=2, beta=1.0),
-            r"jsd: beta=.* must lie in \(0, 1\)",
+            r"jsd: beta=.* must lie in",
         ),
         (lambda: weighted_losses.forward_kl_loss(draw(2, V), draw(2, U), num_items=2), "shared_vocab_size"),
         (lambda: weighted_losses.reverse_kl_loss(draw(2, V), draw(2, U), num_items=2), "shared_vocab_size"),

@@ -163,7 +163,7 @@ def test_published_wedlm_8b_folder_loads_unchanged(auto_class, tmp_path):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_without_a_mask_attention_is_bidirectional(implementation):
-    """Catches the causal mask of the base class: a student that cannot see behind its [MASK]."""
+    """Catches the causal mask of the base class: a student that cannot see past its [MASK]."""
     model = tiny(attn_implementation=implementation).double()
     ids = tokens(2, 7)
     changed = ids.clone()
@@ -186,7 +186,7 @@ def test_padding_changes_nothing(side, implementation):
     mask = torch.cat([invalid, valid] if left else [valid, invalid], 1)
     padded = torch.cat([padding, ids] if left else [ids, padding], 1)
     real = slice(3, None) if left else slice(None, 6)
-    # rotary tables are float32, so that a shift of all positions leaves rounding behind, as does eager's softmax
+    # rotary tables are float32, so that a shift of all positions leaves rounding errors, as does eager's softmax
     atol = 1e-5 if left or implementation == "eager" else 1e-10
     expected = model(ids).logits
     torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, real], expected, rtol=0, atol=atol)
@@ -194,7 +194,7 @@ def test_padding_changes_nothing(side, implementation):
     assert (attended - expected).abs().max() > 1e-2, "the comparison would say nothing"
 
 
-def test_eager_honours_a_boolean_mask():
+def test_eager_applies_a_boolean_mask():
     """Catches eager attention adding True as 1, which is full attention: training would leak the answer."""
     block = torch.arange(8) // BLOCK
     visible = (block[:, None] >= block[None, :])[None, None].repeat(2, 1, 1, 1)
@@ -216,7 +216,7 @@ def test_eager_honours_a_boolean_mask():
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn"])
 def test_flash_attention_is_refused(implementation):
-    """Catches a kernel that drops the mask without a word."""
+    """Catches a kernel that silently drops the mask."""
     with pytest.raises(ValueError, match=f"{implementation}.*cannot express"):
         attention_mask_for(torch.ones(1, 1, 2, 2, dtype=torch.bool), implementation, torch.float32)
 

@@ -48,7 +48,7 @@ def test_it_is_what_trains(tmp_path):
     expected = 0.0
     for student_z, teacher_z in zip(found[0][: len(teacher)], teacher, strict=True):
         overlap = (student_z.softmax(-1).sqrt() * teacher_z.softmax(-1).sqrt()).sum()
-        expected += 3.0 * (1 - float(overlap)) / len(teacher)
+        expected += 3.0 * (1 - overlap.item()) / len(teacher)
     assert float(outputs.terms["distill"].sum()) == pytest.approx(expected, rel=1e-6) != 0
 
 

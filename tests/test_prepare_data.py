@@ -238,7 +238,7 @@ def test_trainer_takes_what_was_written_for_it(tmp_path):
     """Catches a dataset refused that is this run's own, prepared again, or trained on differently; and its report,
     which the model card shows, lost."""
     raw = chunk_trainer(tmp_path / "raw", raw_rows())
-    written = write_prepared({"train": raw_rows()}, raw._preparation, tmp_path / "prepared", rows_per_part=10)
+    written = write_prepared({"train": raw_rows()}, raw.plan.preparation, tmp_path / "prepared", rows_per_part=10)
     trainer = chunk_trainer(tmp_path / "run", load_from_disk(tmp_path / "prepared")["train"])
     assert rows_of(trainer.train_dataset) == rows_of(raw.train_dataset) == rows_of(written["train"])
     assert trainer.preparation_reports == raw.preparation_reports
@@ -270,9 +270,9 @@ def test_trainer_refuses_rows_without_a_record(tmp_path):
         chunk_trainer(tmp_path / "run", unknown)
     with pytest.raises(ValueError, match="no record"):
         chunk_trainer(tmp_path / "stream", unknown.to_iterable_dataset())
-    recorded = PreparationRecord.of(trainer._preparation).attach(unknown)
+    recorded = PreparationRecord.of(trainer.plan.preparation).attach(unknown)
     assert len(chunk_trainer(tmp_path / "known", recorded).train_dataset) == 22
-    stream = PreparationRecord.of(trainer._preparation).attach(unknown.to_iterable_dataset())
+    stream = PreparationRecord.of(trainer.plan.preparation).attach(unknown.to_iterable_dataset())
     chunk_trainer(tmp_path / "known_stream", stream)
 
 

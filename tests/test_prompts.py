@@ -100,7 +100,7 @@ def test_a_beginning_that_is_padding_too_stays(length):
 
 
 def test_padding_that_is_eos_is_said_once(monkeypatch):
-    """Catches padding that cannot be told from EOS being read as text without a word."""
+    """Catches padding that cannot be told from EOS silently being read as text."""
     said = []
     monkeypatch.setattr("tide_hf.models.prompts_tide.logger.warning_once", said.append)
     for own in ({"pad_token_id": EOS, "eos_token_id": EOS}, {"pad_token_id": None, "eos_token_id": [EOS, 20]}):

@@ -42,7 +42,7 @@ def changed_config(path, **changes):
 @pytest.mark.parametrize("auto_class", AUTO_MODELS)
 @pytest.mark.parametrize("family", list(PUBLISHED))
 def test_published_folder_loads_as_its_native_class(family, auto_class, tmp_path):
-    """Catches tensors that are re-drawn or left behind, a null that breaks the config, and remote code being run."""
+    """Catches tensors that are re-drawn or dropped, a null that breaks the config, and remote code being run."""
     config, _ = write_checkpoint(tmp_path, family)
     model, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
     assert type(model).__name__ == config["architectures"][0] and type(model).__module__.startswith("tide_hf.models")
@@ -241,14 +241,14 @@ def test_unknown_family_is_refused_before_its_weights(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ValueError, match=f"'{model_type}' is not a known teacher family") as error:
         load_teacher(str(tmp_path))
-    for known in ("llada2_moe", "Dream", "sdar", "wedlm", "llada", "registered with AutoModelForCausalLM"):
+    for known in ("llada2_moe", "Dream", "sdar", "wedlm", "llada", "model class with AutoModelForCausalLM"):
         assert known in str(error.value)
 
 
 @pytest.mark.parametrize("family", list(PUBLISHED))
 @pytest.mark.parametrize("what", ["missing", "unexpected"])
 def test_keys_that_do_not_fit_are_refused(family, what, tmp_path):
-    """Catches random weights in place of missing ones, and parts of a model that are left behind in silence."""
+    """Catches random weights instead of missing ones, and parts of a checkpoint that are silently dropped."""
     _, weights = write_checkpoint(tmp_path, family)
     if what == "missing":
         outputs = ("attn_out.weight", "dense.weight", "o_proj.weight")
@@ -324,7 +324,7 @@ def test_wedlm_of_the_wrong_kind_is_refused(tmp_path):
     ],
 )
 def test_settings_no_published_model_has_are_refused(family, changes, tmp_path):
-    """Catches an option that the native class ignores: it would load without a word and compute something else."""
+    """Catches an option that the native class ignores: it would silently load and compute something else."""
     write_checkpoint(tmp_path, family, **changes)
     (name,) = changes
     with pytest.raises(ValueError, match=name):
@@ -358,7 +358,7 @@ def test_fields_nobody_knows_are_named(family, tmp_path, monkeypatch):
 
 
 def test_wedlm_with_norms_and_biases(tmp_path, monkeypatch):
-    """Catches a bias behind the attention, which no WeDLM has: it would be drawn at random."""
+    """Catches a bias of the output projection, which no WeDLM has: it would be drawn at random."""
     monkeypatch.setitem(PUBLISHED, "wedlm", (*PUBLISHED["wedlm-8b"][:4], {"qk_norm", "bias"}))
     config, weights = write_checkpoint(tmp_path, "wedlm", attention_bias=True)
     model = load_teacher(str(tmp_path))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from embedded.few_step_report import format_few_step_table
-from embedded.report import format_table
+from embedded.comparison import comparison_table
+from embedded.few_step import few_step_table
 from tiny import SHAPE, tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -129,12 +129,12 @@ def test_small_table_is_that_of_the_report():
 @pytest.mark.parametrize("name", ["sorting", "sorting_across_tokenizers", "python_stdlib"])
 def test_tables_are_those_of_the_reports(name):
     """Catches a number in the recipes' README that no run measured."""
-    assert f"```\n{format_table(report_of(name))}\n```" in RECIPES
+    assert f"```\n{comparison_table(report_of(name))}\n```" in RECIPES
 
 
 def test_few_step_table_is_that_of_the_report():
     """Catches a number in the recipes' README that no run measured."""
-    right_answers = format_few_step_table(report_of("few_step")["tasks"][0]).split("right answers, %")[1]
+    right_answers = few_step_table(report_of("few_step")["tasks"][0]).split("right answers, %")[1]
     assert "```\nright answers, %" + right_answers.split("\n\n")[0].rstrip() + "\n```" in RECIPES
 
 

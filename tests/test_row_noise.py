@@ -125,7 +125,7 @@ def test_evaluation_depends_on_nothing_but_the_rows(kind, tmp_path):
         assert evaluated(model, rows, tmp_path, batch_size) == pytest.approx(expected, rel=1e-6)
     assert evaluated(model, [rows[row] for row in order], tmp_path, 8) == pytest.approx(expected, rel=1e-6)
     padded = lambda batch: stack(batch, "left", extra=3)  # noqa: E731
-    # rotary tables are float32, so that a shift of all positions leaves rounding behind
+    # rotary tables are float32, so that a shift of all positions leaves rounding errors
     assert evaluated(model, rows, tmp_path, 8, padded) == pytest.approx(expected, rel=1e-5)
     alone = [model(**stack([row])).loss.item() for row in rows]
     assert np.mean(alone) == pytest.approx(expected, rel=1e-6) and np.std(alone) > 0.1

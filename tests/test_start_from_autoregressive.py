@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from embedded.from_autoregressive import run_from_autoregressive
+from embedded.from_autoregressive import AUTOREGRESSIVE, run_from_autoregressive
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -81,7 +82,9 @@ def test_one_person_runs_the_whole_chain(tmp_path):
 @pytest.mark.slow
 def test_embedded_run_learns_from_its_start(tmp_path):
     """Catches an embedded run whose numbers are not of the student it saves, and a start that is worth nothing."""
-    results = run_from_autoregressive(tmp_path, ar_steps=300, sft_steps=60, num_held_out=100)
+    network = replace(AUTOREGRESSIVE, steps=300)
+    measured = run_from_autoregressive(tmp_path, network, denoising_steps=60, num_held_out=100)
+    results = {result.network: result.metrics["exact_match"] for result in measured}
     assert results["autoregressive"] > 0.9 and results["converted"] < 0.1
     assert results["converted and trained"] > max(0.4, results["from random weights"] + 0.1)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "TIDEQwen3ForBlockDiffusion"
@@ -93,7 +96,7 @@ def test_embedded_run_learns_from_its_start(tmp_path):
     [
         (["--preset", "kl"], "trains without a teacher"),
         (["--teacher_model_name_or_path", "x"], "trains without a teacher"),
-        (["--max_steps", "3"], "--max_steps has no meaning for an embedded comparison"),
+        (["--max_steps", "3"], "--max_steps is not used by the embedded comparison"),
     ],
 )
 def test_sft_refuses_what_it_would_ignore(flags, message, tmp_path):

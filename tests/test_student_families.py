@@ -44,7 +44,7 @@ def padded(side: str, width: int = 3):
 
 
 @families
-def test_the_family_is_bidirectional_and_honours_a_mask(config_class):
+def test_the_family_is_bidirectional_and_applies_a_mask(config_class):
     """Catches a family left causal, and one whose boolean mask is read as full attention."""
     block = torch.arange(IDS.shape[1]) // BLOCK
     visible = (block[:, None] >= block[None, :])[None, None].repeat(2, 1, 1, 1)
@@ -64,7 +64,7 @@ def test_the_family_is_bidirectional_and_honours_a_mask(config_class):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("form", ["dict", "float", "three axes", "with labels"])
 def test_a_mask_in_a_doubtful_form_never_becomes_full_attention(form, implementation):
-    """Catches masks that slip past the conversion: eager adds True as 1, and a 3-D mask is dropped without a word."""
+    """Catches masks that slip past the conversion: eager adds True as 1, and a 3-D mask is silently dropped."""
     model = tiny_model(attn_implementation=implementation).eval()
     visible = torch.ones(10, 10).tril().bool()[None, None].repeat(2, 1, 1, 1)
     if form == "dict":

@@ -7,7 +7,7 @@ import torch
 from published import FAMILIES as PUBLISHED
 from published import VOCAB, naive_logits, write_checkpoint
 from tiny import BLOCK, MASK, SHAPE, tiny_trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tide_hf.demo.sorting import build_tokenizer
 from tide_hf.diffusion import LayoutSpec, NetworkInputs, Noising, block_layout
@@ -24,6 +24,8 @@ from tide_hf.models import (
 )
 from tide_hf.teachers import (
     Teacher,
+    TeacherFamily,
+    TeacherView,
     contract_for,
     load_teacher,
     resolve_mask_token_id,
@@ -94,6 +96,19 @@ def test_contracts_of_all_families():
 def test_mask_token_of_each_family(config, mask_token_id):
     """Catches a teacher asked about another family's [MASK], which for it is an ordinary token."""
     assert resolve_mask_token_id(None, config, None, "teacher") == mask_token_id
+
+
+def test_a_new_family_is_its_configuration_class():
+    """Catches a list elsewhere that a family of somebody else's would have to stand in as well."""
+
+    class NewConfig(Qwen3Config):
+        model_type = "new"
+        block_size: int = 16
+        teacher_family = TeacherFamily(TeacherView("own"), paper=TeacherView("none", shifted=True), mask_token_id=7)
+
+    assert contract_for(NewConfig(), 5, "native", 8) == LayoutSpec(5, 16, True)
+    assert contract_for(NewConfig(), 5, "paper", 8) == LayoutSpec(5, None, False, shifted=True)
+    assert resolve_mask_token_id(None, NewConfig(), None, "teacher") == 7
 
 
 def test_shifted_teacher_with_blocks_is_refused():

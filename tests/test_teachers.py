@@ -108,7 +108,7 @@ CONTRACTS = {
 @pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_that_share_a_line_do_not_see_each_other(contract, side):
-    """Catches short rows laid behind one another that attend across, or predict from their neighbour's last token:
+    """Catches short rows on one line that attend to each other, or predict from their neighbour's last token:
     every row alone gives the same logits."""
     lengths, width = (16, 5, 7, 4, 3), 18
     teacher = Teacher(tiny().double(), contract)
@@ -229,7 +229,7 @@ def test_disagreeing_mask_tokens_are_named(caplog):
 
 @pytest.mark.parametrize("index", [VOCAB, -1])
 def test_mask_token_outside_the_vocabulary_is_refused(index):
-    """Catches an id that would read behind the embedding table (an assert on the device, far from its cause)."""
+    """Catches an id that would read past the embedding table (an assert on the device, far from its cause)."""
     with pytest.raises(ValueError, match=rf"teacher's mask token id {index} lies outside its vocabulary of 24"):
         resolve_mask_token_id(index, TIDEQwen3Config(**SHAPE), None, "teacher")
     with pytest.raises(ValueError, match="outside its vocabulary"):

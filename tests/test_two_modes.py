@@ -82,7 +82,7 @@ def test_the_exact_teacher_needs_steps():
 
 @pytest.mark.parametrize("knows_time", [False, True])
 def test_no_other_table_is_better_than_the_best(knows_time):
-    """Catches a bound that is none: unequal positions and arbitrary answers in every state do not get below it."""
+    """Catches a bound that is not one: unequal positions and arbitrary answers in every state do not get below it."""
     generator = torch.Generator().manual_seed(0)
     for num_steps in STEPS:
         best = distance(toy.best_table(num_steps, knows_time))

@@ -22,7 +22,7 @@ def model():
 
 
 def test_every_setting_is_in_one_list():
-    """Catches a setting that block diffusion reads and the uniform-state model takes without a word."""
+    """Catches a setting that block diffusion reads and the uniform-state model silently ignores."""
     assert set(REFUSED_FOR_UNIFORM) == (set(READ) | set(REFUSED)) - set(FOR_UNIFORM)
 
 

@@ -1,7 +1,6 @@
 """Runs an embedded comparison from a recipe's arguments and shows the outcome."""
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,13 +10,42 @@ from transformers import AutoModelForCausalLM
 
 from tide_hf.data import PreparationReport
 
-from .comparison import RowResult, Task, TaskData, run_comparison
+from .comparison import TEACHER, Task, TaskData, build_report, comparison_table, plot_curves, run_comparison
 from .decoding import complete, show_denoising
-from .report import build_report, format_table, write_report
+from .few_step import (
+    IDLM,
+    PLOT_FILE,
+    FewStepTask,
+    build_few_step_report,
+    extend_card,
+    few_step_table,
+    plot_few_step,
+    run_few_step,
+)
+from .harness import Result
+from .report import copy_student, loading_lines, write_report
+from .tasks import FEW_STEP
 
-# the only flags that mean something to an embedded comparison
-FLAGS = {"dataset_name", "output_dir", "seeds"}
+FLAGS = {"dataset_name", "output_dir", "seeds"}  # that an embedded comparison uses
 NUM_COMPLETIONS = 3
+
+
+def refuse_other_flags(arguments, flags: set[str]) -> None:
+    """Stops an embedded comparison that was given flags it would ignore, or more than one process.
+
+    Args:
+        arguments ([`~tide_hf.commands.distill.Arguments`]): of the recipe.
+        flags (`set[str]`): the ones it uses.
+    """
+    unused = sorted(arguments.given - flags)
+    if unused:
+        sys.exit(
+            f"--{', --'.join(unused)} {'is' if len(unused) == 1 else 'are'} not used by the embedded comparison, "
+            "which brings its own models and settings. To train your own model, give --model_name_or_path and "
+            "--dataset_name, and whatever else the recipe's --help lists."
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit("An embedded comparison runs in one process: start it with accelerate launch --num_processes 1.")
 
 
 def run_embedded(arguments, choose_task: Callable[[str | None], Task]) -> None:
@@ -25,7 +53,7 @@ def run_embedded(arguments, choose_task: Callable[[str | None], Task]) -> None:
 
     Args:
         arguments ([`~tide_hf.commands.distill.Arguments`]): of the recipe.
-        choose_task (`Callable`): name, or None for the default -> task, see [`dense_task`] and [`moe_task`].
+        choose_task (`Callable`): name, or None for the default -> task; [`dense_task`] or [`moe_task`].
     """
     refuse_other_flags(arguments, FLAGS)
     try:
@@ -36,47 +64,75 @@ def run_embedded(arguments, choose_task: Callable[[str | None], Task]) -> None:
     run_and_show(task, list(range(arguments.script.seeds or num_seeds)), arguments.training.output_dir)
 
 
-def refuse_other_flags(arguments, flags: set[str]) -> None:
-    """Stops a run without models of the user's if it was given flags it would ignore, or several processes.
+def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
+    """Runs a comparison, prints its table, and writes report, plot and the distilled student into a folder.
 
     Args:
-        arguments ([`~tide_hf.commands.distill.Arguments`]): of the recipe.
-        flags (`set[str]`): the ones that mean something to its embedded run.
-    """
-    unused = sorted(arguments.given - flags)
-    if unused:
-        sys.exit(
-            f"--{', --'.join(unused)} has no meaning for an embedded comparison, which brings its own models and "
-            "settings. Give --model_name_or_path, and what the recipe says goes with it, to train your own models."
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.exit("An embedded comparison runs in one process: start it with accelerate launch --num_processes 1.")
-
-
-def run_and_show(task: Task, seeds: list[int], output_dir: str) -> dict:
-    """Runs a comparison, prints its table, writes report, plot and the distilled student into a folder.
+        task ([`Task`]), seeds (`list[int]`): what to run.
+        output_dir (`str`): the folder.
 
     Returns:
         the report, see [`build_report`].
     """
-    started = time.time()
+    started, folder = time.time(), Path(output_dir)
     results = run_comparison(task, seeds, output_dir)
     report = build_report(task, results, seeds)
-    write_report(report, results, output_dir)
-    print(f"\n{format_table(report)}\n\nThe student's rows: {PreparationReport(**report['preparation'])}\n")
-    student = next(result for result in results if result.name == task.distilled and result.seed == seeds[0])
-    for file in Path(student.path).iterdir():
-        if file.is_file() and file.name != "training_args.bin":
-            shutil.copy(file, output_dir)
+    prepared = f"The student's rows: {PreparationReport(**report['preparation'])}"
+    _hand_over(report, [comparison_table(report), prepared], _first(results, task.name, task.distilled), folder)
+    plot_curves(report, results, folder / "curves.png")
     data = task.load(seeds[0])
-    held_out_prompt = data.held_out_rows[0]["messages"][0]["content"]
     _show_student(data, results, task, output_dir)
-    print(f"\n{time.time() - started:.0f} s in all. Report, curves and the student are in {output_dir}. To load it:\n")
-    print(loading_lines(output_dir, held_out_prompt))
+    _say_how_to_load(output_dir, data, "Report, curves and the student", started)
     return report
 
 
-def _show_student(data: TaskData, results: list[RowResult], task: Task, output_dir: str) -> None:
+def show_few_step(arguments) -> None:
+    """Runs the few-step comparison on all of its tasks.
+
+    Args:
+        arguments ([`~tide_hf.commands.distill.Arguments`]): of the recipe.
+    """
+    refuse_other_flags(arguments, {"output_dir", "seeds"})
+    tasks = [make() for make in FEW_STEP.values()]
+    run_and_show_few_step(tasks, list(range(arguments.script.seeds or 3)), arguments.training.output_dir)
+
+
+def run_and_show_few_step(tasks: list[FewStepTask], seeds: list[int], output_dir: str) -> dict:
+    """Runs tasks, prints their tables, and writes report, plot, and the first task's IDLM student with its card.
+
+    Args:
+        tasks (`list[FewStepTask]`), seeds (`list[int]`): what to run.
+        output_dir (`str`): the folder.
+
+    Returns:
+        the report, see [`build_few_step_report`].
+    """
+    started, folder = time.time(), Path(output_dir)
+    results = run_few_step(tasks, seeds, output_dir)
+    report = build_few_step_report(tasks, results, seeds)
+    tables = [few_step_table(task) for task in report["tasks"]]
+    _hand_over(report, tables, _first(results, tasks[0].name, IDLM), folder)
+    plot_few_step(report, folder / PLOT_FILE)
+    extend_card(report, folder)
+    _say_how_to_load(output_dir, tasks[0].load(seeds[0]), "Report, plot, card and student", started)
+    return report
+
+
+def _first(results: list[Result], task: str, network: str) -> Result:
+    """A network of the first seed."""
+    return next(result for result in results if (result.task, result.network) == (task, network))
+
+
+def _hand_over(report: dict, texts: list[str], student: Result, output_dir: Path) -> None:
+    """Prints the tables, writes the report and puts the student into the output folder."""
+    for text in texts:
+        print(f"\n{text}")
+    print()
+    write_report(report, output_dir)
+    copy_student(student.path, output_dir)
+
+
+def _show_student(data: TaskData, results: list[Result], task: Task, output_dir: str) -> None:
     """One answer being denoised, or a few completions by teacher and student."""
     student = AutoModelForCausalLM.from_pretrained(output_dir)
     if task.decodes:
@@ -84,9 +140,9 @@ def _show_student(data: TaskData, results: list[RowResult], task: Task, output_d
         show_denoising(student, data.tokenizer, data.held_out_rows[0]["messages"])
         return
     rows = data.held_out_rows.select(range(NUM_COMPLETIONS))
-    teacher = AutoModelForCausalLM.from_pretrained(next(row.path for row in results if row.name == "teacher"))
+    teacher = AutoModelForCausalLM.from_pretrained(_first(results, task.name, TEACHER).path)
     answers = {
-        "teacher": complete(teacher, data.teacher_tokenizer or data.tokenizer, rows, task.num_completion_tokens)[0],
+        TEACHER: complete(teacher, data.teacher_tokenizer or data.tokenizer, rows, task.num_completion_tokens)[0],
         f"student ({task.distilled})": complete(student, data.tokenizer, rows, task.num_completion_tokens)[0],
     }
     for index, messages in enumerate(rows["messages"]):
@@ -95,17 +151,6 @@ def _show_student(data: TaskData, results: list[RowResult], task: Task, output_d
             print(f"--- {name}\n{texts[index]}")
 
 
-def loading_lines(output_dir: str, prompt: str) -> str:
-    """Python that loads and uses the saved student."""
-    return f"""    import tide_hf
-    from transformers import AutoModel, AutoTokenizer
-
-    model = AutoModel.from_pretrained("{output_dir}")
-    tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
-    prompt = tokenizer.apply_chat_template(
-        [{{"role": "user", "content": {prompt!r}}}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
+def _say_how_to_load(output_dir: str, data: TaskData, what: str, started: float) -> None:
+    print(f"\n{time.time() - started:.0f} s in all. {what} are in {output_dir}. To load the student:\n")
+    print(loading_lines(output_dir, data.held_out_rows[0]["messages"][0]["content"]))

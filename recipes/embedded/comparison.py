@@ -1,32 +1,26 @@
 """Trains a teacher and students under several objectives, and compares them.
 
-Everything goes through the library's public doors: rows of messages, TIDETrainer, save_pretrained, from_pretrained.
-Rows of the table run as at most two processes side by side, one thread each.
+Everything goes through public classes: rows of messages, TIDETrainer, save_pretrained, from_pretrained.
 """
 
-import os
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
-import torch
-from datasets import Dataset, disable_progress_bars
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.utils import logging as transformers_logging
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from tide_hf.training.config import TIDEConfig
 from tide_hf.training.trainer import TIDETrainer
 
 from .decoding import complete, decode_and_match
-from .networks import Network, build_network
+from .harness import Job, Result, workers
+from .networks import Network, build_network, train, training_arguments
+from .report import cell, environment, format_table, mean_curve, plot, summarize
 
-NUM_WORKERS = 2
+TEACHER = "teacher"
 START = "start"  # the students' weights as they were drawn
 EQUAL_TIME = "ce_equal_time"
 NUM_TIMED_PROMPTS = 64  # of a text task, decoded in one batch
@@ -34,13 +28,35 @@ NUM_TIMED_PROMPTS = 64  # of a text task, decoded in one batch
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a task brings: a tokenizer, or one for the student and one for the teacher, and rows of messages."""
+    """What a task is made of: tokenizers and rows of messages.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the student's, and the teacher's unless that has its own.
+        teacher_rows, student_rows (`Dataset`): what each is trained on.
+        held_out_rows (`Dataset`): what both are measured on.
+        teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*): the teacher's.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     teacher_rows: Dataset
     student_rows: Dataset
     held_out_rows: Dataset
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card of a task's networks says and its report does not.
+
+    Args:
+        example_prompt (`str`): for the code of the card.
+        language (`str`): ISO 639 code of the data.
+        alignment (`str`): `"token"`, or `"chunk"` where teacher and student have different tokenizers.
+    """
+
+    example_prompt: str
+    language: str
+    alignment: str = "token"
 
 
 @dataclass(frozen=True)
@@ -56,11 +72,12 @@ class Task:
         teacher, student ([`Network`]): sizes and training.
         num_student_rows (`int`): training rows of the student at most.
         objectives (`dict`): row name -> TIDEConfig fields of the student's run; a row named "start" does not train.
+        card ([`CardFacts`]): for the cards of its networks.
         training (`dict`): TIDEConfig fields of every run.
         noise_levels (`tuple[float, ...]`): diffusion times at which `nll` is measured, nats per masked held-out token.
         curve_every (`int`): steps between points of the curve.
         num_completion_tokens (`int`): length of the completions that a text task prints.
-        distilled (`str`): the objective whose student the run hands over.
+        distilled (`str`): the objective whose student ends up in the output folder.
     """
 
     name: str
@@ -72,6 +89,7 @@ class Task:
     student: Network
     num_student_rows: int
     objectives: dict[str, dict]
+    card: CardFacts
     training: dict = field(default_factory=dict)
     noise_levels: tuple[float, ...] = ()
     curve_every: int = 100
@@ -79,45 +97,10 @@ class Task:
     distilled: str = "tide"
 
 
-@dataclass
-class RowResult:
-    """One trained network: what the report and the plot need.
-
-    Args:
-        metrics (`dict`): `exact_match` (a fraction) and `nll` (nats by diffusion time), where they are measured.
-        train_seconds (`float`): CPU seconds of training on one thread, evaluation left out.
-        tokens_per_second (`float`): answer tokens decoded per CPU second, held-out prompts in one batch.
-        curve (`list`): `{"step", "loss", …}` as logged; with `"exact_match"` where it was measured.
-        path (`str`): the saved checkpoint.
-        preparation (`dict`): what became of its training rows, see [`~tide_hf.data.PreparationReport`].
-    """
-
-    name: str
-    seed: int
-    metrics: dict
-    parameters: int
-    steps: int
-    train_seconds: float
-    tokens_per_second: float
-    curve: list[dict]
-    path: str
-    preparation: dict = field(default_factory=dict)
+# -- running ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Job:
-    """One training run, picklable for a worker process."""
-
-    task: Task
-    name: str
-    seed: int
-    output_dir: Path
-    network: Network
-    overrides: dict = field(default_factory=dict)
-    queue: object = None
-
-
-def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list[RowResult]:
+def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list[Result]:
     """Teacher and every student row for every seed.
 
     Students are compared at equal steps, and the row `ce_equal_time` gives CE alone as many CPU seconds as the last
@@ -126,175 +109,208 @@ def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list
     Args:
         task ([`Task`]): what to run.
         seeds (`list[int]`): one teacher and one set of students each.
-        output_dir (`str`): checkpoints go to `<output_dir>/runs/<row>-seed<seed>`.
+        output_dir (`str` or `Path`): checkpoints go to `<output_dir>/runs/<row>-seed<seed>`.
 
     Returns:
-        `list[RowResult]`, rows in the order of the table, seeds inside.
+        `list[Result]`, rows in the order of the table, seeds inside; metrics as in [`train_row`].
     """
-    output_dir = Path(output_dir)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    context = get_context("spawn")
-    with (
-        single_threaded_children(),
-        context.Manager() as manager,
-        ProcessPoolExecutor(NUM_WORKERS, mp_context=context) as pool,
-    ):
-        queue = manager.Queue()
+    runs = Path(output_dir) / "runs"
 
-        def run(title: str, jobs: list[Job]) -> list[RowResult]:
-            jobs = [replace(job, queue=queue) for job in jobs]
-            with _progress_bar(title, sum(job.network.steps for job in jobs), queue):
-                return list(pool.map(train_row, jobs))
+    def job(name: str, seed: int, network: Network, fields: dict) -> Job:
+        return Job(partial(train_row, task, name, seed, runs, network, fields), network.steps)
 
-        teachers = run(
-            f"teacher x {len(seeds)}",
-            [Job(task, "teacher", seed, output_dir, task.teacher, {"preset": "ce"}) for seed in seeds],
-        )
-        networks = {START: replace(task.student, steps=0)}
+    networks = {START: replace(task.student, steps=0)}
+    with workers() as run:
+        title = f"{TEACHER} x {len(seeds)}"
+        teachers = run(title, [job(TEACHER, seed, task.teacher, {"preset": "ce"}) for seed in seeds])
         jobs = [
-            Job(task, name, seed, output_dir, networks.get(name, task.student), overrides)
-            for name, overrides in task.objectives.items()
+            job(name, seed, networks.get(name, task.student), fields)
+            for name, fields in task.objectives.items()
             for seed in seeds
         ]
         students = run(f"{', '.join(task.objectives)} x {len(seeds)}", jobs)
-        *_, slowest = task.objectives
-        jobs = []
-        for seed in seeds:
-            seconds = {row.name: row.train_seconds for row in students if row.seed == seed}
-            steps = round(task.student.steps * seconds[slowest] / seconds["ce"])
-            network = replace(task.student, steps=max(steps, task.student.steps))
-            jobs.append(Job(task, EQUAL_TIME, seed, output_dir, network, task.objectives["ce"]))
-        students += run(f"{EQUAL_TIME} x {len(seeds)}", jobs)
-    return teachers + students
+        jobs = [job(EQUAL_TIME, seed, _equal_time(task, students, seed), task.objectives["ce"]) for seed in seeds]
+        return teachers + students + run(f"{EQUAL_TIME} x {len(seeds)}", jobs)
 
 
-def train_row(job: Job) -> RowResult:
-    """Trains, evaluates and saves one network; runs in a worker process."""
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    task, network = job.task, job.network
-    data = task.load(job.seed)
-    is_teacher = job.name == "teacher"
-    teacher_tokenizer = data.teacher_tokenizer or data.tokenizer
-    tokenizer = teacher_tokenizer if is_teacher else data.tokenizer
-    path = job.output_dir / "runs" / f"{job.name}-seed{job.seed}"
-    args = _training_arguments(job, path)
-    teacher = None if args.preset == "ce" else str(job.output_dir / "runs" / f"teacher-seed{job.seed}")
-    callback = _Clock(job.queue, network.steps)
-    trainer = TIDETrainer(
-        model=build_network(network, tokenizer, task.block_size, job.seed),
-        teacher=teacher,
-        args=args,
-        train_dataset=data.teacher_rows if is_teacher else data.student_rows,
+def _equal_time(task: Task, students: list[Result], seed: int) -> Network:
+    """The student, with as many steps of CE as take the CPU seconds of the last objective."""
+    seconds = {row.network: row.metrics["train_seconds"] for row in students if row.seed == seed}
+    *_, last = task.objectives
+    steps = round(task.student.steps * seconds[last] / seconds["ce"])
+    return replace(task.student, steps=max(steps, task.student.steps))
+
+
+def train_row(task: Task, name: str, seed: int, runs: Path, network: Network, fields: dict) -> list[Result]:
+    """Trains, saves and measures one network.
+
+    Args:
+        task ([`Task`]): which comparison.
+        name (`str`), seed (`int`): row of the table, and seed.
+        runs (`Path`): folder of the checkpoints, in which the teacher lies by now.
+        network ([`Network`]): size and steps.
+        fields (`dict`): TIDEConfig fields of this row.
+
+    Returns:
+        one [`Result`]. Its metrics: `exact_match` (a fraction) and `nll` (nats by diffusion time) where the task
+        measures them, `parameters`, `steps`, `train_seconds` (CPU seconds of training, without evaluation) and
+        `tokens_per_second` (answer tokens decoded per CPU second, held-out prompts in one batch).
+    """
+    data = task.load(seed)
+    teaches = name == TEACHER
+    tokenizer = (data.teacher_tokenizer or data.tokenizer) if teaches else data.tokenizer
+    path = runs / f"{name}-seed{seed}"
+    args = _training_arguments(task, network, path, seed, fields)
+    clock = _Clock(task.curve_every, network.steps)
+    if task.decodes:
+        clock.measure = lambda model: decode_and_match(model, tokenizer, data.held_out_rows)[0]
+    trainer = train(
+        TIDETrainer,
+        build_network(network, tokenizer, task.block_size, seed),
+        args,
+        data.teacher_rows if teaches else data.student_rows,
+        tokenizer,
+        callbacks=(clock,),
+        teacher=None if args.preset == "ce" else str(runs / f"{TEACHER}-seed{seed}"),
         eval_dataset=data.held_out_rows if task.noise_levels else None,
-        processing_class=tokenizer,
-        callbacks=[callback],
     )
-    trainer.remove_callback(PrinterCallback)
-    if task.decodes:
-        callback.measure = lambda: decode_and_match(trainer.model, tokenizer, data.held_out_rows)[0]
-        callback.every = task.curve_every
-    if network.steps:
-        trainer.train()
-    trainer.save_model()
     model = AutoModelForCausalLM.from_pretrained(path)
-    metrics = {}
+    metrics, speed = {}, {}
     if task.decodes:
-        metrics["exact_match"], tokens_per_second = decode_and_match(model, tokenizer, data.held_out_rows)
+        metrics["exact_match"], speed["tokens_per_second"] = decode_and_match(model, tokenizer, data.held_out_rows)
     else:
         prompts = data.held_out_rows.select(range(min(NUM_TIMED_PROMPTS, len(data.held_out_rows))))
-        _, tokens_per_second = complete(model, tokenizer, prompts, task.num_completion_tokens)
+        _, speed["tokens_per_second"] = complete(model, tokenizer, prompts, task.num_completion_tokens)
     if task.noise_levels:
         measured = trainer.evaluate()
         metrics["nll"] = {f"{t:g}": measured[f"eval_nll_{t:g}"] for t in task.noise_levels}
-    return RowResult(
-        name=job.name,
-        seed=job.seed,
-        metrics=metrics,
-        parameters=model.num_parameters(),
-        steps=network.steps,
-        train_seconds=callback.seconds,
-        tokens_per_second=tokens_per_second,
-        curve=trainer.state.log_history + callback.points,
-        path=str(path),
-        preparation=asdict(trainer.preparation_reports["train"]),
-    )
+    size = {"parameters": model.num_parameters(), "steps": network.steps, "train_seconds": clock.seconds}
+    curve = trainer.state.log_history + clock.points
+    prepared = asdict(trainer.preparation_reports["train"])
+    return [Result(task.name, name, seed, {**metrics, **size, **speed}, str(path), curve, prepared)]
 
 
-def _training_arguments(job: Job, path: Path) -> TIDEConfig:
-    """Settings of the task, of the network and of the row, the last winning."""
-    task, network = job.task, job.network
-    return TIDEConfig(
-        output_dir=str(path),
-        max_length=task.max_length,
-        block_size=task.block_size,
-        max_steps=network.steps or -1,
-        per_device_train_batch_size=network.batch_size,
-        per_device_eval_batch_size=64,
-        learning_rate=network.learning_rate,
-        weight_decay=network.weight_decay,
-        logging_steps=max(task.curve_every // 2, 1),
-        save_strategy="no",
-        eval_noise_levels=list(task.noise_levels) or None,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=job.seed,
-        **{**task.training, **job.overrides},
-    )
+def _training_arguments(task: Task, network: Network, path: Path, seed: int, fields: dict) -> TIDEConfig:
+    """Settings of the network, of the task and of the row, the last winning."""
+    settings = {
+        "max_length": task.max_length,
+        "block_size": task.block_size,
+        "per_device_eval_batch_size": 64,
+        "logging_steps": max(task.curve_every // 2, 1),
+        "eval_noise_levels": list(task.noise_levels) or None,
+    }
+    return training_arguments(network, path, seed, **{**settings, **task.training, **fields})
 
 
 class _Clock(TrainerCallback):
-    """CPU seconds of the training steps alone, a tick per step for the bar, and points of a measured curve."""
+    """CPU seconds of the training steps alone, and points of a curve that is measured between them."""
 
-    def __init__(self, queue, num_steps: int):
-        self.queue, self.num_steps = queue, num_steps
+    def __init__(self, every: int, num_steps: int):
+        self.every, self.num_steps = every, num_steps
         self.seconds, self.points = 0.0, []
-        self.measure: Callable[[], float] | None = None
-        self.every = 0
+        self.measure: Callable[..., float] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = time.process_time()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         self.seconds += time.process_time() - self._started
-        if self.queue is not None:
-            self.queue.put(1)
         if self.measure is not None and (state.global_step % self.every == 0 or state.global_step == self.num_steps):
-            self.points.append({"step": state.global_step, "exact_match": self.measure()})
+            self.points.append({"step": state.global_step, "exact_match": self.measure(model)})
         self._started = time.process_time()
 
 
-@contextmanager
-def _progress_bar(title: str, total: int, queue):
-    """A bar of the training steps of all processes, fed through the queue."""
-    with tqdm(total=total, desc=title, unit="step") as bar:
-
-        def listen():
-            while (ticks := queue.get()) is not None:
-                bar.update(ticks)
-
-        listener = threading.Thread(target=listen, daemon=True)
-        listener.start()
-        try:
-            yield
-        finally:
-            queue.put(None)
-            listener.join()
+# -- showing ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def single_threaded_children():
-    """Child processes start with one thread, and without the launcher's idea of a process group."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+def build_report(task: Task, results: list[Result], seeds: list[int]) -> dict:
+    """The record of a comparison.
+
+    Args:
+        task ([`Task`]), results (`list[Result]`), seeds (`list[int]`): what was run, and what came of it.
+
+    Returns:
+        `{"task", "settings", "environment", "preparation", "rows": [{"name", "exact_match" and "nll": {"mean", "sd",
+        "values"}, "parameters", "tokens_per_second", "train_seconds", "steps"}]}`. `exact_match` is a fraction; the
+        `mean`, `sd` and each value of `nll` map a diffusion time to nats per masked token. `sd` is the sample standard
+        deviation over seeds, None for one seed. `preparation` is that of the student's rows of the first seed.
+    """
+    settings = asdict(task)
+    del settings["load"], settings["card"]
+    return {
+        "task": task.name,
+        "settings": {**settings, "seeds": seeds},
+        "environment": environment(),
+        "preparation": next((result.preparation for result in results if result.network == task.distilled), {}),
+        "rows": [_report_row(entry) for entry in summarize(results)],
+    }
+
+
+def _report_row(entry: dict) -> dict:
+    """A network of [`summarize`] as it stands in a report."""
+    row = {"name": entry["name"]}
+    if "exact_match" in entry:
+        row["exact_match"] = entry["exact_match"]
+    if "nll" in entry:
+        row["nll"] = _by_statistic(entry["nll"])
+    steps = entry["steps"]["mean"]
+    return {
+        **row,
+        "parameters": entry["parameters"]["values"][0],
+        "tokens_per_second": entry["tokens_per_second"]["mean"],
+        "train_seconds": entry["train_seconds"]["mean"],
+        "steps": int(steps) if steps.is_integer() else steps,
+    }
+
+
+def _by_statistic(levels: dict[str, dict]) -> dict:
+    """`{time: {"mean", "sd", "values"}}` as `{"mean": {time: …}, "sd": {time: …}, "values": [{time: …}, …]}`."""
+    by_seed = zip(*(summary["values"] for summary in levels.values()), strict=True)
+    values = [dict(zip(levels, numbers, strict=True)) for numbers in by_seed]
+    mean, sd = ({t: summary[name] for t, summary in levels.items()} for name in ("mean", "sd"))
+    return {"mean": mean, "sd": sd if len(values) > 1 else None, "values": values}
+
+
+def comparison_table(report: dict) -> str:
+    """A report as text, one line per network.
+
+    Args:
+        report (`dict`): see [`build_report`].
+    """
+
+    def level_cell(t: str) -> Callable[[dict], str]:
+        return lambda row: cell({"mean": row["nll"]["mean"][t], "sd": (row["nll"]["sd"] or {}).get(t)}, "{:.3f}")
+
+    first, columns = report["rows"][0], {}
+    if "exact_match" in first:
+        columns["exact match"] = lambda row: cell(row["exact_match"], "{:.1f}", 100, " %")
+    columns |= {f"nll t={t}": level_cell(t) for t in (first["nll"]["mean"] if "nll" in first else ())}
+    columns |= {
+        "parameters": lambda row: f"{row['parameters']:,}",
+        "steps": lambda row: f"{row['steps']:,.0f}",
+        "train CPU s": lambda row: f"{row['train_seconds']:.1f}",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    }
+    return format_table(report["rows"], columns)
+
+
+def plot_curves(report: dict, results: list[Result], path: Path) -> None:
+    """Losses, λ and the measured metric against steps, mean over seeds.
+
+    Args:
+        report (`dict`), results (`list[Result]`): of one comparison.
+        path (`Path`): file to write.
+    """
+    panels = [("ce", "denoising loss (nats per token)"), ("distill", "distillation term"), ("lambda", "λ(s)")]
+    if any("exact_match" in point for result in results for point in result.curve):
+        panels.append(("exact_match", "exact match"))
+    with plot(path, len(panels)) as (figure, axes):
+        for axis, (key, title) in zip(axes, panels, strict=True):
+            for index, row in enumerate(report["rows"]):
+                curve = mean_curve([result for result in results if result.network == row["name"]], key)
+                if len(curve):
+                    axis.plot(curve.index, curve, color=f"C{index}", label=row["name"])
+            axis.set(xlabel="optimizer step", title=title)
+        axes[0].set_yscale("log")
+        axes[0].legend(fontsize="small")
+        figure.suptitle(f"{report['task']}, {len(report['settings']['seeds'])} seed(s)")

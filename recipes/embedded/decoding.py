@@ -1,4 +1,4 @@
-"""Decoding in the demos: exact match on held-out prompts, completions to look at, one prompt being denoised."""
+"""Decoding in the embedded comparisons: exact match, completions to look at, one prompt being denoised."""
 
 import time
 
@@ -11,9 +11,11 @@ from tide_hf.evaluation import exact_match
 def complete(
     model, tokenizer, rows: Dataset, max_new_tokens: int | None = None, **settings
 ) -> tuple[list[str], float]:
-    """Answers to the prompts of conversations, one batch; greedy, one token per step, if the model says nothing else.
+    """Answers to the prompts of conversations, in one batch; greedy and one token per step unless settings, or the
+    model's generation config, say otherwise.
 
     Args:
+        model, tokenizer: the network, and what it reads.
         rows (`Dataset`): `messages`, a user turn and an assistant turn each.
         max_new_tokens (`int`, *optional*): the longest reference answer and its EOS by default.
         settings: further arguments of `generate`.
@@ -43,13 +45,18 @@ def complete(
 
 
 def decode_and_match(model, tokenizer, rows: Dataset) -> tuple[float, float]:
-    """Share of held-out answers decoded exactly, and generated tokens per CPU second."""
+    """Share of held-out answers decoded exactly, and generated tokens per CPU second; arguments as in [`complete`]."""
     answers, tokens_per_second = complete(model, tokenizer, rows)
     return exact_match(answers, [messages[-1]["content"] for messages in rows["messages"]]), tokens_per_second
 
 
 class DenoisingLines:
-    """A streamer that prints each state of the block being denoised on a line of its own."""
+    """A streamer that prints each state of the block being denoised on a line of its own.
+
+    Args:
+        tokenizer: of the model.
+        mask_as (`str`): what stands for a masked token.
+    """
 
     def __init__(self, tokenizer, mask_as: str = "_"):
         self.tokenizer, self.mask_as = tokenizer, mask_as
@@ -75,7 +82,12 @@ class DenoisingLines:
 
 
 def show_denoising(model, tokenizer, messages: list[dict]) -> None:
-    """Prints one prompt and its answer becoming visible, step by step."""
+    """Prints one prompt and its answer becoming visible, step by step.
+
+    Args:
+        model, tokenizer: the network, and what it reads.
+        messages (`list[dict]`): a conversation; its last message sets the length.
+    """
     prompt = tokenizer.apply_chat_template(
         [messages[:-1]], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )["input_ids"]

@@ -1,7 +1,7 @@
 """The real-input task: write the body of a function of the running Python's own standard library.
 
-The user gives the signature and the first paragraph of the docstring; the assistant answers with the body. Modules
-that evaluate are never trained on. Nothing is downloaded, and the numbers belong to one Python version.
+The user gives the signature and the first paragraph of the docstring; the assistant answers with the body. Whole
+modules are held out for evaluation. Nothing is downloaded, and the numbers belong to one Python version.
 """
 
 import ast
@@ -36,8 +36,8 @@ def stdlib_functions(root: str | Path | None = None) -> list[dict]:
     """Every function and method of the standard library's Python sources, ordered by file and line.
 
     Left out: tests, installed packages, files that do not parse, functions inside functions (part of their parent's
-    body), bodies that are a docstring only, repeats of a prompt with its body, and functions whose text holds a
-    special token of the demos or whose dedented body no longer means the same (text over several lines).
+    body), bodies that are only a docstring, repeats of a prompt with its body, and functions whose text contains a
+    special token of the tokenizer or whose body changes its meaning when dedented (strings over several lines).
 
     Args:
         root (`str` or `Path`, *optional*): folder of the sources; that of the running Python by default.
@@ -69,7 +69,11 @@ def stdlib_functions(root: str | Path | None = None) -> list[dict]:
 
 
 def split_of(module: str) -> str:
-    """The split of a module, by a stable hash of its top-level name; `_pydatetime` goes where `datetime` goes."""
+    """The split of a module, by a stable hash of its top-level name; `_pydatetime` goes where `datetime` goes.
+
+    Args:
+        module (`str`): dotted name.
+    """
     family = module.split(".")[0].removeprefix("_py").strip("_")
     bucket = int.from_bytes(hashlib.sha256(f"{SPLIT_SEED} {family}".encode()).digest()[:8], "big") % 100
     if bucket < HELD_OUT_PERCENT:
@@ -82,8 +86,8 @@ def stdlib_datasets(
 ) -> dict[str, Dataset]:
     """Conversations to train on, to choose settings by (validation) and to report (test).
 
-    Functions without a docstring are kept: the signature alone says much, and without them the training rows shrink to
-    a third (2,726 of 7,575 in Python 3.11). A held-out function whose body also stands in a training row is left out.
+    Functions without a docstring are kept: a signature alone says much, and without them only a third of the training
+    rows remain (2,726 of 7,575 in Python 3.11). A held-out function whose body is also a training row's is left out.
 
     Args:
         functions (`list[dict]`, *optional*): of [`stdlib_functions`]; read from the running Python by default.
@@ -120,15 +124,17 @@ def stdlib_datasets(
 
 
 def dataset_texts(rows: Dataset) -> list[str]:
-    """Contents of all messages, for [`build_tokenizer`]."""
+    """Contents of all messages of `rows`, for [`build_tokenizer`]."""
     return [message["content"] for messages in rows["messages"] for message in messages]
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with the demos' special tokens and chat template; any text comes back as it went in.
+    """A byte-level BPE tokenizer with the special tokens and chat template of [`~tide_hf.demo.sorting`].
+
+    Any text decodes to itself.
 
     Args:
-        texts (iterable of `str`): training texts; leave out what evaluates.
+        texts (iterable of `str`): training texts, without those that are held out.
         vocab_size (`int`): tokens, of which 256 are the bytes and 5 the special tokens.
     """
     tokenizer = Tokenizer(BPE())

@@ -1,125 +1,177 @@
-"""What a comparison shows: a table, report.json and curves.png."""
+"""What every embedded comparison shows: statistics over seeds, tables, report.json, plots, how to load the student."""
 
 import json
 import platform
-import statistics
-from dataclasses import asdict
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from .comparison import RowResult, Task
+import pandas
 
-METRICS = ("exact_match", "nll")
+from .harness import Result
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
-def build_report(task: Task, results: list[RowResult], seeds: list[int]) -> dict:
-    """The record of a comparison.
+def measurements(results: list[Result]) -> pandas.DataFrame:
+    """The metrics of results: one line per network and seed, one column per number.
+
+    Args:
+        results (`list[Result]`): of one task.
 
     Returns:
-        `{"task", "settings", "environment", "preparation", "rows": [{"name", "exact_match" and "nll": {"mean", "sd",
-        "values"}, "parameters", "tokens_per_second", "train_seconds", "steps"}]}`. `exact_match` is a fraction; the
-        `mean`, `sd` and each value of `nll` map a diffusion time to nats per masked token. `sd` is the sample standard
-        deviation over seeds, None for one seed. `preparation` is that of the student's rows of the first seed.
+        `pandas.DataFrame` indexed by `network` and `seed`; a nested metric has a column like `nll/0.5`.
     """
-    settings = asdict(task)
-    settings.pop("load")
-    packages = ("torch", "transformers", "accelerate", "datasets")
-    environment = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    rows = []
-    for name in dict.fromkeys(result.name for result in results):
-        group = [result for result in results if result.name == name]
-        rows.append(
-            {
-                "name": name,
-                **{
-                    metric: _summary([result.metrics[metric] for result in group])
-                    for metric in METRICS
-                    if metric in group[0].metrics
-                },
-                "parameters": group[0].parameters,
-                "tokens_per_second": statistics.mean(result.tokens_per_second for result in group),
-                "train_seconds": statistics.mean(result.train_seconds for result in group),
-                "steps": statistics.mean(result.steps for result in group),
-            }
-        )
+    frame = pandas.json_normalize([result.metrics for result in results], sep="/")
+    frame.index = pandas.MultiIndex.from_tuples(
+        [(result.network, result.seed) for result in results], names=["network", "seed"]
+    )
+    return frame
+
+
+def summarize(results: list[Result]) -> list[dict]:
+    """Mean, sample standard deviation and values of every metric of every network.
+
+    Args:
+        results (`list[Result]`): of one task.
+
+    Returns:
+        `list[dict]`, one for each network, in the order of the results: its `name`, and its metrics as in
+        [`Result.metrics`], each number replaced by `{"mean", "sd", "values"}`. `values` has one entry per seed, None
+        where it is NaN; mean and standard deviation are those of the others, and None where there are too few.
+    """
+    frame, entries = measurements(results), []
+    statistics = frame.groupby("network", sort=False).agg(["mean", "std", "count"])
+    for network, values in frame.groupby("network", sort=False):
+        entry = {"name": network}
+        for metric in frame.columns:
+            *outer, last = metric.split("/")
+            place = entry
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = _summary(statistics.loc[network, metric], values[metric])
+        entries.append(entry)
+    return entries
+
+
+def _summary(statistics: pandas.Series, values: pandas.Series) -> dict:
+    count = statistics["count"]
     return {
-        "task": task.name,
-        "settings": {**settings, "seeds": seeds},
-        "environment": environment,
-        "preparation": next((result.preparation for result in results if result.name == task.distilled), {}),
-        "rows": rows,
+        "mean": float(statistics["mean"]) if count else None,
+        "sd": float(statistics["std"]) if count > 1 else None,
+        "values": [None if pandas.isna(value) else value for value in values.tolist()],
     }
 
 
-def format_table(report: dict) -> str:
-    """The report as text, one line per network."""
-    first = report["rows"][0]
-    levels = list(first["nll"]["mean"]) if "nll" in first else []
-    heads = ["exact match"] * ("exact_match" in first) + [f"nll t={t}" for t in levels]
-    table = [["", *heads, "parameters", "steps", "train CPU s", "tokens/s"]]
-    for row in report["rows"]:
-        cells = []
-        if "exact_match" in first:
-            mean, sd = row["exact_match"]["mean"], row["exact_match"]["sd"]
-            cells.append(f"{100 * mean:.1f} %" + (f" ± {100 * sd:.1f}" if sd is not None else ""))
-        for t in levels:
-            sd = row["nll"]["sd"]
-            cells.append(f"{row['nll']['mean'][t]:.3f}" + (f" ± {sd[t]:.3f}" if sd else ""))
-        numbers = [f"{row['parameters']:,}", f"{row['steps']:,.0f}", f"{row['train_seconds']:.1f}"]
-        table.append([row["name"], *cells, *numbers, f"{row['tokens_per_second']:,.0f}"])
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-    return "\n".join(lines)
+def mean_curve(results: list[Result], key: str) -> pandas.Series:
+    """Mean over seeds of a quantity in [`Result.curve`], by step; only steps at which every result has it.
+
+    Args:
+        results (`list[Result]`): of one network.
+        key (`str`): name of the quantity.
+    """
+    points = [point for result in results for point in result.curve if key in point]
+    if not points:
+        return pandas.Series(dtype=float)
+    by_step = pandas.DataFrame(points, columns=["step", key]).groupby("step")[key].agg(["mean", "count"])
+    return by_step.loc[by_step["count"] == len(results), "mean"]
 
 
-def write_report(report: dict, results: list[RowResult], output_dir: str | Path) -> None:
-    """Writes report.json and curves.png into a folder."""
-    output_dir = Path(output_dir)
+def cell(summary: dict, form: str, factor: float = 1.0, unit: str = "") -> str:
+    """A summary as text: the mean, and the standard deviation if there is one; a dash without a mean.
+
+    Args:
+        summary (`dict`): see [`summarize`].
+        form (`str`): format of both numbers, such as `"{:.1f}"`.
+        factor (`float`): both are multiplied by it.
+        unit (`str`): after the mean.
+    """
+    if summary["mean"] is None:
+        return "–"
+    spread = "" if summary["sd"] is None else f" ± {form.format(factor * summary['sd'])}"
+    return form.format(factor * summary["mean"]) + unit + spread
+
+
+def format_table(
+    entries: list[dict], columns: Mapping[str, Callable[[dict], str]], corner: str = "", names_left: bool = False
+) -> str:
+    """A table as text, one line per network.
+
+    Args:
+        entries (`list[dict]`): networks; `name` starts the line.
+        columns (`Mapping`): title -> function of an entry that gives the cell.
+        corner (`str`): title of the names.
+        names_left (`bool`): align the names to the left instead of the right.
+    """
+    lines = [[corner, *columns]]
+    lines += [[entry["name"], *(show(entry) for show in columns.values())] for entry in entries]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    alignments = ["<" if names_left else ">", *">" * len(columns)]
+    return "\n".join(
+        "  ".join(f"{text:{side}{width}}" for text, side, width in zip(line, alignments, widths, strict=True))
+        for line in lines
+    )
+
+
+def environment() -> dict[str, str]:
+    """Versions that a report names."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def write_report(report: dict, output_dir: Path) -> None:
+    """Writes report.json into a folder."""
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    _plot(report, results, output_dir / "curves.png")
 
 
-def _summary(values: list) -> dict:
-    """Mean, sample standard deviation and values; by key for mappings."""
-    if isinstance(values[0], dict):
-        parts = {key: _summary([value[key] for value in values]) for key in values[0]}
-        sd = {key: part["sd"] for key, part in parts.items()} if len(values) > 1 else None
-        return {"mean": {key: part["mean"] for key, part in parts.items()}, "sd": sd, "values": values}
-    sd = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "sd": sd, "values": values}
+def copy_student(path: str | Path, output_dir: Path) -> None:
+    """Puts the files of a checkpoint into the output folder itself, where people look for the student."""
+    for file in Path(path).iterdir():
+        if file.is_file() and file.name != "training_args.bin":
+            shutil.copy(file, output_dir)
 
 
-def _plot(report: dict, results: list[RowResult], path: Path) -> None:
-    """Losses, λ and the measured metric against steps, mean over seeds."""
+def loading_lines(output_dir: str | Path, prompt: str) -> str:
+    """Python that loads and uses the saved student.
+
+    Args:
+        output_dir (`str` or `Path`): where it is.
+        prompt (`str`): what the user says.
+    """
+    return f"""    import tide_hf
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained("{output_dir}")
+    tokenizer = AutoTokenizer.from_pretrained("{output_dir}")
+    prompt = tokenizer.apply_chat_template(
+        [{{"role": "user", "content": {prompt!r}}}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
+
+
+@contextmanager
+def plot(path: Path, num_panels: int, width: float = 4.5, height: float = 3.5) -> Iterator[tuple]:
+    """A figure with its panels in one row, saved at the end.
+
+    Args:
+        path (`Path`): file to write.
+        num_panels (`int`): how many.
+        width, height (`float`): of a panel, in inches.
+
+    Yields:
+        the figure and the list of its axes.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = [("ce", "denoising loss (nats per token)"), ("distill", "distillation term"), ("lambda", "λ(s)")]
-    if any("exact_match" in point for result in results for point in result.curve):
-        panels.append(("exact_match", "exact match"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), layout="constrained")
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for index, row in enumerate(report["rows"]):
-            group = [result for result in results if result.name == row["name"]]
-            curve = _mean_curve(group, key)
-            if curve:
-                axis.plot(*zip(*curve, strict=True), color=f"C{index}", label=row["name"])
-        axis.set(xlabel="optimizer step", title=title)
-        if key == "ce":
-            axis.set_yscale("log")
-    axes[0].legend(fontsize="small")
-    figure.suptitle(f"{report['task']}, {len(report['settings']['seeds'])} seed(s)")
-    figure.savefig(path, dpi=120)
+    size = (width * num_panels, height)
+    figure, axes = plt.subplots(1, num_panels, figsize=size, squeeze=False, layout="constrained")
+    yield figure, list(axes[0])
+    figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
-
-
-def _mean_curve(group: list[RowResult], key: str) -> list[tuple[int, float]]:
-    """(step, mean over seeds) of one logged quantity, where every seed has it."""
-    by_step: dict[int, list[float]] = {}
-    for result in group:
-        for point in result.curve:
-            if key in point:
-                by_step.setdefault(point["step"], []).append(point[key])
-    return [(step, statistics.mean(values)) for step, values in sorted(by_step.items()) if len(values) == len(group)]

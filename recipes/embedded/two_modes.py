@@ -1,16 +1,17 @@
 """Inverse distillation where everything can be enumerated: two tokens, three positions, half AAA and half BBB.
 
-Every quantity is an exact sum in float64, no sample is drawn. A few-step sampler is a table of per-position
-distributions, one for each partially masked state and, if it knows the time, each step. What it cannot do in one step
-is agree with itself: positions revealed together are independent, and the data are all A or all B.
+Every quantity is an exact sum in float64; no sample is drawn. A few-step sampler is a table of per-position
+distributions, one for each partially masked state and, if it knows the time, each step. In one step it cannot agree
+with itself: positions revealed together are independent, but the data are all A or all B.
 
-The exact teacher gives AAB probability 0, so its logarithm is −∞ and any student that can say AAB has an infinite
-loss. The teacher of the training is therefore exact for data with a small uniform share.
+The exact teacher gives AAB probability 0, whose logarithm is −∞, so any student that can generate AAB has an infinite
+loss. Training therefore uses a teacher that is exact for data mixed with a small share of uniform noise.
 
 Shapes: K steps, S = 27 partially masked states, X = 8 clean sequences, L = 3 positions, V = 2 tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -18,6 +19,9 @@ import torch
 
 from tide_hf.losses import inverse_distillation_loss
 from tide_hf.models import TIME_EPSILON, loss_weight
+
+from .harness import Job, Result, run_jobs, tick
+from .report import format_table, summarize
 
 NUM_TOKENS, LENGTH, MASK = 2, 3, 2
 STATES_SL = torch.tensor(list(product(range(NUM_TOKENS + 1), repeat=LENGTH)))
@@ -37,7 +41,10 @@ def two_modes(uniform_share: float = 0.0) -> torch.Tensor:
 
 
 def exact_denoiser(clean_X: torch.Tensor) -> torch.Tensor:
-    """P(x0_i = v | what a state shows) when x0 has distribution `clean_X`: what a perfectly trained network predicts.
+    """P(x0_i = v | what a state shows): what a perfectly trained network predicts.
+
+    Args:
+        clean_X (`torch.Tensor`): distribution of x0.
 
     Returns:
         `torch.Tensor` of shape `(S, L, V)`; uniform in states that do not occur.
@@ -54,6 +61,9 @@ def output_distribution(table_KSLV: torch.Tensor) -> torch.Tensor:
 
     At a step from t to s each masked position is revealed with probability (t − s)/t, independently, with a token
     from the table; the last step reveals all.
+
+    Args:
+        table_KSLV (`torch.Tensor`): probabilities of the tokens.
     """
     num_steps = len(table_KSLV)
     law_S = torch.zeros(len(STATES_SL), dtype=torch.float64)
@@ -65,22 +75,27 @@ def output_distribution(table_KSLV: torch.Tensor) -> torch.Tensor:
 
 
 def total_variation(one_X: torch.Tensor, other_X: torch.Tensor) -> torch.Tensor:
-    """½ Σ |p − q|."""
+    """½ Σ |p − q| of two distributions `one_X` and `other_X`."""
     return (one_X - other_X).abs().sum() / 2
 
 
 def with_seen_tokens(table_SLV: torch.Tensor) -> torch.Tensor:
-    """The table with the one-hot of the token at positions that a state shows; `(…, S, L, V)`."""
+    """`table_SLV` with the one-hot of the token at positions that a state shows; `(…, S, L, V)`."""
     return torch.where(SEEN_SL[..., None], _one_hot(STATES_SL), table_SLV)
 
 
 def noised_data(times_K: torch.Tensor) -> torch.Tensor:
-    """P(x_t′ = state) of the two modes at each time, `(K, S)`."""
+    """P(x_t′ = state) of the two modes at each of `times_K`; `(K, S)`."""
     return torch.stack([two_modes() @ _state_law(_one_hot(CLEAN_XL), t) for t in times_K])
 
 
 def student_distribution(table_KSLV: torch.Tensor, times_K: torch.Tensor) -> torch.Tensor:
-    """What the fake network learns to denoise: x0 from the student's predictions on noised real data; `(X,)`."""
+    """What the fake network learns to denoise: x0 from the student's predictions on noised real data; `(X,)`.
+
+    Args:
+        table_KSLV (`torch.Tensor`): the student's probabilities.
+        times_K (`torch.Tensor`): values of t′.
+    """
     q_KSLV = with_seen_tokens(table_KSLV)
     clean_KSX = torch.stack([q_KSLV[..., i, CLEAN_XL[:, i]] for i in range(LENGTH)]).prod(0)
     return (noised_data(times_K)[..., None] * clean_KSX).sum((0, 1)) / len(times_K)
@@ -125,13 +140,14 @@ def train_student(
     num_updates: int = 200,
     learning_rate: float = 0.1,
 ) -> torch.Tensor:
-    """IDLM with the optimal fake at each update, from the teacher's table and a little noise.
+    """IDLM (arXiv 2602.19066) with the optimal fake at each update, from the teacher's table and a little noise.
 
     Args:
         num_steps (`int`): steps of the sampler; t′ takes the times that its steps start from.
-        uniform_share (`float`): of the data the teacher is exact for, in (0, 1).
+        uniform_share (`float`): in (0, 1), of the data that the teacher is exact for.
         seed (`int`): of the noise on the start, which breaks the tie between A and B.
-        knows_time (`bool`): a table for each step, or one for all, as of a network without a time input.
+        knows_time (`bool`): one table per step, or one for all steps, like a network without a time input.
+        num_updates (`int`), learning_rate (`float`): of Adam, with a linear schedule.
 
     Returns:
         `torch.Tensor` of shape `(K, S, L, V)`: probabilities.
@@ -157,9 +173,12 @@ def train_student(
 def best_table(num_steps: int, knows_time: bool = False) -> torch.Tensor:
     """The table whose samples are closest to the two modes in total variation, `(K, S, L, V)`.
 
-    The distance is 1 − min(p(AAA), ½) − min(p(BBB), ½). A state that shows A alone can still become AAA and never BBB,
-    so saying A is best there; one that shows both is lost. What remains is the probability a of A where nothing is
-    shown, the same at each position, for each step or for all; it is searched for on a grid that is refined.
+    The distance is 1 − min(p(AAA), ½) − min(p(BBB), ½). A state that shows only A can still become AAA but never BBB,
+    so A is best there; one that shows both is lost. What remains is the probability a of A where nothing is shown,
+    the same at each position, per step or for all steps; a grid search with refinement finds it.
+
+    Args:
+        num_steps (`int`), knows_time (`bool`): as in [`train_student`].
     """
     remaining_K = torch.arange(num_steps, 0, -1, dtype=torch.float64)
     untouched_K = (remaining_K / num_steps) ** LENGTH  # P(nothing is shown yet)
@@ -182,20 +201,68 @@ def best_table(num_steps: int, knows_time: bool = False) -> torch.Tensor:
     return table_KSLV
 
 
-def distances(num_steps: int, uniform_shares: Sequence[float], seeds: Sequence[int]) -> dict[str, list[float]]:
-    """Total variation to the two modes at one number of steps: teacher, best and IDLM tables, one value a seed."""
+def bounds(steps: Sequence[int]) -> list[Result]:
+    """Total variation to the two modes, of the exact teacher and of the best tables.
 
-    def distance(table_KSLV):
-        return total_variation(output_distribution(table_KSLV), two_modes()).item()
+    Args:
+        steps (`Sequence[int]`): numbers of steps of the sampler; one metric each.
+    """
+    tables = {
+        "teacher": lambda num_steps: exact_denoiser(two_modes()).expand(num_steps, -1, -1, -1),
+        "best": best_table,
+        "best with time": partial(best_table, knows_time=True),
+    }
+    return [_measured(name, 0, table, steps) for name, table in tables.items()]
 
-    found = {"teacher": [distance(exact_denoiser(two_modes()).expand(num_steps, -1, -1, -1))]}
+
+def students(steps: Sequence[int], uniform_shares: Sequence[float], seed: int) -> list[Result]:
+    """Total variation to the two modes, of students that IDLM trains.
+
+    Args:
+        steps (`Sequence[int]`): numbers of steps of the sampler; one metric each.
+        uniform_shares (`Sequence[float]`), seed (`int`): as in [`train_student`].
+    """
+    results = []
     for knows_time in (False, True):
-        suffix = " with time" if knows_time else ""
-        found[f"best{suffix}"] = [distance(best_table(num_steps, knows_time))]
         for share in uniform_shares:
-            tables = [train_student(num_steps, share, seed, knows_time) for seed in seeds]
-            found[f"idlm{suffix} {share}"] = [distance(table) for table in tables]
-    return found
+            name = f"idlm{' with time' if knows_time else ''} {share}"
+            table = partial(train_student, uniform_share=share, seed=seed, knows_time=knows_time)
+            results.append(_measured(name, seed, table, steps))
+    return results
+
+
+def show_two_modes(
+    steps: Sequence[int] = (1, 2, 3, 4), shares: Sequence[float] = (0.01, 0.12, 0.16), num_seeds: int = 3
+) -> None:
+    """Computes all distances and prints them.
+
+    Args:
+        steps (`Sequence[int]`), shares (`Sequence[float]`): as in [`students`].
+        num_seeds (`int`): students of each kind.
+    """
+    jobs = [Job(partial(bounds, steps), 3 * len(steps))]
+    jobs += [Job(partial(students, steps, shares, seed), 2 * len(shares) * len(steps)) for seed in range(num_seeds)]
+    results = run_jobs("tables", jobs)
+    print(
+        f"\ntotal variation to the data at {steps[0]} to {steps[-1]} steps; IDLM: mean over seeds (lowest to highest)"
+    )
+    print("the number after idlm is the uniform share of the data that its teacher is exact for\n")
+    print(format_table(summarize(results), {str(number): partial(_cell, number=str(number)) for number in steps}))
+
+
+def _measured(name: str, seed: int, table: Callable[[int], torch.Tensor], steps: Sequence[int]) -> Result:
+    """The distances of the tables that `table` makes for numbers of steps."""
+    metrics = {}
+    for num_steps in steps:
+        metrics[str(num_steps)] = total_variation(output_distribution(table(num_steps)), two_modes()).item()
+        tick()
+    return Result("two modes", name, seed, metrics)
+
+
+def _cell(entry: dict, number: str) -> str:
+    values = entry[number]["values"]
+    spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+    return f"{entry[number]['mean']:.4f}{spread}"
 
 
 def _state_law(q_SLV: torch.Tensor, masked: torch.Tensor | float, keeps_seen: bool = False) -> torch.Tensor:

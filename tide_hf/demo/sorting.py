@@ -1,4 +1,4 @@
-"""The embedded task: sort six digits. A clean teacher, and a small, dirty fine-tuning set for the student."""
+"""Sort six digits: clean rows for a teacher, and rows with wrong digits, as few as one likes, for a student."""
 
 import random
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def build_tokenizer(merged_pairs: Sequence[str] = ()) -> PreTrainedTokenizerFast
     """A tokenizer of digits, with mask token, offsets and a `{% generation %}` template.
 
     Args:
-        merged_pairs (`Sequence[str]`): pairs of digits that are one token, in order of precedence; none makes every
-            digit a token, whose ids then start with the digits.
+        merged_pairs (`Sequence[str]`): pairs of digits that are one token, in order of precedence. By default every
+            digit is a token, and the ids 0 to 9 are the digits.
     """
     vocab = {token: index for index, token in enumerate((*"0123456789", *SPECIAL_TOKENS, *merged_pairs))}
     if merged_pairs:
@@ -38,7 +38,11 @@ def build_tokenizer(merged_pairs: Sequence[str] = ()) -> PreTrainedTokenizerFast
 
 
 def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The demos' special tokens and chat template on any trained tokenizer."""
+    """The special tokens and the chat template of this module on any trained tokenizer.
+
+    Args:
+        tokenizer (`Tokenizer`): its vocabulary contains the special tokens.
+    """
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -53,12 +57,16 @@ def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def held_out_rows(num_rows: int = 400) -> Dataset:
-    """Distinct conversations for evaluation; their prompts never occur in [`sorting_rows`]."""
+    """Distinct conversations for evaluation; their prompts never occur in [`sorting_rows`].
+
+    Args:
+        num_rows (`int`): how many; there are about 1,000.
+    """
     return Dataset.from_list([_row(prompt, sorted(prompt)) for prompt in _held_out_prompts()[:num_rows]])
 
 
 def sorting_rows(num_rows: int, seed: int, wrong: float = 0.0) -> Dataset:
-    """Training conversations.
+    """Training conversations: a prompt of six digits, answered by the same digits in ascending order.
 
     Args:
         num_rows (`int`): how many.

@@ -1,4 +1,4 @@
-"""The forward process on the host: noise, masks, CompDemo's split, and which positions are run."""
+"""The forward process on the host: noise, masks, CompDemo's split, and which positions a network is run on."""
 
 from .batch import Counts, NetworkInputs, NoisedBatch, PackedInputs, Pairs, Record
 from .corruption import (

@@ -1,4 +1,4 @@
-"""Which positions are masked: functions of uniform draws, so that a test, a recorded case and a run share them.
+"""Which positions are masked: functions of uniform draws, so that tests, recorded cases and runs share them.
 
 Shapes: B rows, L positions, C chunks. All on the host.
 """
@@ -16,22 +16,22 @@ def row_uniforms(
 ) -> tuple[torch.Tensor, ...]:
     """Uniform draws in [0, 1), keyed by (seed, epoch, row key): the same on any machine, in any batch, after a resume.
 
-    Each row draws its positions in order, so its first numbers do not depend on how far the batch is padded.
+    Each row draws its positions in order, so that its first numbers do not depend on how far the batch is padded.
 
     Args:
         seed (`int`): of the run.
         epoch (`int`, *optional*): number of the pass over the data, from 0; None for evaluation, whose noise is the
-            same in every epoch and is that of no training epoch.
+            same in every epoch and differs from that of every training epoch.
         row_keys (`Sequence[int]`): 64-bit integers, one per row: see [`~tide_hf.data.row_key`].
         length (`int`): L, columns of the padded batch.
         stream (`int`, *optional*): number of an independent set of draws, for methods that noise a row more than once.
 
     Returns:
-        three float32 tensors: time draws `(B,)`, mask draws `(B, L)`, CompDemo draws `(B, L)`. A cross-tokenizer split
-        uses the first C of the last.
+        three float32 tensors: time draws `(B,)`, mask draws `(B, L)`, CompDemo draws `(B, L)`. Across tokenizers,
+        CompDemo splits chunks and uses the first C of the last.
     """
     draws = np.empty((len(row_keys), 2 * length + 1), dtype=np.float32)
-    # numpy reads missing numbers as 0, so every key has five, and 0 stands for "none"
+    # numpy pads shorter keys with zeros, so every key has all five numbers, and 0 stands for "none"
     purpose = [0 if epoch is None else epoch + 1, 0 if stream is None else stream + 1]
     for index, row_key in enumerate(row_keys):
         low, high = int(row_key) & 0xFFFFFFFF, int(row_key) >> 32 & 0xFFFFFFFF
@@ -43,21 +43,33 @@ def row_uniforms(
 
 
 def diffusion_time(uniform_B: torch.Tensor, time_epsilon: float = TIME_EPSILON) -> torch.Tensor:
-    """t = ε + (1 − ε) u, in [ε, 1)."""
+    """t = ε + (1 − ε) u, in [ε, 1), of draws `uniform_B` in [0, 1) and ε = `time_epsilon`."""
     return time_epsilon + (1 - time_epsilon) * uniform_B
 
 
 def mask_positions(
     uniform_BL: torch.Tensor, t_B: torch.Tensor, labels_BL: torch.Tensor, schedule: str = "linear"
 ) -> torch.Tensor:
-    """Masks each trained-on position with probability 1 − α(t), independently; bool `(B, L)`. Prompts never."""
+    """Masks each trained-on position with probability 1 − α(t), independently of the others; never a prompt.
+
+    Args:
+        uniform_BL (`torch.Tensor` of shape `(B, L)`): draws in [0, 1).
+        t_B (`torch.Tensor` of shape `(B,)`): times in (0, 1].
+        labels_BL (`torch.LongTensor` of shape `(B, L)`): −100 where not trained on.
+        schedule (`str`): a name in [`~tide_hf.models.SCHEDULES`].
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, L)`.
+
+    Source: MDLM 2406.07524 §3.
+    """
     return (uniform_BL < masked_probability(t_B, schedule)[:, None]) & (labels_BL != -100)
 
 
 def complete_chunks(
     masked_BL: torch.Tensor, chunk_ids_BL: torch.Tensor, labels_BL: torch.Tensor, num_chunks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks every chunk that was hit as a whole (SPEC §5).
+    """Masks every chunk as a whole as soon as one of its tokens is masked.
 
     Args:
         masked_BL (`torch.BoolTensor` of shape `(B, L)`): token-wise mask.
@@ -73,14 +85,29 @@ def complete_chunks(
 
 
 def masked_chunks(selected_BL: torch.Tensor, chunk_ids_BL: torch.Tensor, num_chunks: int) -> torch.Tensor:
-    """bool `(B, C)`: chunks that hold a selected position."""
+    """Chunks that hold a selected position.
+
+    Args:
+        selected_BL (`torch.BoolTensor` of shape `(B, L)`): positions.
+        chunk_ids_BL (`torch.LongTensor` of shape `(B, L)`): chunk of each position, −1 for none.
+        num_chunks (`int`): C.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, C)`.
+    """
+    # positions without a chunk go into one more column, which is dropped
     index = torch.where(selected_BL & (chunk_ids_BL >= 0), chunk_ids_BL, num_chunks)
     hit = torch.zeros(len(selected_BL), num_chunks + 1, dtype=torch.bool)
     return hit.scatter_(1, index, True)[:, :num_chunks]
 
 
 def chunk_member(flag_BC: torch.Tensor, chunk_ids_BL: torch.Tensor) -> torch.Tensor:
-    """bool `(B, L)`: positions whose chunk has the flag; False for positions in no chunk."""
+    """Positions whose chunk has the flag, bool `(B, L)`; False for positions in no chunk.
+
+    Args:
+        flag_BC (`torch.BoolTensor` of shape `(B, C)`): of each chunk.
+        chunk_ids_BL (`torch.LongTensor` of shape `(B, L)`): chunk of each position, −1 for none.
+    """
     padded = torch.cat([flag_BC, flag_BC.new_zeros(len(flag_BC), 1)], dim=1)
     return padded.gather(1, torch.where(chunk_ids_BL >= 0, chunk_ids_BL, flag_BC.shape[1]))
 
@@ -90,7 +117,14 @@ def complementary_split(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """CompDemo's parts A and B of the masked positions (or chunks): A with probability `demo_ratio`, else B.
 
-    Teacher pass 1 sees A revealed and B masked, pass 2 the reverse. Source: TIDE 2604.26951 §2.2.
+    Teacher pass 1 sees A revealed and B masked, pass 2 the reverse.
+
+    Args:
+        masked (`torch.BoolTensor`): positions `(B, L)` or chunks `(B, C)`.
+        uniform (`torch.Tensor` of the same shape): draws in [0, 1).
+        demo_ratio (`float`): share of A.
+
+    Source: TIDE 2604.26951 §2.2.
     """
     part_a = masked & (uniform < demo_ratio)
     return part_a, masked & ~part_a
@@ -99,7 +133,12 @@ def complementary_split(
 def chunk_loss_weight(t: torch.Tensor, num_tokens: torch.Tensor, schedule: str = "linear") -> torch.Tensor:
     """−α′(t) / (1 − α(t)^k): the exact weight of a position masked by completion of a chunk of k trained-on tokens.
 
-    A chunk is masked whole as soon as one of its k tokens is, which has probability 1 − α^k (SPEC §5).
+    A chunk is masked whole as soon as one of its k tokens is, which has probability 1 − α^k.
+
+    Args:
+        t (`torch.Tensor`): times in (0, 1], of any shape.
+        num_tokens (`torch.Tensor`): k, at least 1, of the same shape.
+        schedule (`str`): a name in [`~tide_hf.models.SCHEDULES`].
     """
     masked = masked_probability(t, schedule)
     return loss_weight(t, schedule) * masked / -torch.expm1(num_tokens * torch.log1p(-masked))

@@ -14,13 +14,18 @@ NUM_NODES = 4001  # of the integral
 
 
 class GaussianToDiscrete:
-    """α(γ) tabulated for one vocabulary size, and its inverse.
+    """α(γ), tabulated for one vocabulary size, and its inverse.
 
     `P(argmax x_t is x's token) = ∫ φ(u − α̃/σ̃) Φ(u)^(V−1) du`, and `α = (V P − 1) / (V − 1)`.
 
     Args:
         num_tokens (`int`): V, at least 2.
-        epsilon (`float`): the table runs from where α = 1 − ε to where α = ε.
+        epsilon (`float`): ε in (0, ½); the table covers α in [ε, 1 − ε].
+
+    Raises:
+        ValueError: for less than 2 tokens, or an ε outside that range.
+
+    Source: Duo 2506.10892 §3.
     """
 
     def __init__(self, num_tokens: int, epsilon: float = 1e-3):
@@ -31,17 +36,17 @@ class GaussianToDiscrete:
         self._alpha = torch.tensor([_kept(value, num_tokens) for value in self._gamma.tolist()], dtype=torch.float64)
 
     def alpha(self, gamma: torch.Tensor) -> torch.Tensor:
-        """α of γ, clamped to the table's range; float64 on the host."""
+        """α of `gamma`, of any shape, clamped to the table's range; float64 on the host."""
         return _interpolate(self._gamma, self._alpha, gamma)
 
     def gamma(self, alpha: torch.Tensor) -> torch.Tensor:
-        """γ of α, clamped to the table's range; float64 on the host."""
+        """γ of `alpha`, of any shape, clamped to the table's range; float64 on the host."""
         return _interpolate(self._alpha.flip(0), self._gamma.flip(0), alpha)
 
 
 @lru_cache
 def gaussian_schedule(num_tokens: int) -> GaussianToDiscrete:
-    """The table of a vocabulary size, made once: about a second."""
+    """The table for a vocabulary of `num_tokens`; made once, which takes about a second."""
     return GaussianToDiscrete(num_tokens)
 
 
@@ -56,7 +61,7 @@ def _kept(gamma: float, num_tokens: int) -> float:
 
 
 def _crossing(function, low: float = -12.0, high: float = 24.0) -> float:
-    """Where a falling function is 0, by bisection."""
+    """Where a decreasing function is 0, by bisection."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) > 0 else (low, middle)
@@ -64,7 +69,7 @@ def _crossing(function, low: float = -12.0, high: float = 24.0) -> float:
 
 
 def _interpolate(x: torch.Tensor, y: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Linear in a table with rising x."""
+    """The value at `at` of the table's piecewise linear function; x is increasing."""
     at = at.double().clamp(x[0], x[-1])
     right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
     return torch.lerp(y[right - 1], y[right], (at - x[right - 1]) / (x[right] - x[right - 1]))

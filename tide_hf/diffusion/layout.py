@@ -1,8 +1,9 @@
 """Which positions a network is run on: noised copies and a clean copy of each row, packed.
 
-A block of a noised copy that holds no masked position carries no loss and is seen by nobody; a clean block behind the
-last such block is seen by nobody either. Both are left out, which changes no logit that is asked for. What is left of
-short rows then shares lines as long as what is left of the longest, without seeing one another.
+A block of a noised copy without any masked position carries no loss, and no other block sees it; nothing sees the
+clean copy of the last block with masked positions, or of those after it. Both are left out, which changes no logit
+that is asked for. What is left of short rows is then packed: several rows share a line as long as what is left of the
+longest one, and do not see each other.
 
 Shapes: B rows, L positions, D lines of P packed columns, N asked positions. All on the host.
 """
@@ -19,10 +20,10 @@ class LayoutSpec:
     """How one network is fed.
 
     Args:
-        mask_token_id (`int`): its [MASK].
+        mask_token_id (`int`): id of its [MASK].
         block_size (`int`, *optional*): tokens per block, counted from position 0; None: the whole row is one block.
         clean_copy (`bool`): whether the clean copy of earlier blocks stands beside the noised sequence.
-        shifted (`bool`): whether its logits at position i − 1 are those of position i (position 0 asks itself).
+        shifted (`bool`): whether its logits at position i − 1 are those of position i (position 0 predicts itself).
         causal (`bool`): whether inside a block everything is causal, with the unmasked tokens first and every token at
             its own position; otherwise a block is bidirectional.
 
@@ -96,53 +97,79 @@ def block_layout(
     num_rows, length = input_ids_BL.shape
     position = valid_BL.long().cumsum(-1).sub(1).clamp(min=0)
     block = position // spec.block_size if spec.block_size else torch.zeros_like(position)
-    num_blocks = int(block.max()) + 1 if block.numel() else 1
+    ids, stream, keep, asked = _copies(input_ids_BL, valid_BL, masks_BL, block, spec, pack)
+    row, column = _kept_columns(keep, asked, block, spec)
 
-    copies = _copies(input_ids_BL, valid_BL, masks_BL, block, num_blocks, spec, pack)
-    ids, stream, keep, asked = (torch.cat(parts, 1) for parts in zip(*copies, strict=True))
-    rank = torch.zeros_like(ids)
-    if spec.causal:
-        # unmasked columns of a noised block before its masked ones: the order in which a causal network may see them
-        copy_number = torch.arange(len(copies)).repeat_interleave(length)
-        rank = 2 * (copy_number * num_blocks + block.repeat(1, len(copies))) + asked
-    # kept columns first, in order
-    order = torch.argsort(rank.masked_fill(~keep, torch.iinfo(rank.dtype).max), dim=1, stable=True)
     widths = keep.sum(1)
-    kept = torch.arange(order.shape[1]) < widths[:, None]
-    row, order = kept.nonzero(as_tuple=True)[0], order[kept]
     line, start, place = _lines(widths)
-    # at least one column, so that an empty batch still runs and has a graph
-    shape = int(line.max()) + 1 if num_rows else 1, max(int(widths.max()) if num_rows else 0, 1)
-    column = start[row] + kept.nonzero(as_tuple=True)[1]
-    source = row * length + order % length
-    stream = stream[row, order]
-    stream = torch.where(stream == PADDING_STREAM, stream, stream + STREAMS_PER_ROW * place[row])
+    # at least one line and one column, so that an empty batch still runs and has a graph
+    shape = (int(line.max()) + 1, max(int(widths.max()), 1)) if num_rows else (1, 1)
+    rank = torch.arange(len(row)) - (widths.cumsum(0) - widths)[row]  # of each kept column in its row
+    target = line[row] * shape[1] + start[row] + rank
 
     def on_lines(values: torch.Tensor, fill: int) -> torch.Tensor:
-        lines = torch.full(shape, fill)
-        lines[line[row], column] = values
-        return lines
+        return torch.full((shape[0] * shape[1],), fill).scatter_(0, target, values).view(shape)
 
-    is_asked = asked[row, order]
-    asked_position, flat = source[is_asked], line[row] * shape[1] + column
-    by_position = asked_position.argsort()
+    source = row * length + column % length
+    stream = stream[row, column]
+    # rows on one line tell each other apart by their streams
+    stream = torch.where(stream == PADDING_STREAM, stream, stream + STREAMS_PER_ROW * place[row])
+    is_asked = asked[row, column]
+    by_position = source[is_asked].argsort()  # a position is asked in one copy, and copies come one after the other
     layout = PackedLayout(
-        input_ids=on_lines(ids[row, order], 0),
+        input_ids=on_lines(ids[row, column], 0),
         position_ids=on_lines(position.flatten()[source], 0),
         stream=on_lines(stream, PADDING_STREAM),
-        block=on_lines(torch.where(valid_BL.flatten()[source], block.flatten()[source], -1), -1),
+        block=on_lines(torch.where(valid_BL, block, -1).flatten()[source], -1),
         source=on_lines(source, -1),
-        asked=flat[is_asked][by_position],
-        asked_position=asked_position[by_position],
+        asked=target[is_asked][by_position],
+        asked_position=source[is_asked][by_position],
     )
     if spec.shifted:
         layout.asked = _previous_column(layout.stream, layout.position_ids).flatten()[layout.asked]
     return layout
 
 
+def _copies(ids, valid, masks, block, spec: LayoutSpec, pack: bool) -> tuple[torch.Tensor, ...]:
+    """Ids, stream, columns to keep and asked columns of the noised copies and the clean one, side by side, (B, C · L).
+
+    No asked position sees a noised block without any, nor the clean copy from the row's last asked block on.
+    """
+    copies = []
+    last_block = torch.full((len(ids), 1), -1)
+    for index, mask in enumerate(masks):
+        # (B, L): block numbers are less than L, so one column per position is enough
+        is_asked = torch.zeros_like(block).scatter_add_(1, block, mask.long()) > 0
+        last_block = torch.cat([last_block, torch.where(mask, block, -1)], 1).amax(1, keepdim=True)
+        keep = valid & is_asked.gather(1, block) if pack else torch.ones_like(valid)
+        stream = torch.where(valid, NOISED_STREAM + index, PADDING_STREAM)
+        copies.append((torch.where(mask, spec.mask_token_id, ids), stream, keep, mask))
+    if spec.clean_copy:
+        keep = valid & (block < last_block) if pack else torch.ones_like(valid)
+        copies.append((ids, torch.where(valid, CLEAN_STREAM, PADDING_STREAM), keep, torch.zeros_like(valid)))
+    return tuple(torch.cat(parts, 1) for parts in zip(*copies, strict=True))
+
+
+def _kept_columns(keep, asked, block, spec: LayoutSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of what is kept, row by row, in each row copy by copy, in the order in which it is laid out."""
+    row, column = keep.nonzero(as_tuple=True)
+    if not spec.causal:
+        return row, column
+    # Inside a block a causal network sees what stands before, so what is masked goes to its end. The key counts blocks
+    # over all rows and copies (L of each are enough) and is 1 higher for what is masked; the sort is stable, so that
+    # on either side of that line columns stay in the order of the text.
+    length = max(block.shape[1], 1)
+    number = (row * (keep.shape[1] // length) + column // length) * length + block[row, column % length]
+    order = (2 * number + asked[row, column]).argsort(stable=True)
+    return row[order], column[order]
+
+
 def _lines(widths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Line, first column, and place among the rows of that line of each row, (B,): the widest row first, each into the
-    first line that has room for it beside the others."""
+    """Line, first column, and place among the rows of that line of each row, (B,).
+
+    First fit, widest first: a line is as long as the widest row, and each row goes into the first line that has room
+    for it. That takes at most 11/9 of the fewest possible lines, plus one, and makes no row longer than it is.
+    """
     widths, room, rows_of = widths_B.tolist(), [], []
     places = torch.zeros(3, len(widths), dtype=torch.long)
     for row in sorted(range(len(widths)), key=lambda row: -widths[row]):
@@ -154,23 +181,6 @@ def _lines(widths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         room[line] -= widths[row]
         rows_of[line] += 1
     return places[0], places[1], places[2]
-
-
-def _copies(ids, valid, masks, block, num_blocks, spec, pack) -> list[tuple[torch.Tensor, ...]]:
-    """Ids, stream, columns to keep and asked columns (B, L) of each noised copy and of the clean one."""
-    copies = []
-    last_block = torch.full((len(ids), 1), -1)
-    for index, mask in enumerate(masks):
-        kept_blocks = torch.zeros(len(ids), num_blocks, dtype=torch.long).scatter_add_(1, block, mask.long()) > 0
-        block_numbers = torch.where(kept_blocks, torch.arange(num_blocks), -1)
-        last_block = torch.maximum(last_block, block_numbers.amax(1, keepdim=True))
-        keep = valid & kept_blocks.gather(1, block) if pack else torch.ones_like(valid)
-        stream = torch.where(valid, NOISED_STREAM + index, PADDING_STREAM)
-        copies.append((torch.where(mask, spec.mask_token_id, ids), stream, keep, mask))
-    if spec.clean_copy:
-        keep = valid & (block < last_block) if pack else torch.ones_like(valid)
-        copies.append((ids, torch.where(valid, CLEAN_STREAM, PADDING_STREAM), keep, torch.zeros_like(valid)))
-    return copies
 
 
 def _previous_column(stream_DP: torch.Tensor, position_DP: torch.Tensor) -> torch.Tensor:

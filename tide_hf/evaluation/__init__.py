@@ -1,4 +1,4 @@
-"""What samples are worth: perplexity under a scorer, diversity, distance to references, exact match."""
+"""Metrics of generated samples: perplexity under a scorer, entropy, distance to references, exact match."""
 
 from .perplexity import generative_perplexity, negative_log_likelihoods
 from .samples import exact_match, mauve_score, unigram_entropy, until_eos

@@ -1,7 +1,7 @@
 """Metrics of generated sequences: unigram entropy, exact match, MAUVE.
 
 Sequences are lists of token ids or one-dimensional tensors; what `generate` returns goes through [`until_eos`] first,
-so that the filling behind an answer is not counted as text.
+so that the padding after an answer is not counted as text.
 """
 
 import math
@@ -17,7 +17,7 @@ TokenIds = Sequence[int] | torch.Tensor
 
 
 def until_eos(sequences: Sequence[TokenIds] | torch.Tensor, eos_token_id: int) -> list[list[int]]:
-    """Each sequence up to and without its first `eos_token_id`."""
+    """Each of the `sequences` up to its first `eos_token_id`, without it."""
     cut = []
     for sequence in sequences:
         ids = [int(token) for token in sequence]
@@ -30,7 +30,10 @@ def unigram_entropy(sequences: Sequence[TokenIds] | torch.Tensor) -> float:
 
     `mean_n −Σ_v (c_nv / L_n) log (c_nv / L_n)`, c_nv the count of token v in sequence n of L_n tokens. It is what
     reports on few-step diffusion LMs call (sentence) entropy: at most log L_n, low when a sequence repeats itself. It
-    says nothing about diversity between sequences.
+    does not measure diversity between sequences.
+
+    Args:
+        sequences (`Sequence`): token ids, each without padding.
 
     Raises:
         ValueError: without sequences, or for an empty one.
@@ -40,7 +43,7 @@ def unigram_entropy(sequences: Sequence[TokenIds] | torch.Tensor) -> float:
         counts = Counter(int(token) for token in sequence)
         length = counts.total()
         if not length:
-            raise ValueError("unigram_entropy got an empty sequence, whose histogram is none: leave it out.")
+            raise ValueError("unigram_entropy got an empty sequence, which has no histogram: leave it out.")
         entropies.append(-sum(count / length * math.log(count / length) for count in counts.values()))
     if not entropies:
         raise ValueError("unigram_entropy needs at least one sequence, got none.")
@@ -49,6 +52,9 @@ def unigram_entropy(sequences: Sequence[TokenIds] | torch.Tensor) -> float:
 
 def exact_match(predictions: Sequence[str | TokenIds], references: Sequence[str | TokenIds]) -> float:
     """Share of predictions that equal their reference, in [0, 1]: texts character by character, ids token by token.
+
+    Args:
+        predictions, references (`Sequence`): texts or token ids, as many of the one as of the other.
 
     Raises:
         ValueError: without predictions, or if there are more or fewer references.
@@ -70,15 +76,16 @@ def mauve_score(
     num_buckets: int | str = "auto",
     seed: int = 25,
 ) -> float:
-    """MAUVE between generated and reference sequences, in (0, 1], higher is closer.
+    """MAUVE between generated and reference sequences, in (0, 1]; higher is closer.
 
     A sequence's features are the scorer's last hidden state at its last token, as the package computes them from
-    text; here the scorer is any causal LM and nothing is downloaded.
+    text; here the scorer is any causal LM, and nothing is downloaded.
 
     Args:
         generated, references (`Sequence`): token ids in the scorer's vocabulary, none empty; thousands of each for a
-            number that means something (the paper uses 5,000).
+            meaningful number (the paper uses 5,000).
         scorer (`PreTrainedModel`): an autoregressive LM. Published numbers use GPT-2 large.
+        batch_size (`int`): sequences per forward.
         num_buckets (`int` or `"auto"`): clusters of the quantisation; "auto" is a tenth of the sequences.
         seed (`int`): of the clustering.
 

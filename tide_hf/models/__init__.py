@@ -1,6 +1,7 @@
 """Students and teacher families as transformers classes; importing this package registers them with the Auto classes.
 
-Every file here imports its siblings, torch and transformers alone, because it travels with pushed checkpoints.
+Every other file here imports its siblings, torch and transformers alone, because it travels with pushed checkpoints. A
+new family is a modeling file and its entry in this one: its configuration class says how it is fed as a teacher.
 """
 
 from transformers import (
@@ -22,6 +23,7 @@ from .masked_diffusion import (
     PADDING_STREAM,
     SCHEDULES,
     TIME_EPSILON,
+    NoiseSchedule,
     attention_mask_for,
     block_visibility,
     loss_weight,
@@ -60,14 +62,14 @@ MODELS = {
     A2DLlamaConfig: A2DLlamaLMHeadModel,
     LLaDA2MoeConfig: LLaDA2MoeModelLM,
     WeDLMConfig: WeDLMForCausalLM,
-    # one model_type, two architectures: the last one registered is asked, and hands a LLaDA-MoE's file on
+    # one model_type, two architectures: the one registered last reads config.json, and passes a LLaDA-MoE's on
     LLaDAMoEConfig: LLaDAMoEModelLM,
     LLaDAConfig: LLaDAModelLM,
     DreamConfig: DreamModel,
     SDARConfig: SDARForCausalLM,
     SDARMoeConfig: SDARMoeForCausalLM,
 }
-# names that training code of others writes into copies of the same checkpoints
+# model_types that other training code writes into copies of the same checkpoints
 ALIASES = {
     "llada21_moe": LLaDA2MoeConfig,
     "llada2_moe_veomni": LLaDA2MoeConfig,
@@ -107,6 +109,7 @@ __all__ = [
     "LLaDAModelLM",
     "MaskedDiffusionMixin",
     "MaskedDiffusionOutput",
+    "NoiseSchedule",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARMoeConfig",

@@ -1,8 +1,8 @@
 """Rows of tokens and masks on shared columns: where a prompt, its answer and their blocks stand while decoding.
 
-This file travels with checkpoints: it imports its siblings and torch alone.
+This file travels with checkpoints: it imports its siblings, torch and transformers alone.
 
-Shapes: B rows being decoded, R rows in all (B, or 2B with the negative prompts behind them), W columns, P prompt
+Shapes: B rows being decoded, R rows in all (B, or 2B with the negative prompts after them), W columns, P prompt
 columns as given, A answer tokens.
 """
 
@@ -23,13 +23,13 @@ class Canvas:
         position (`torch.LongTensor` of shape `(R, W)`): each column's position in its row, from 0.
         valid (`torch.BoolTensor` of shape `(R, W)`): False at padding.
         masked (`torch.BoolTensor` of shape `(B, W)`): still to be denoised; none in rows that have ended.
-        windows (`list[tuple[int, int]]`): column ranges [start, end) denoised one after the other.
+        windows (`list[tuple[int, int]]`): column ranges [start, end), denoised one after another.
         block_size (`int`): columns per block of the attention mask; W where everything sees everything.
         answer_column (`torch.LongTensor` of shape `(B,)`): column of each row's first answer token.
-        num_answer (`int`): A, answer tokens per row at most.
-        prompt_ids (`torch.LongTensor` of shape `(B, P)`): the prompts, each behind its padding.
+        num_answer (`int`): A, the most answer tokens of a row.
+        prompt_ids (`torch.LongTensor` of shape `(B, P)`): the prompts, padded on the left.
         eos_ids (`torch.LongTensor`): tokens that end an answer.
-        pad_token_id (`int`): what stands behind an answer's end.
+        pad_token_id (`int`): what follows an answer's end.
     """
 
     ids: torch.LongTensor
@@ -46,7 +46,7 @@ class Canvas:
 
     def __post_init__(self):
         self.finished = torch.zeros_like(self.answer_column, dtype=torch.bool)
-        self.num_new = torch.full_like(self.answer_column, self.num_answer)  # up to and with a row's end
+        self.num_new = torch.full_like(self.answer_column, self.num_answer)  # up to and including a row's end
         self._num_final = torch.zeros_like(self.answer_column)
 
     @property
@@ -55,21 +55,24 @@ class Canvas:
         return self.block_size >= self.ids.shape[1]
 
     def visible(self, start: int, end: int) -> torch.Tensor:
-        """Which of the columns [0, end) each of [start, end) sees, `(R, 1, end − start, end)`."""
+        """Which of the columns [0, end) each of the columns [start, end) sees, `(R, 1, end − start, end)`."""
         valid = self.valid[:, :end]
         stream = torch.where(valid, CLEAN_STREAM, PADDING_STREAM)
         block = torch.where(valid, torch.arange(end, device=valid.device) // self.block_size, -1)
         return block_visibility(stream[:, start:], block[:, start:], stream, block)
 
     def reveal(self, start: int, end: int, chosen: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Writes the chosen tokens, both `(B, end − start)`, into the rows and their negative counterparts."""
+        """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end).
+
+        A row's negative prompt gets the same answer tokens.
+        """
         copies = len(self.ids) // len(self.masked)
         window = self.ids[:, start:end]
         self.ids[:, start:end] = torch.where(chosen.repeat(copies, 1), tokens.repeat(copies, 1), window)
         self.masked[:, start:end] &= ~chosen
 
     def answer(self) -> torch.Tensor:
-        """Answer tokens `(B, A)`: [MASK] where not revealed, padding behind a row's end."""
+        """Answer tokens `(B, A)`: [MASK] where not revealed, padding after a row's end."""
         index = torch.arange(self.num_answer, device=self.ids.device)
         ids = self.ids[: len(self.masked)].gather(1, self.answer_column[:, None] + index)
         return ids.masked_fill(index >= self.num_new[:, None], self.pad_token_id)
@@ -79,11 +82,15 @@ class Canvas:
         return torch.cat([self.prompt_ids, self.answer()], 1)
 
     def end_rows(self, end: int, criteria: StoppingCriteriaList, is_late: bool = False) -> None:
-        """Ends rows at an EOS, a stopping criterion or their last token, among the columns before `end`; all of them
-        at `end` if it is late.
+        """Ends rows at an EOS, a stopping criterion or their last token.
 
-        Criteria are asked as in token-by-token decoding, once per answer token that has become final since the last
-        call: `criteria(input_ids (B, P + n), None)`; a row's answer counts if its n-th token is final.
+        Criteria are called as in token-by-token decoding, once per answer token that has become final since the last
+        call: `criteria(input_ids (B, P + n), None)`. What they return for a row counts if its n-th token is final.
+
+        Args:
+            end (`int`): the columns before it are final.
+            criteria (`StoppingCriteriaList`): transformers' own, or the caller's.
+            is_late (`bool`): whether time is up, and every row ends at `end`.
         """
         final = (end - self.answer_column).clamp(0, self.num_answer)
         index = torch.arange(self.num_answer, device=final.device)
@@ -101,73 +108,84 @@ class Canvas:
         self.masked &= ~self.finished[:, None]
 
 
-def answer_canvas(
-    prompt_ids: torch.LongTensor,
-    prompt_mask: torch.BoolTensor,
-    settings,
-    full: bool,
-    negative_ids: torch.LongTensor | None = None,
-    negative_mask: torch.BoolTensor | None = None,
-) -> Canvas:
+def answer_canvas(prompts: list[tuple[torch.LongTensor, torch.BoolTensor]], settings, full: bool) -> Canvas:
     """Prompts, each followed by masks.
 
     Rows are left-padded. On the absolute grid a row's padding is whole blocks, so its blocks count from its own
-    position 0 and the prompt's tail stands clean at the beginning of the first active block. On the prompt-aligned
-    grid, and for full-sequence models, all answers start in one column, a block's edge. A negative prompt is padded
-    so that its answer stands in the same columns as its row's; where lengths differ its first block is short.
+    position 0, and the end of the prompt stands clean at the beginning of the first active block. On the
+    prompt-aligned grid, and for full-sequence models, all answers start in one column, a block's edge. A negative
+    prompt is padded so that its answer stands in the same columns as its row's; where their lengths differ, its first
+    block is short.
 
-    Only answer tokens are denoised. On the absolute grid [MASK] stays in the rest of the last block, which is read as
-    a whole, as in training.
+    Only answer tokens are denoised. On the absolute grid [MASK] stays in the rest of the last block, which the network
+    sees whole, as in training.
+
+    Args:
+        prompts (`list[tuple]`): ids `(B, P)` and mask `(B, P)`, True at tokens; then, with guidance, the same of the
+            negative prompts, `(B, P′)`.
+        settings ([`TIDEGenerationConfig`]): with every default filled in.
+        full (`bool`): whether every position sees every other.
     """
-    num_rows, size = len(prompt_ids), settings.block_size or settings.max_new_tokens
-    lengths = prompt_mask.sum(-1)
+    size, num_new = settings.block_size or settings.max_new_tokens, settings.max_new_tokens
+    lengths = torch.stack([mask.sum(-1) for _, mask in prompts])  # of the prompts and the negative ones, (R // B, B)
     absolute = not full and settings.block_grid == "absolute"
-    tail = lengths % size if absolute else torch.zeros_like(lengths)
-    prompts = [(prompt_ids, prompt_mask)]
-    if negative_ids is not None:
-        prompts.append((negative_ids.expand(num_rows, -1), negative_mask.expand(num_rows, -1)))
-    all_lengths = torch.cat([mask.sum(-1) for _, mask in prompts])
-    unit = 1 if full else size
-    start = -(-int((all_lengths - tail.repeat(len(prompts))).max()) // unit) * unit
-    end = start + settings.max_new_tokens
-    if absolute:  # trained in whole blocks
-        end = start + -(-(int(tail.max()) + settings.max_new_tokens) // size) * size
+    tail = lengths[0] % size if absolute else torch.zeros_like(lengths[0])
+    start = _whole_units(int((lengths - tail).max()), 1 if full else size)
+    # on the absolute grid the last block is whole, as trained
+    end = start + (_whole_units(int(tail.max()) + num_new, size) if absolute else num_new)
     answer_column = start + tail
-    answer_end = answer_column + settings.max_new_tokens
-    offset = answer_column.repeat(len(prompts)) - all_lengths
-    columns = torch.arange(end, device=prompt_ids.device)
+    offset = (answer_column - lengths).flatten()
+    columns = torch.arange(end, device=lengths.device)
     valid = columns >= offset[:, None]
     ids = torch.where(valid, settings.mask_token_id, settings.pad_token_id)
-    for index, (given_ids, given_mask) in enumerate(prompts):
-        row, column = given_mask.nonzero(as_tuple=True)
-        rank = given_mask.long().cumsum(-1)[row, column] - 1
-        row = row + index * num_rows
-        ids[row, rank + offset[row]] = given_ids[row - index * num_rows, column]
+    for copy, (given_ids, given_mask) in zip(ids.split(lengths.shape[1]), prompts, strict=True):
+        _write_before(copy, answer_column, given_ids, given_mask)
+    prompt_ids, prompt_mask = prompts[0]
     eos = settings.eos_token_id
     return Canvas(
         ids=ids,
         position=(columns - offset[:, None]).clamp(min=0),
         valid=valid,
-        masked=(columns >= answer_column[:, None]) & (columns < answer_end[:, None]),
+        masked=(columns >= answer_column[:, None]) & (columns < answer_column[:, None] + num_new),
         windows=[(column, min(column + size, end)) for column in range(start, end, size)],
         block_size=end if full else size,
         answer_column=answer_column,
-        num_answer=settings.max_new_tokens,
+        num_answer=num_new,
+        # a stable sort by "is a token" moves padding to the left and keeps the tokens in order
         prompt_ids=prompt_ids.gather(1, prompt_mask.byte().argsort(dim=-1, stable=True)),
         eos_ids=torch.tensor([] if eos is None else eos, device=ids.device, dtype=torch.long).reshape(-1),
         pad_token_id=settings.pad_token_id,
     )
 
 
+def _whole_units(number: int, unit: int) -> int:
+    """The least multiple of `unit` that is not less than `number`."""
+    return -(-number // unit) * unit
+
+
+def _write_before(ids, column_B, given_ids, given_mask) -> None:
+    """Writes each row's given tokens, without what its mask leaves out, so that the last stands before `column_B`."""
+    row, given_column = given_mask.nonzero(as_tuple=True)
+    to_the_right = given_mask.long().flip(-1).cumsum(-1).flip(-1)  # tokens of the row from here on
+    ids[row, column_B[row] - to_the_right[row, given_column]] = given_ids[row, given_column]
+
+
 def infill_canvas(input_ids: torch.LongTensor, attention_mask: torch.BoolTensor, settings, full: bool) -> Canvas:
-    """Rows with masks anywhere in them, from position 0; the windows are the blocks that hold masks in any row."""
+    """Rows with masks anywhere in them, from position 0; the windows are the blocks that hold a mask in any row.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(B, L)`): tokens, and [MASK] where something is missing.
+        attention_mask (`torch.BoolTensor` of shape `(B, L)`): True at tokens.
+        settings ([`TIDEGenerationConfig`]): with every default filled in.
+        full (`bool`): whether every position sees every other.
+    """
     lengths = attention_mask.sum(-1)
     width = int(lengths.max())
     size = min(settings.block_size or width, width)
     columns = torch.arange(width, device=input_ids.device)
     valid = columns < lengths[:, None]
     ids = torch.full_like(valid, settings.pad_token_id, dtype=torch.long)
-    ids[valid] = input_ids[attention_mask]  # both row by row, left to right
+    ids[valid] = input_ids[attention_mask]  # both sides row by row, from left to right
     masked = valid & (ids == settings.mask_token_id)
     starts = (masked.any(0).nonzero().flatten() // size * size).unique().tolist()
     return Canvas(
@@ -180,6 +198,6 @@ def infill_canvas(input_ids: torch.LongTensor, attention_mask: torch.BoolTensor,
         answer_column=torch.zeros_like(lengths),
         num_answer=width,
         prompt_ids=input_ids[:, :0],
-        eos_ids=lengths[:0],  # text goes on behind a hole
+        eos_ids=lengths[:0],  # text goes on after a hole
         pad_token_id=settings.pad_token_id,
     )

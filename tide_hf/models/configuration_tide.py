@@ -12,10 +12,46 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .masked_diffusion import SCHEDULES
+from .masked_diffusion import named_schedule
 from .older_readers import WritesForOlderReaders
 
 AUTO_MODELS = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """How a network is fed when it teaches.
+
+    Args:
+        blocks (`str`): `"none"` (one bidirectional sequence, no clean copy), `"own"` (as its configuration says:
+            blocks of its `block_size`, or none if its `diffusion_type` is `"full"`) or `"student"` (the student's
+            blocks).
+        shifted (`bool`): whether the logits at position i − 1 are those of position i.
+        causal (`bool`): whether a block is causal inside, its unmasked tokens first.
+    """
+
+    blocks: str
+    shifted: bool = False
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherFamily:
+    """What the trainer needs to know of a kind of checkpoint that can teach: its class's `teacher_family`.
+
+    Args:
+        native ([`TeacherView`]): how it was trained.
+        paper ([`TeacherView`], *optional*): how the published TIDE (2604.26951) feeds it; as `native` by default.
+        mask_token_id (`int`, *optional*): used where neither its config nor its tokenizer gives one.
+    """
+
+    native: TeacherView
+    paper: TeacherView | None = None
+    mask_token_id: int | None = None
+
+    def view(self, context: str) -> TeacherView:
+        """The view of a `teacher_context`, `"paper"` or `"native"`."""
+        return self.paper if context == "paper" and self.paper is not None else self.native
 
 
 class CarriesItsCode(WritesForOlderReaders):
@@ -25,10 +61,14 @@ class CarriesItsCode(WritesForOlderReaders):
     modeling: ClassVar[str]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Writes config.json and, beside it, the code that loads the checkpoint where tide_hf is not installed.
+        """Writes config.json and, next to it, the code that loads the checkpoint where tide_hf is not installed.
 
-        `register_for_auto_class` would name one Auto class, and take the file of an instance's class, which FSDP2
-        replaces by its own; here `auto_map` names all four.
+        transformers' `register_for_auto_class` would name one Auto class, and copy the file of the instance's class,
+        which FSDP2 replaces by a class of its own; here `auto_map` names all four.
+
+        Args:
+            save_directory (`str` or `Path`): the folder to write to.
+            args, kwargs: as in transformers.
         """
         own_class = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
         self.auto_map = {"AutoConfig": own_class, **dict.fromkeys(AUTO_MODELS, self.modeling)}
@@ -40,16 +80,17 @@ class CarriesItsCode(WritesForOlderReaders):
 
 
 def refuse_sliding_windows(config) -> None:
-    """Raises ValueError for layers of a window, which the masks of diffusion replace by everything they show."""
+    """Raises ValueError for sliding-window layers of a `config`: the masks of a diffusion LM have no window."""
     window = getattr(config, "sliding_window", None)
-    everywhere = window is not None and getattr(config, "use_sliding_window", False)  # where layers have no types
+    everywhere = window is not None and getattr(config, "use_sliding_window", False)
     layer_types = getattr(config, "layer_types", None)
+    # older configurations have no layer_types
     if everywhere if layer_types is None else "sliding_attention" in layer_types:
         raise ValueError(
             f"Some layers of this {config.model_type} attend to a sliding window (use_sliding_window="
-            f"{config.use_sliding_window}, sliding_window={window}), which the masks of a diffusion LM "
-            "would replace by everything they show: set use_sliding_window=false, or every entry of layer_types to "
-            "'full_attention', if that is what the model was trained with."
+            f"{config.use_sliding_window}, sliding_window={window}), and a diffusion LM's masks "
+            "have no window: set use_sliding_window=false, or every entry of layer_types to 'full_attention', if that "
+            "is what the model was trained with."
         )
 
 
@@ -96,13 +137,14 @@ class DiffusionConfig(TypedDiffusionConfig):
         block_size (`int`): tokens per diffusion block, counted from absolute position 0.
         diffusion_type (`str`, *optional*): `"block"` (blocks in order, clean prefix), the default, or `"full"` (one
             bidirectional sequence).
-        noise_schedule (`str`): α(t) the model was trained with, `"linear"` or `"cosine"`.
+        noise_schedule (`str`): α(t) the model was trained with, a name in [`~tide_hf.models.SCHEDULES`].
 
     Raises:
         ValueError: for an impossible block size, diffusion type or schedule, causal attention or sliding windows.
     """
 
     DIFFUSION_TYPES = ("block", "full")
+    teacher_family = TeacherFamily(TeacherView("own"))
 
     is_causal: bool = False
     mask_token_id: int | None = None
@@ -114,8 +156,7 @@ class DiffusionConfig(TypedDiffusionConfig):
             raise ValueError("is_causal=True: a student sees both sides of a [MASK]; leave is_causal at False.")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {self.block_size}.")
-        if self.noise_schedule not in SCHEDULES:
-            raise ValueError(f"noise_schedule must be one of {', '.join(SCHEDULES)}, got {self.noise_schedule!r}.")
+        named_schedule(self.noise_schedule, "noise_schedule")
         super().__post_init__(**kwargs)
         refuse_sliding_windows(self)
 

@@ -1,7 +1,7 @@
 """An autoregressive language model, or a community diffusion LM, as a student of this library.
 
-The student's network is the source's: same weights, same tokenizer. What changes is who sees whom, and a mask token.
-This file imports its siblings, torch and transformers alone.
+The student's network is the source's: same weights, same tokenizer. What changes is which positions see which, and the
+mask token. This file imports its siblings, torch and transformers alone.
 """
 
 import copy
@@ -23,7 +23,7 @@ STUDENTS = {
     "a2d-llama": TIDELlamaForBlockDiffusion,
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-# what a student's configuration says for itself
+# fields of the source's configuration that the student's has values of its own for
 NOT_CARRIED = ("architectures", "auto_map", "is_causal", "model_type", "transformers_version")
 
 
@@ -37,20 +37,20 @@ def convert_to_diffusion(
     mask_token: str = MASK_TOKEN,
     **init_kwargs,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Makes a student of a Qwen3, Qwen2 or Llama model; it still has to be trained to denoise.
+    """Turns a Qwen3, Qwen2 or Llama model into a student, which still has to be trained to denoise.
 
-    The mask token is the tokenizer's own where it has one, else `mask_token`: an existing entry, or a new one in a row
-    that the embedding matrix has to spare, or, with a full matrix, a reserved special token; only if none is there
-    does the vocabulary grow. An autoregressive model has never read its row, which is set to the mean of the others.
-    Chat template, tied embeddings, dtype, biases and rotary settings are kept; sampling settings, tuned for
-    autoregressive decoding, are not.
+    The mask token is the tokenizer's own if it has one, else `mask_token`: an existing entry, or a new one in a spare
+    row of the embedding matrix, or, if the matrix is full, a reserved special token. The vocabulary grows only if
+    there is none of these. An autoregressive model has never read the mask token's row, which is set to the mean of
+    the others. Chat template, tied embeddings, dtype, biases and rotary settings are kept; sampling settings, which
+    were tuned for autoregressive decoding, are not.
 
     Args:
-        model (`str` or `PreTrainedModel`): Hub name, folder or instance (left as it is).
-        tokenizer (*optional*): its tokenizer (left as it is); from `model` by default.
+        model (`str` or `PreTrainedModel`): Hub name, folder or instance (not changed).
+        tokenizer (*optional*): its tokenizer (not changed); loaded from `model` by default.
         diffusion_type (`str`, *optional*), block_size (`int`, *optional*), noise_schedule (`str`, *optional*): of the
-            student, see [`~tide_hf.models.configuration_tide.DiffusionConfig`]; `"block"`, 32, `"linear"` by default,
-            or what a diffusion LM's config says.
+            student, see [`~tide_hf.models.configuration_tide.DiffusionConfig`]; `"block"`, 32 and `"linear"` by
+            default, or the values of the source's config if it is a diffusion LM.
         mask_token (`str`): text of the mask token.
         init_kwargs: `from_pretrained` arguments (revision, dtype, device_map, attn_implementation, …).
 
@@ -61,16 +61,8 @@ def convert_to_diffusion(
         ValueError: for an architecture that cannot be a student, sliding windows, quantised weights, or a mask token
             that contradicts the model's config.
     """
-    if isinstance(model, str):
-        hub = {name: value for name, value in init_kwargs.items() if name in HUB_ARGUMENTS}
-        # before the weights are fetched
-        _student_class(AutoConfig.from_pretrained(model, **hub))
-        tokenizer = AutoTokenizer.from_pretrained(model, **hub) if tokenizer is None else tokenizer
-        model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
-    elif init_kwargs:
-        raise ValueError(f"{', '.join(init_kwargs)}: these are for loading a model by name, and this is an instance.")
+    model, tokenizer = _source(model, tokenizer, init_kwargs)
     student_class = _student_class(model.config)
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path) if tokenizer is None else copy.deepcopy(tokenizer)
     num_known = len(tokenizer)
     _name_mask_token(tokenizer, model.config, mask_token)
 
@@ -86,8 +78,22 @@ def convert_to_diffusion(
     return student.train(model.training), tokenizer
 
 
+def _source(model, tokenizer, init_kwargs: dict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, loaded if it is a name, and a tokenizer of its own to add a mask token to."""
+    if isinstance(model, str):
+        hub = {name: value for name, value in init_kwargs.items() if name in HUB_ARGUMENTS}
+        _student_class(AutoConfig.from_pretrained(model, **hub))  # refuses before the weights are fetched
+        tokenizer = AutoTokenizer.from_pretrained(model, **hub) if tokenizer is None else tokenizer
+        model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+    elif init_kwargs:
+        raise ValueError(f"{', '.join(init_kwargs)}: these are for loading a model by name, and this is an instance.")
+    if tokenizer is None:
+        return model, AutoTokenizer.from_pretrained(model.name_or_path)
+    return model, copy.deepcopy(tokenizer)
+
+
 def _student_class(config) -> type[PreTrainedModel]:
-    """The student's class for a source's configuration, or the reason why there is none."""
+    """The student's class for a source's configuration; ValueError with the reason if there is none."""
     if config.model_type not in STUDENTS:
         raise ValueError(
             f"model_type={config.model_type!r} cannot be made a student; convert_to_diffusion takes "
@@ -95,9 +101,9 @@ def _student_class(config) -> type[PreTrainedModel]:
         )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
-            f"Some layers of this {config.model_type} attend to a window of {config.sliding_window} tokens, which the "
-            "block-diffusion mask would replace by everything before. Convert a model without sliding windows, or "
-            "accept that by setting every entry of its config's layer_types to 'full_attention'."
+            f"Some layers of this {config.model_type} attend to a window of {config.sliding_window} tokens, where a "
+            "student would attend to everything its block-diffusion mask shows. Convert a model without sliding "
+            "windows, or accept that by setting every entry of its config's layer_types to 'full_attention'."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("The weights are quantised; convert the unquantised model and quantise the student.")
@@ -105,7 +111,7 @@ def _student_class(config) -> type[PreTrainedModel]:
 
 
 def _name_mask_token(tokenizer, config, mask_token: str) -> None:
-    """Gives the tokenizer a mask token, new rows being the last resort."""
+    """Gives the tokenizer a mask token; a new row of the embeddings is the last resort."""
     if tokenizer.mask_token_id is None:
         if mask_token not in tokenizer.get_vocab() and len(tokenizer) >= config.vocab_size:
             reserved = [token for token in tokenizer.get_added_vocab() if "reserved_special_token" in token]
@@ -120,7 +126,7 @@ def _name_mask_token(tokenizer, config, mask_token: str) -> None:
 
 
 def _with_weights(student_class, config, model) -> PreTrainedModel:
-    """A student holding copies of a model's weights, in its dtype and on its device."""
+    """A student with copies of a model's weights, in its dtype and on its device."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     student, info = student_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
@@ -136,11 +142,12 @@ def _with_weights(student_class, config, model) -> PreTrainedModel:
 
 @torch.no_grad()
 def _make_mask_row(student, num_known: int, never_read: bool) -> None:
-    """Grows the embeddings if the mask id needs it, and sets every row without a trained value to the mean.
+    """Grows the embeddings if the mask id needs it, and sets every untrained row to the mean of the trained ones.
 
     Args:
-        num_known (`int`): tokens of the source's tokenizer; rows beyond are padding that no text ever read.
-        never_read (`bool`): whether the mask row is such a row too, wherever it lies.
+        student (`PreTrainedModel`): changed in place.
+        num_known (`int`): tokens of the source's tokenizer; rows beyond these are padding that no text has ever used.
+        never_read (`bool`): whether the mask token's row is untrained too, wherever it lies.
     """
     mask_token_id, num_rows = student.config.mask_token_id, student.config.vocab_size
     if mask_token_id >= num_rows:
@@ -155,7 +162,7 @@ def _make_mask_row(student, num_known: int, never_read: bool) -> None:
 
 
 def _generation_config(config, source, tokenizer) -> TIDEGenerationConfig:
-    """Token ids for decoding: the source's ends of text and the tokenizer's; padding that is not None."""
+    """Token ids for decoding: the source's and the tokenizer's ends of text; padding that is not None if possible."""
     ends = []
     for end in (source.eos_token_id, tokenizer.eos_token_id):
         ends += end if isinstance(end, list) else [end]

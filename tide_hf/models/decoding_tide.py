@@ -1,4 +1,4 @@
-"""Denoises the blocks of a canvas in order, over one cache that is only ever extended (SPEC §1, inference).
+"""Denoises the blocks of a canvas in order, over one cache that is only ever extended (BD3LM 2503.09573, algorithm 2).
 
 This file travels with checkpoints: it imports its siblings, torch and transformers.
 
@@ -27,19 +27,28 @@ from .sampling_tide import (
     within_entropy_bound,
 )
 
-NUM_LOGITS = 1 << 18  # that the cache of a CPU core holds, 1 MB of them
-SHORTEST = 8  # runs of a stretch, below which each costs more than it saves
+NUM_LOGITS = 1 << 18  # as many float32 logits as the cache of a CPU core holds, 1 MB
+SHORTEST = 8  # least runs per piece of the vocabulary: with fewer, a piece costs more than it saves
 
 
 class BlockCacheLayer(DynamicLayer):
-    """Keys and values of the finished blocks, in one buffer; the active block is written behind them and not kept."""
+    """Keys and values of the finished blocks, in one buffer; those of the active block follow them and are not kept.
+
+    Concatenation, as in transformers' own layer, would copy the whole cache in every pass.
+
+    Args:
+        max_length (`int`): columns of the buffer.
+    """
 
     def __init__(self, max_length: int):
         super().__init__()
         self.max_length, self.committed = max_length, 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Writes behind the committed columns and returns views of both together."""
+        """Writes `key_states` and `value_states`, `(R, heads, columns, head size)`, after the committed columns.
+
+        Returns views of both, the committed columns included. transformers' `args` and `kwargs` are not used.
+        """
         if not self.is_initialized:
             rows, heads, _, head_dim = key_states.shape
             self.keys = key_states.new_empty(rows, heads, self.max_length, head_dim)
@@ -59,7 +68,7 @@ class Decoder:
     """Runs the windows of a canvas in order.
 
     Args:
-        model: a student; its `run_decoder` and `lm_head` are called.
+        model (`MaskedDiffusionMixin`): its `run_decoder` and `lm_head` are called.
         canvas ([`Canvas`]): what is denoised, in place.
         settings ([`TIDEGenerationConfig`]): with every default filled in.
         generator (`torch.Generator`, *optional*): source of all random draws.
@@ -72,7 +81,8 @@ class Decoder:
         self.generator, self.streamer = generator, streamer
         rules = Rules() if rules is None else rules
         self.processors, self.warpers = rules.processors, rules.warpers
-        # the time is asked for once per block: it would cut a row behind the first token of the block just finished
+        # the clock is read once per block, apart from the criteria: those are called once per token, and would end
+        # rows after the first token of the block just finished
         self.deadlines = [rule for rule in rules.criteria if isinstance(rule, MaxTimeCriteria)]
         self.criteria = StoppingCriteriaList(rule for rule in rules.criteria if rule not in self.deadlines)
         self.temperature = settings.temperature
@@ -94,17 +104,20 @@ class Decoder:
                 self.streamer.put(self._streamed(start, end))
             if bool(canvas.finished.all()):
                 break
+        if self.streamer is not None:
+            self.streamer.end()
 
     def _denoise(self, start: int, end: int) -> None:
         """Reveals the masked positions of one window.
 
-        With fixed steps the host knows how many positions each step reveals and never waits for the device.
+        With fixed steps the host knows how many positions each step reveals, and never waits for the device.
         """
         canvas, num_masked = self.canvas, self.canvas.masked[:, start:end].sum(-1).tolist()
         shares, num_left, step = self._shares(num_masked, end - start), sum(num_masked), 0
         while num_left:
             masked = canvas.masked[:, start:end]
-            # where the masks are, without asking the device how many: they come first in a stable order
+            # flat indices of the masks, as nonzero() would give them; that would make the host wait for their number,
+            # which it knows here: a stable sort puts them first, row by row and from left to right
             flat = (~masked).flatten().byte().argsort(stable=True)[:num_left]
             tokens, score_N = self._propose(start, end, flat)
             share, num_revealed = (None, None) if shares is None else shares[step]
@@ -118,7 +131,7 @@ class Decoder:
                 self.streamer.put_draft(canvas.ids[:1, draft].cpu())
 
     def _shares(self, num_masked: list[int], window: int) -> list[tuple[torch.Tensor, int]] | None:
-        """Positions that each step reveals in each row `(B,)`, and in all; None where the network's answers decide."""
+        """Positions that each step reveals in each row, `(B,)`, and in total; None where the logits decide."""
         settings = self.settings
         if settings.confidence_threshold is not None or settings.entropy_bound is not None:
             return None
@@ -141,8 +154,8 @@ class Decoder:
         return masked & (rank < share[:, None])
 
     def _propose(self, start: int, end: int, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A token for each masked position, `(N,)`, and what decides when it is revealed, `(N,)`: its probability, or
-        with an entropy bound the position's entropy."""
+        """A token for each masked position, `(N,)`, and what decides when it is revealed, `(N,)`: its probability or,
+        with an entropy bound, the position's entropy."""
         settings = self.settings
         row, column = flat // (end - start), flat % (end - start)
         hidden = self._forward(start, end)
@@ -155,7 +168,7 @@ class Decoder:
         return tokens, probability_N if entropy_N is None else entropy_N
 
     def _logits(self, hidden: torch.Tensor, start: int, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `(N, V)` of the masked positions, guided and processed; [MASK] has none."""
+        """Float32 logits `(N, V)` of the masked positions, guided and processed; [MASK] has −∞."""
         logits_NV = self.model.lm_head(hidden[row, column]).float()
         num_rows = len(self.canvas.masked)
         if len(hidden) > num_rows:
@@ -165,6 +178,7 @@ class Decoder:
         if self.processors:
             index = start + column - self.canvas.answer_column[row]
             sequences = self.canvas.sequences()
+            # processors expect one token per row: the n-th new ones of all rows go together
             for n in index.unique().tolist():
                 at = index == n
                 scores_BV = logits_NV.new_zeros(num_rows, logits_NV.shape[-1])
@@ -176,15 +190,15 @@ class Decoder:
     def _forward(self, start: int, end: int) -> torch.Tensor:
         """Hidden states `(R, end − start, H)` of the active columns.
 
-        Columns before them are final: those the cache does not hold yet (the prompt, or the block finished last) run
-        along once and are kept. Without a cache all columns run.
+        Columns before them are final: those that the cache does not hold yet (the prompt, or the block finished last)
+        run in the same call and are kept. Without a cache all columns run.
         """
         canvas = self.canvas
         first = 0 if self.cache is None else self.cache.get_seq_length()
         stop = canvas.ids.shape[1] if canvas.is_one_block else end
         if self._span != (first, stop):
             visible = canvas.visible(first, stop)
-            # without a mask attention takes its fastest way, and copies no keys for the query heads that share them
+            # without a mask, attention takes its fastest path and does not copy the keys that query heads share
             self._span, self._visible = (first, stop), None if bool(visible.all()) else visible
         self.forward_passes += 1
         hidden = self.model.run_decoder(
@@ -206,7 +220,7 @@ class Decoder:
 
 
 def _spread(masked: torch.Tensor, flat: torch.Tensor, values_N: torch.Tensor, fill: float) -> torch.Tensor:
-    """`(B, K)`: the masked positions' values at their places, `fill` elsewhere."""
+    """`(B, K)`: the masked positions' values where they belong, `fill` elsewhere."""
     spread = torch.full((masked.numel(),), fill, dtype=values_N.dtype, device=values_N.device)
     spread[flat] = values_N
     return spread.view_as(masked)
@@ -215,9 +229,9 @@ def _spread(masked: torch.Tensor, flat: torch.Tensor, values_N: torch.Tensor, fi
 def _head_in_stretches(
     lm_head: torch.nn.Module, hidden_NH: torch.Tensor, mask_token_id: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Float32 logits in pieces of the vocabulary, for [`most_probable`]: first token id and `(N, v)`; [MASK] has none.
+    """Float32 logits in pieces of the vocabulary, for [`most_probable`]: first token id and `(N, v)`; [MASK] has −∞.
 
-    On a CPU the pieces of a plain head are so small that they are still in the cache when they are read; all logits at
+    On a CPU the pieces of a plain head are small enough to be still in the cache when they are read; all logits at
     once would go through memory several times. On other devices, and where more than a linear layer runs (an adapter,
     quantised weights, hooks), there is one piece.
     """

@@ -1,17 +1,33 @@
 """How a student decodes: the settings of `generate` and `infill`.
 
-This file travels with checkpoints: it imports its siblings and transformers alone.
+A new setting is an entry of `OWN_FIELDS`, with its check and its help, here, and the code in `decoding_tide.py` that
+reads it.
+
+This file travels with checkpoints: it imports transformers alone.
 """
 
 from numbers import Integral
 
 from transformers import GenerationConfig
 
-from .settings_tide import OWN_FIELDS, TOKEN_IDS
-
-REMASKING = ("confidence", "random")
-BLOCK_GRIDS = ("absolute", "prompt_aligned")
-# integers by their least value, and shares between 0 and 1
+TOKEN_IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+# settings that transformers does not have -> default; None is off, or the model's own
+OWN_FIELDS = {
+    "mask_token_id": None,
+    "block_size": None,
+    "block_grid": "absolute",
+    "steps_per_block": None,
+    "confidence_threshold": None,
+    "entropy_bound": None,
+    "remasking": "confidence",
+}
+# those that infill does not read: they are about an answer after a prompt
+OWN_FIELDS_FOR_ANSWERS = ("block_grid",)
+DEFAULTS = {"max_new_tokens": 256, "temperature": 0.0} | {
+    name: default for name, default in OWN_FIELDS.items() if default is not None
+}
+# what validate checks: choices, least values of integers, and shares between 0 and 1
+CHOICES = {"remasking": ("confidence", "random"), "block_grid": ("absolute", "prompt_aligned")}
 AT_LEAST = {
     **dict.fromkeys(("max_new_tokens", "max_length", "block_size", "steps_per_block", "num_return_sequences"), 1),
     **dict.fromkeys(("top_k", "min_length", "min_new_tokens"), 0),
@@ -24,42 +40,47 @@ class TIDEGenerationConfig(GenerationConfig):
     """How a student decodes.
 
     Args:
-        max_new_tokens (`int`): tokens to generate at most, 256 by default. Only these are denoised: where they end
+        max_new_tokens (`int`): the most tokens to generate, 256 by default. Only these are denoised: where they end
             inside a block, the rest of it stays [MASK], and without `steps_per_block` there are as many passes as
             tokens.
-        max_length (`int`, *optional*): as in transformers the same with the prompt's columns. Of the two the nearer
-            (keyword, given config, model's config) is taken, and `max_new_tokens` where both come from one place.
-        mask_token_id (`int`, *optional*): id of [MASK]; the model's by default. It is never generated.
+        max_length (`int`, *optional*): as in transformers, the same including the prompt's columns. Of the two, the
+            one set nearer to the call counts (keyword, given config, model's config); `max_new_tokens` if both are
+            set in one place.
+        mask_token_id (`int`, *optional*): id of [MASK]; the model's by default. [MASK] is never generated.
         block_size (`int`, *optional*): tokens per block; the model's by default, which it was trained with. A
-            full-sequence student denoises its whole answer at once, or with this set blocks of it from left to right.
+            full-sequence student denoises its whole answer at once or, with this set, block by block from left to
+            right.
         block_grid (`str`): where a block-diffusion student's blocks begin. `"absolute"`, the default: counted from
-            position 0 as in training, so the answer's first tokens share a block with the prompt's tail.
-            `"prompt_aligned"`: the answer starts a block and the prompt's first block is short, as in the sampler
-            published with BD3LM students by dllm and TIDE.
+            position 0 as in training, so the answer's first tokens share a block with the end of the prompt.
+            `"prompt_aligned"`: the answer starts a block and the prompt's first block is short, as in the sampler that
+            dllm and TIDE published with their BD3LM students.
         steps_per_block (`int`, *optional*): forward passes per block; one per token by default. Fewer reveal several
             tokens at a time, divided as `sampling_tide.reveal_counts` says.
         confidence_threshold (`float`, *optional*): reveal every token whose probability reaches it (at least one per
-            pass), in place of a fixed number of steps.
+            pass), instead of a fixed number of steps.
         entropy_bound (`float`, *optional*): in nats; reveal positions in ascending order of entropy while the sum of
-            the revealed ones' entropies without the largest is at most this, in place of a fixed number of steps
-            (EB-Sampler, arXiv 2505.24857).
+            their entropies, without the largest, is at most this, instead of a fixed number of steps (EB-Sampler,
+            arXiv 2505.24857).
         remasking (`str`): which positions are revealed first: `"confidence"` (most probable) or `"random"`.
-        temperature (`float`): 0, the default, takes the most probable token, anything above draws.
-        do_sample (`bool`, *optional*): True draws at the temperature given, at 1 without one; False does not draw.
-        top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, top_h (*optional*): narrow what is drawn, as in
-            transformers; refused where nothing is drawn.
-        guidance_scale (`float`, *optional*): with a negative prompt, logits are z⁻ + scale · (z − z⁻); 1 is none.
-        num_return_sequences (`int`, *optional*): answers drawn for each prompt, one behind the other.
-        max_time (`float`, *optional*): seconds, asked for behind each block, which is finished.
-        use_cache (`bool`, *optional*): False runs the columns before a block again in each pass.
+        temperature (`float`): 0, the default, takes the most probable token; anything above 0 samples.
+        do_sample (`bool`, *optional*): True samples at the temperature given, or at 1; False takes the most probable
+            token.
+        top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, top_h (*optional*): narrow what is sampled from, as
+            in transformers; refused where nothing is sampled.
+        guidance_scale (`float`, *optional*): with a negative prompt, logits are z⁻ + scale · (z − z⁻); 1 is no
+            guidance.
+        num_return_sequences (`int`, *optional*): answers sampled for each prompt, in consecutive rows.
+        max_time (`float`, *optional*): seconds; checked after each block, so that the block under way is finished.
+        use_cache (`bool`, *optional*): False runs the columns before a block again in every pass.
         kwargs: transformers' further settings. Processors of logits (`repetition_penalty`, `no_repeat_ngram_size`,
             `suppress_tokens`, `min_new_tokens`, …) and `stop_strings` are transformers' own objects and are applied as
-            those given to `generate`. A pass reveals tokens in any order: rules about single tokens and places hold
-            exactly, rules about what stands to the left (`repetition_penalty`, n-grams, words of several tokens) know
-            what has been revealed there; with `block_size=1` that is everything. Every other setting is refused by
-            `generate` and `infill` unless it is off: `settings_tide.py` says why for each. It may be loaded and saved.
+            those given to `generate`. Tokens are revealed in any order: rules about single tokens and positions hold
+            exactly; rules about the text to the left (`repetition_penalty`, n-grams, words of several tokens) see only
+            what has been revealed of it, which with `block_size=1` is all of it. Every other setting may be loaded and
+            saved, and is refused by `generate` and `infill` unless it is off: `settings_tide.py` says why for each.
         eos_token_id, pad_token_id, return_dict_in_generate: as in transformers. A row ends at its first EOS; what
-            follows is padding. bos_token_id: the prompt where none is given.
+            follows is padding.
+        bos_token_id (`int`, *optional*): the prompt where none is given.
     """
 
     def __init__(self, **kwargs):
@@ -68,10 +89,10 @@ class TIDEGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, *args, **kwargs):
-        """Checks what this decoder reads.
+        """Checks the settings that this decoder reads; `args` and `kwargs`, in transformers' signature, are not used.
 
         Raises:
-            ValueError: with the field, its value, and what it may be.
+            ValueError: with the field, its value, and the values it may have.
         """
         for name, least in AT_LEAST.items():
             value = getattr(self, name, None)
@@ -85,10 +106,9 @@ class TIDEGenerationConfig(GenerationConfig):
                 raise ValueError(f"{name} must lie in [0, 1], got {value}.")
         if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold must lie in (0, 1], got {self.confidence_threshold}.")
-        if self.remasking not in (None, *REMASKING):
-            raise ValueError(f"remasking must be one of {', '.join(REMASKING)}, got {self.remasking!r}.")
-        if self.block_grid not in (None, *BLOCK_GRIDS):
-            raise ValueError(f"block_grid must be one of {', '.join(BLOCK_GRIDS)}, got {self.block_grid!r}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in (None, *choices):
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if (self.temperature or 0) < 0:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
         if self.max_time is not None and self.max_time <= 0:
@@ -106,8 +126,8 @@ class TIDEGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config) -> "TIDEGenerationConfig":
-        """Token ids and block size of a model's config; everything else at its default."""
+        """Token ids and block size of a `model_config` (or its dict); everything else at its default."""
         values = model_config if isinstance(model_config, dict) else model_config.to_dict()
-        # a full-sequence model has a block size in its config and was not trained in blocks
+        # a full-sequence model's config has a block size too, which it was not trained with
         names = TOKEN_IDS if values.get("diffusion_type") == "full" else (*TOKEN_IDS, "block_size")
         return cls(**{name: values[name] for name in names if values.get(name) is not None})

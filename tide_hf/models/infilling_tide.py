@@ -1,6 +1,6 @@
-"""Text with holes in, text out.
+"""Filling the holes of a text: text in, text out.
 
-This file travels with checkpoints: it imports transformers' types alone.
+This file travels with checkpoints: it imports Python's standard library alone.
 """
 
 import re
@@ -12,10 +12,10 @@ class TextInfillingMixin:
     """`infill_text` over a model's `infill`."""
 
     def infill_text(self, tokenizer, text: str | list[str], **kwargs) -> str | list[str]:
-        """Fills the holes of a text; what stands between them is returned character by character as given.
+        """Fills the holes of a text; what stands between them is returned exactly as given.
 
         A hole is `[MASK]` (one token), `[MASK:8]` (eight tokens), or the tokenizer's own mask token. How much of the
-        text behind a hole the model sees depends on the model: see `infill`.
+        text after a hole the model sees depends on the model: see `infill`.
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): the model's; its mask token must be the model's.
@@ -23,10 +23,10 @@ class TextInfillingMixin:
             kwargs: passed to `infill`.
 
         Returns:
-            `str` or `list[str]`: special tokens that a hole was filled with (such as EOS) are left out.
+            `str` or `list[str]`, as given: special tokens that a hole was filled with (such as EOS) are left out.
 
         Raises:
-            ValueError: a tokenizer without mask token, a text without holes, holes that the tokenizer merges.
+            ValueError: for a tokenizer without a mask token, a text without holes, holes that the tokenizer merges.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if tokenizer.mask_token_id is None:
@@ -58,7 +58,7 @@ class TextInfillingMixin:
 
 
 def _decode_holes(tokenizer, ids: list[int], was_mask: list[bool]) -> list[str]:
-    """The text of each run of filled tokens, as it reads behind what precedes it (spaces belong to the next token)."""
+    """The text of each run of filled tokens, decoded after what precedes it (spaces belong to the next token)."""
     pieces, start = [], None
     for index, filled in enumerate([*was_mask, False]):
         if filled and start is None:

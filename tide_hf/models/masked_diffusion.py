@@ -1,4 +1,4 @@
-"""The forward process and the block visibility rule (SPEC §1; MDLM 2406.07524, BD3LM 2503.09573).
+"""The forward process (MDLM 2406.07524) and the block visibility rule (BD3LM 2503.09573).
 
 This file travels with checkpoints: it imports torch alone.
 
@@ -6,30 +6,73 @@ Shapes: B rows, Q queries, K keys. Time t lies in [ε, 1], one value per row.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 TIME_EPSILON = 1e-3
-SCHEDULES = ("linear", "cosine")
-# stream of each position of a packed input: padding, the clean copy x0, then the noised copies 1, 2, …; those of the
-# second row that lies in the same line count from STREAMS_PER_ROW on, and so forth
+# stream of each position of a packed input: padding, the clean copy x0, then the noised copies 1, 2, …; the streams of
+# the second row on the same line count from STREAMS_PER_ROW, those of the third from 2 · STREAMS_PER_ROW, …
 PADDING_STREAM, CLEAN_STREAM, NOISED_STREAM = -1, 0, 1
 STREAMS_PER_ROW = 4
 
 
-def masked_probability(t: torch.Tensor, schedule: str = "linear") -> torch.Tensor:
-    """1 − α(t), the probability that a trained-on position is masked: `t` (linear) or `sin(πt/2)` (cosine).
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """α(t), the probability that a trained-on position is still clean at time t, by what training needs of it.
 
-    The second is SPEC's `cos(π(1−t)/2)`, written so that nothing cancels at small t.
+    Both functions take and return a tensor of any shape, t in (0, 1]. They are written without 1 − α: that loses its
+    digits in float32 at small t, where the weight is largest.
+
+    Args:
+        masked_probability (`Callable`): 1 − α(t), rising from 0 at t = 0 to 1 at t = 1.
+        loss_weight (`Callable`): −α′(t) / (1 − α(t)), the weight of a masked position's nats (MDLM 2406.07524 eq. 10).
     """
-    _check_schedule(schedule)
-    return t if schedule == "linear" else torch.sin(math.pi / 2 * t)
+
+    masked_probability: Callable[[torch.Tensor], torch.Tensor]
+    loss_weight: Callable[[torch.Tensor], torch.Tensor]
+
+
+# a new schedule is an entry here: configurations, trainers and forward(labels=…) know it by its name
+SCHEDULES = {
+    "linear": NoiseSchedule(masked_probability=lambda t: t, loss_weight=lambda t: 1 / t),
+    "cosine": NoiseSchedule(  # α = 1 − cos(π(1 − t)/2)
+        masked_probability=lambda t: torch.sin(math.pi / 2 * t),
+        loss_weight=lambda t: (math.pi / 2) / torch.tan(math.pi / 2 * t),
+    ),
+}
+
+
+def masked_probability(t: torch.Tensor, schedule: str = "linear") -> torch.Tensor:
+    """1 − α(t), the probability that a trained-on position is masked.
+
+    Args:
+        t (`torch.Tensor`): times in (0, 1], of any shape.
+        schedule (`str`): a name in [`SCHEDULES`].
+
+    Returns:
+        `torch.Tensor` of the shape of `t`.
+
+    Raises:
+        ValueError: for an unknown schedule.
+    """
+    return named_schedule(schedule).masked_probability(t)
 
 
 def loss_weight(t: torch.Tensor, schedule: str = "linear") -> torch.Tensor:
-    """w(t) = −α′(t) / (1 − α(t)): `1/t` (linear) or `(π/2) / tan(πt/2)` (cosine). Source: MDLM eq. 10."""
-    _check_schedule(schedule)
-    return 1 / t if schedule == "linear" else (math.pi / 2) / torch.tan(math.pi / 2 * t)
+    """w(t) = −α′(t) / (1 − α(t)), the weight of the denoising loss; `t`, `schedule` as in [`masked_probability`].
+
+    Source: MDLM 2406.07524 eq. 10.
+    """
+    return named_schedule(schedule).loss_weight(t)
+
+
+def named_schedule(name: str, setting: str = "schedule") -> NoiseSchedule:
+    """The schedule of a name; ValueError, in terms of the `setting` it came from, where there is none."""
+    if name not in SCHEDULES:
+        raise ValueError(f"{setting} must be one of {', '.join(SCHEDULES)}, got {name!r}.")
+    return SCHEDULES[name]
 
 
 def block_visibility(
@@ -48,10 +91,11 @@ def block_visibility(
     Returns:
         `torch.BoolTensor` of shape `(B, 1, Q, K)`: True where the query may attend.
 
-    Source: BD3LM 2503.09573 §3.2; SPEC §1.
+    Source: BD3LM 2503.09573 §3.2.
     """
     query_row, is_clean = query_stream // STREAMS_PER_ROW, key_stream % STREAMS_PER_ROW == CLEAN_STREAM
-    row_of_clean_key = torch.where(is_clean, key_stream // STREAMS_PER_ROW, -2)  # −1 is padding's
+    # −2 equals no query's row: PADDING_STREAM // STREAMS_PER_ROW is −1, and rows count from 0
+    row_of_clean_key = torch.where(is_clean, key_stream // STREAMS_PER_ROW, -2)
     query_block, key_block = query_block[:, :, None], key_block[:, None, :]
     own_block = (query_stream[:, :, None] == key_stream[:, None, :]) & (query_block == key_block)
     clean_past = (query_row[:, :, None] == row_of_clean_key[:, None, :]) & (query_block > key_block)
@@ -59,10 +103,10 @@ def block_visibility(
 
 
 def attention_mask_for(visible: torch.Tensor, attn_implementation: str, dtype: torch.dtype):
-    """A boolean mask in the form an attention implementation honours.
+    """A boolean mask in the form that an attention implementation applies.
 
-    sdpa takes it as it is. Eager attention would add True as 1 and so see everything: it gets 0 and the smallest
-    finite number. flex_attention aborts on dense masks: it gets a BlockMask.
+    sdpa takes it as it is. Eager attention would add True as 1 and so hide nothing: it gets 0 and the smallest finite
+    number. flex_attention aborts on dense masks: it gets a BlockMask.
 
     Args:
         visible (`torch.BoolTensor` of shape `(B, 1, Q, K)`): True where the query may attend.
@@ -70,7 +114,7 @@ def attention_mask_for(visible: torch.Tensor, attn_implementation: str, dtype: t
         dtype (`torch.dtype`): of the hidden states, for eager.
 
     Raises:
-        ValueError: for an implementation that takes no mask of this kind (flash attention).
+        ValueError: for an implementation that cannot apply such a mask (flash attention).
     """
     if attn_implementation == "sdpa":
         return visible
@@ -87,8 +131,3 @@ def attention_mask_for(visible: torch.Tensor, attn_implementation: str, dtype: t
         f"attn_implementation={attn_implementation!r} cannot express the block-diffusion mask; "
         "load the model with attn_implementation='sdpa', 'eager' or 'flex_attention'."
     )
-
-
-def _check_schedule(schedule: str) -> None:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_tide import TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
+from .configuration_tide import TeacherFamily, TeacherView, TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
 from .modeling_tide import TIDELlamaForBlockDiffusion, TIDEQwen2ForBlockDiffusion, TIDEQwen3ForBlockDiffusion
 from .published import PublishedConfig
 
@@ -21,6 +21,8 @@ class A2DQwen3Config(PublishedConfig, TIDEQwen3Config):
 
     model_type = "a2d-qwen3"
     modeling = "modeling_a2d.A2DQwen3LMHeadModel"
+    # the first token after Qwen3's own, which the published tokenizers add
+    teacher_family = TeacherFamily(TeacherView("own"), mask_token_id=151_669)
 
 
 @strict
@@ -29,6 +31,8 @@ class A2DQwen2Config(PublishedConfig, TIDEQwen2Config):
 
     model_type = "a2d-qwen2"
     modeling = "modeling_a2d.A2DQwen2LMHeadModel"
+    # the first token after Qwen2.5's own, which the published tokenizers add
+    teacher_family = TeacherFamily(TeacherView("own"), mask_token_id=151_665)
 
 
 @strict

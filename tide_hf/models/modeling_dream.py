@@ -1,4 +1,4 @@
-"""Dream 7B as transformers' Qwen2, without anybody's remote code; the published keys are Qwen2's.
+"""Dream 7B as transformers' Qwen2, without remote code; the published keys are Qwen2's.
 
 Full-sequence diffusion with logits for the NEXT position: those of [MASK] at position i stand at i − 1. Source:
 HKUNLP/Dream.
@@ -7,6 +7,7 @@ HKUNLP/Dream.
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from .configuration_tide import TeacherFamily, TeacherView
 from .published import PublishedConfig
 from .refusals import NotYetAStudent
 
@@ -21,6 +22,8 @@ class DreamConfig(PublishedConfig, Qwen2Config):
 
     model_type = "Dream"
     default_theta = 1_000_000.0
+    # mask id: HKUNLP's config.json
+    teacher_family = TeacherFamily(TeacherView("none", shifted=True), mask_token_id=151_666)
 
     is_causal: bool = False
     mask_token_id: int | None = None

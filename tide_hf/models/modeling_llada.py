@@ -1,4 +1,4 @@
-"""LLaDA-8B (and 1.5) as transformers' Llama, LLaDA-MoE as its Qwen3Moe, without anybody's remote code.
+"""LLaDA-8B (and 1.5) as transformers' Llama, LLaDA-MoE as its Qwen3Moe, without remote code.
 
 Both carry model_type `llada`; `architectures` tells them apart. Full-sequence diffusion, bidirectional, logits for the
 same position. Source: GSAI-ML/LLaDA-8B, inclusionAI/LLaDA-MoE.
@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.core_model_loading import WeightRenaming
 
+from .configuration_tide import TeacherFamily, TeacherView
 from .published import PublishedConfig, packed_experts, register_key_layout
 from .refusals import NotYetAStudent
 
@@ -27,6 +28,8 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
 
     model_type = "llada"
     default_theta = 500_000.0
+    # mask id: GSAI-ML's code
+    teacher_family = TeacherFamily(TeacherView("none"), mask_token_id=126_336)
     published_names: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",
         "n_heads": "num_attention_heads",
@@ -80,7 +83,7 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Dispatches on `architectures`, which alone tells the two architectures of this model_type apart."""
+        """As in transformers; `architectures` in `config_dict` tells the two networks of this model_type apart."""
         is_moe = "LLaDAMoEModelLM" in (config_dict.get("architectures") or ()) or "num_experts" in config_dict
         return LLaDAMoEConfig.from_dict(config_dict, **kwargs) if is_moe else super().from_dict(config_dict, **kwargs)
 
@@ -106,6 +109,8 @@ class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
 
     model_type = "llada"
     default_theta = 50_000.0
+    # mask id: inclusionAI's dInfer
+    teacher_family = TeacherFamily(TeacherView("none"), mask_token_id=156_895)
     published_names: ClassVar[dict[str, str]] = {
         "expert_intermediate_size": "moe_intermediate_size",
         "dense_intermediate_size": "intermediate_size",

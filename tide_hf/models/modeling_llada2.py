@@ -1,4 +1,4 @@
-"""LLaDA2.0 and LLaDA2.1 (mini 16 B, flash 100 B; MoE) as transformers' Glm4Moe, without anybody's remote code.
+"""LLaDA2.0 and LLaDA2.1 (mini 16 B, flash 100 B; MoE) as transformers' Glm4Moe, without remote code.
 
 The two networks are the same: grouped sigmoid router with a bias that only selects, a shared expert, per-head query
 and key norms before a rotation of the first half of each head. Keys differ: fused query_key_value, one tensor per
@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
-from .configuration_tide import DiffusionConfig
+from .configuration_tide import DiffusionConfig, TeacherFamily, TeacherView
 from .modeling_tide import MaskedDiffusionMixin
 from .published import MERGED, PublishedConfig, merged_experts, packed_experts, register_key_layout
 
@@ -31,6 +31,8 @@ class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
     model_type = "llada2_moe"
     modeling = "modeling_llada2.LLaDA2MoeModelLM"
     default_theta = 600_000.0
+    # trained in blocks with a clean prefix; TIDE feeds the noised sequence alone. Mask id: dFactory and dInfer
+    teacher_family = TeacherFamily(TeacherView("own"), paper=TeacherView("none"), mask_token_id=156_895)
     published_names: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "num_shared_experts": "n_shared_experts",
@@ -102,7 +104,7 @@ class LLaDA2MoeModelLM(MaskedDiffusionMixin, Glm4MoeForCausalLM):
         self._keys_to_ignore_on_load_unexpected = set()
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers, in the published layout, whichever was loaded."""
+        """As in transformers, args and kwargs included, in the published layout, whichever was loaded."""
         used = getattr(self, "_weight_conversions", None)
         if used is None or any(conversion.source_patterns == MERGED for conversion in used):
             self._weight_conversions = PUBLISHED_LAYOUT

@@ -1,7 +1,7 @@
-"""SDAR as transformers' Qwen3, SDAR-MoE (30B-A3B) as its Qwen3Moe, without anybody's remote code.
+"""SDAR as transformers' Qwen3, SDAR-MoE (30B-A3B) as its Qwen3Moe, without remote code.
 
 Block diffusion, 4 tokens per block unless config.json says otherwise; the published keys are the base classes'.
-Source: JetAstra/SDAR. The MoE's shape is taken from third-party inference code; no published file was at hand.
+Source: JetAstra/SDAR. The MoE's shape is taken from third-party inference code; no published file was available.
 """
 
 from typing import ClassVar
@@ -9,8 +9,11 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from .configuration_tide import TeacherFamily, TeacherView
 from .published import PublishedConfig, packed_experts, register_key_layout
 from .refusals import NotYetAStudent
+
+FAMILY = TeacherFamily(TeacherView("own"), mask_token_id=151_669)  # mask id: JetAstra's code
 
 
 @strict
@@ -24,6 +27,7 @@ class SDARConfig(PublishedConfig, Qwen3Config):
 
     model_type = "sdar"
     default_theta = 1_000_000.0
+    teacher_family = FAMILY
 
     is_causal: bool = False
     mask_token_id: int | None = None
@@ -49,6 +53,7 @@ class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
 
     model_type = "sdar_moe"
     default_theta = 1_000_000.0
+    teacher_family = FAMILY
     required_values: ClassVar[dict] = {"partial_rotary_factor": 1, "shared_expert_intermediate_size": 0}
 
     is_causal: bool = False

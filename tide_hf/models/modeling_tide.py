@@ -1,9 +1,9 @@
-"""Students: transformers' own decoders run as masked diffusion LMs.
+"""Students: transformers' own decoders run as masked diffusion LMs (MDLM 2406.07524, BD3LM 2503.09573).
 
 Without a 4-D mask a student is fully bidirectional. `forward(labels=…)` draws noise and returns the denoising loss, so
-that a plain Trainer, SFT-style code and PEFT train it correctly: the causal loss of the base class would let a
-bidirectional model copy its input. This file travels with checkpoints: it imports its siblings, torch and
-transformers alone.
+that a plain Trainer, SFT-style code and PEFT train it correctly: with the causal loss of the base class, a
+bidirectional model would learn to copy its input. This file travels with checkpoints: it imports its siblings, torch
+and transformers alone.
 
 Shapes: B rows, L positions, H hidden, V vocabulary.
 """
@@ -53,9 +53,9 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
     """`forward` and `generate` of a student; stands before a transformers `…ForCausalLM` in the bases.
 
     Attributes:
-        eval_num_times (`int`): noise levels at which `forward(labels=…)` runs each row in eval mode, one in each of as
-            many equal parts of [0, 1]; as many forwards.
-        accepts_foreign_loss (`bool`): True lets others train on the logits of input without a [MASK].
+        eval_num_times (`int`): noise levels at which `forward(labels=…)` runs each row in eval mode, one drawn from
+            each of as many equal parts of [0, 1]; each takes a forward.
+        accepts_foreign_loss (`bool`): True lets other code train on the logits of input without a [MASK].
     """
 
     eval_num_times: int = 8
@@ -86,54 +86,37 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
             input_ids (`torch.LongTensor` of shape `(B, L)`): clean tokens with `labels`, noised ones otherwise.
             attention_mask (`torch.Tensor`, *optional*): `(B, L)` padding mask, or `(B, 1, L, K)` boolean mask that is
                 applied as given (see `masked_diffusion.block_visibility`) by every attention implementation.
+            position_ids, inputs_embeds, use_cache, logits_to_keep, kwargs: as in transformers, without `labels`.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): `input_ids` where trained on, −100 elsewhere.
                 Positions are masked with probability 1 − α(t), t uniform per row. In eval mode a row is run at
                 `eval_num_times` times, and its noise follows from its tokens and labels alone.
             head_fn (`Callable`, *optional*): `head_fn(hidden (B, L, H), lm_head_weight (V, H)) -> (loss, terms)`, run
-                in place of the head, inside the forward that DDP, FSDP and PEFT wrap.
+                instead of the head, inside the forward that DDP, FSDP and PEFT wrap.
             num_items_in_batch (`int`, *optional*): trained-on tokens of the whole batch, the loss's divisor; those of
                 this call by default. In eval mode this call's share of the batch follows from it.
-            cache (`Cache`, *optional*), past_key_values: keys and values of earlier columns, under its new and its old
-                name.
+            cache (`Cache`, *optional*): keys and values of earlier columns; past_key_values is its older name.
 
         Returns:
             [`MaskedDiffusionOutput`]: with `labels`, a loss in nats per trained-on token: the mean over tokens in
-            training, in eval mode the mean over rows of each row's mean, and logits for xt, in eval mode at the middle
-            one of the times.
+            training, in eval mode the mean over rows of each row's mean; and logits for xt, in eval mode those of the
+            middle time.
 
         Raises:
             ValueError: for labels with arguments that contradict them; in `backward`, for a loss that is not a
-                denoising one (set `accepts_foreign_loss = True` on the model to compute it all the same).
+                denoising one (set `accepts_foreign_loss = True` on the model to allow it).
         """
+        further = {"position_ids": position_ids, "inputs_embeds": inputs_embeds, **kwargs}
         if labels is not None:
-            if position_ids is not None or inputs_embeds is not None:
-                raise ValueError(
-                    "forward(labels=…) noises input_ids and counts positions itself; it takes neither position_ids "
-                    "(rows packed with several documents would attend across them) nor inputs_embeds."
-                )
-            if attention_mask is not None and attention_mask.ndim != 2:
-                raise ValueError(
-                    "forward(labels=…) makes its own 4-D mask from the objective; it takes a (B, L) padding mask, got "
-                    f"shape {tuple(attention_mask.shape)}."
-                )
-            return self._denoise(input_ids, attention_mask, labels, num_items_in_batch, **kwargs)
-        outputs = self._network(
-            head_fn,
-            logits_to_keep,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+            return self._denoise(input_ids, attention_mask, labels, num_items_in_batch, **further)
+        cache = past_key_values if cache is None else cache
+        further |= {"input_ids": input_ids, "attention_mask": attention_mask, "cache": cache, "use_cache": use_cache}
+        outputs = self._network(head_fn, logits_to_keep, **further)
         if self.training and outputs.logits is not None and outputs.logits.requires_grad:
             self._watch_for_a_foreign_loss(input_ids, outputs.logits)
         return outputs
 
     def _network(self, head_fn: Callable | None, logits_to_keep, **kwargs) -> MaskedDiffusionOutput:
-        """Decoder and head, or `head_fn` in its place."""
+        """Decoder and head, or `head_fn` instead of the head."""
         outputs = self.run_decoder(**kwargs)
         hidden_BLH = outputs.last_hidden_state
         if head_fn is not None:
@@ -147,20 +130,26 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
         return MaskedDiffusionOutput(logits=logits, **further)
 
     def run_decoder(self, attention_mask=None, cache: Cache | None = None, **kwargs):
-        """The body without the head, a 4-D boolean mask put into the form its attention implementation honours."""
+        """The decoder without the head.
+
+        Args:
+            attention_mask (*optional*): as in `forward`, or a dictionary of such masks by kind of layer. Boolean ones
+                are put into the form that the attention implementation applies.
+            cache (`Cache`, *optional*), kwargs: as in transformers.
+        """
         kwargs[CACHE_NAME] = cache
         if isinstance(attention_mask, dict):
-            attention_mask = {kind: self._honoured(mask) for kind, mask in attention_mask.items()}
+            attention_mask = {kind: self._applicable(mask) for kind, mask in attention_mask.items()}
         else:
-            attention_mask = self._honoured(attention_mask)
+            attention_mask = self._applicable(attention_mask)
         self._runs_decoder = True
         try:
             return self.model(attention_mask=attention_mask, **kwargs)
         finally:
             self._runs_decoder = False
 
-    def _honoured(self, mask):
-        """A tensor mask in its implementation's form; anything else as it is."""
+    def _applicable(self, mask):
+        """A 4-D boolean mask in the form of its attention implementation; anything else as it is."""
         if not isinstance(mask, torch.Tensor) or mask.ndim == 2:
             return mask
         if mask.ndim != 4 or mask.dtype != torch.bool:
@@ -183,7 +172,7 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
 
     @torch.compiler.disable
     def _watch_for_a_foreign_loss(self, input_ids, logits) -> None:
-        """Stops a loss of somebody else on input without a [MASK]: nothing is noised, and there is nothing to learn.
+        """Stops other code's loss on input without a [MASK], where nothing is noised and there is nothing to learn.
 
         A denoising loss of the user's own passes: it sends no gradient where nothing is masked.
         """
@@ -198,11 +187,23 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
 
         logits.register_hook(refuse)
 
-    def _denoise(self, input_ids, attention_mask, labels, num_items_in_batch, **kwargs) -> MaskedDiffusionOutput:
+    def _denoise(
+        self, input_ids, attention_mask, labels, num_items_in_batch, position_ids, inputs_embeds, **kwargs
+    ) -> MaskedDiffusionOutput:
         """Masks trained-on positions, at one time in training and at several in eval mode; loss and xt's logits."""
+        if position_ids is not None or inputs_embeds is not None:
+            raise ValueError(
+                "forward(labels=…) noises input_ids and counts positions itself; it takes neither position_ids "
+                "(rows packed with several documents would attend across them) nor inputs_embeds."
+            )
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                "forward(labels=…) makes its own 4-D mask, as config.diffusion_type asks; it takes a (B, L) padding "
+                f"mask, got shape {tuple(attention_mask.shape)}."
+            )
         if self.config.mask_token_id is None:
             raise ValueError(
-                "forward(labels=…) needs config.mask_token_id, and this checkpoint does not say it: "
+                "forward(labels=…) needs config.mask_token_id, which this checkpoint does not have: "
                 "set model.config.mask_token_id = tokenizer.mask_token_id."
             )
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -228,7 +229,7 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
         noised = torch.where(masked, self.config.mask_token_id, input_ids)
         position = row_positions(valid).sub(1).clamp(min=0)
         if self.config.diffusion_type == "full":
-            if padded:  # without a padding mask, positions of one's own would be read as packed documents
+            if padded:  # without a padding mask, transformers would take position ids for packed documents
                 kwargs |= {"attention_mask": valid.long(), "position_ids": position}
             return self._network(None, 0, input_ids=noised, use_cache=False, **kwargs)
         block = torch.where(valid, position // self.config.block_size, -1)

@@ -1,6 +1,6 @@
 """Uniform-state diffusion LM (Duo 2506.10892): tokens are replaced by random ones, not by [MASK].
 
-The network is told each position's noise level, 0 for a prompt, and takes soft inputs: probabilities times the
+The network is given each position's noise level, 0 for a prompt, and takes soft inputs: probabilities times the
 embedding matrix. This file travels with checkpoints: it imports its siblings, torch and transformers alone.
 
 Shapes: B rows, L positions, V vocabulary.
@@ -27,8 +27,8 @@ class TIDEUniformQwen3ForDiffusion(RefusesNextTokenTrainers, Qwen3ForCausalLM):
     """Qwen3 as a uniform-state diffusion LM over the full sequence.
 
     Attributes:
-        eval_num_times (`int`): noise levels at which `forward(labels=…)` runs each row in eval mode, one in each of as
-            many equal parts of [0, 1]; as many forwards.
+        eval_num_times (`int`): noise levels at which `forward(labels=…)` runs each row in eval mode, one drawn from
+            each of as many equal parts of [0, 1]; each takes a forward.
     """
 
     eval_num_times: int = 8
@@ -58,19 +58,20 @@ class TIDEUniformQwen3ForDiffusion(RefusesNextTokenTrainers, Qwen3ForCausalLM):
             input_ids (`torch.LongTensor` of shape `(B, L)`): clean tokens with `labels`, noised ones otherwise.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): padding mask.
             noise_level (`torch.Tensor` of shape `(B, L)`): 1 − α of each position, in [0, 1]; 0 is a clean token.
-            token_probabilities (`torch.Tensor` of shape `(B, L, V)`, *optional*): soft inputs in place of `input_ids`;
-                carry a gradient.
+            token_probabilities (`torch.Tensor` of shape `(B, L, V)`, *optional*): soft inputs instead of `input_ids`,
+                with or without a gradient.
             labels (`torch.LongTensor` of shape `(B, L)`, *optional*): `input_ids` where trained on, −100 elsewhere. α
                 is uniform per row. In eval mode a row is run at `eval_num_times` levels, and its noise follows from
                 its tokens and labels alone.
-            inputs_embeds (`None`): named because PEFT names it.
+            inputs_embeds (`None`): not taken; in the signature because PEFT passes it by name.
             num_items_in_batch (`int`, *optional*): trained-on tokens of the whole batch, the loss's divisor; in eval
                 mode this call's share of the batch follows from it.
+            kwargs: passed to the decoder.
 
         Returns:
-            [`~transformers.modeling_outputs.MaskedLMOutput`]: logits about the clean token of the same position, and
-            with `labels` the loss, nats per trained-on token: the mean over tokens in training, in eval mode the mean
-            over rows of each row's mean, with the logits of the middle one of the levels.
+            [`~transformers.modeling_outputs.MaskedLMOutput`]: logits of the clean token at the same position, and with
+            `labels` the loss, nats per trained-on token: the mean over tokens in training, in eval mode the mean over
+            rows of each row's mean, with the logits of the middle level.
 
         Raises:
             ValueError: without exactly one input, or without a noise level.
@@ -81,13 +82,13 @@ class TIDEUniformQwen3ForDiffusion(RefusesNextTokenTrainers, Qwen3ForCausalLM):
             raise ValueError("forward takes either input_ids or token_probabilities, and no inputs_embeds.")
         if noise_level is None:
             raise ValueError(
-                "A uniform-state diffusion LM has to be told the noise level of each position (1 − α, 0 for clean "
-                "tokens): pass noise_level, labels, or call generate."
+                "A uniform-state diffusion LM needs the noise level of each position (1 − α, 0 for clean tokens): "
+                "pass noise_level or labels, or call generate."
             )
         return self._network(input_ids, token_probabilities, noise_level, attention_mask, **kwargs)
 
     def _network(self, input_ids, token_probabilities, noise_level, attention_mask, **kwargs) -> MaskedLMOutput:
-        """Logits about the clean tokens."""
+        """Logits of the clean tokens."""
         if input_ids is not None:
             embeds = self.model.embed_tokens(input_ids)
         else:
@@ -142,66 +143,76 @@ class TIDEUniformQwen3ForDiffusion(RefusesNextTokenTrainers, Qwen3ForCausalLM):
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ) -> torch.LongTensor:
-        """Ancestral sampling: random tokens behind the prompt, denoised together in steps of equal length in α.
+        """Ancestral sampling: random tokens after the prompt, denoised together in steps of equal length in α.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left.
-            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): of them. Without it `pad_token_id` at the
-                ends of a row is padding, unless that is EOS too.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 at their padding. Without it
+                `pad_token_id` at the ends of a row is padding, unless that is EOS too.
             max_new_tokens (`int`, *optional*): N, length of the answer, 32 by default.
             num_steps (`int`, *optional*): network calls, at least 1; `config.num_steps` by default.
-            greedy_tail (`bool`): the last step takes the likeliest token in place of a draw.
-            generator (`torch.Generator`, *optional*): of the draws.
+            greedy_tail (`bool`): the last step takes the most probable token instead of a draw.
+            generator (`torch.Generator`, *optional*): source of all random draws.
             generation_config (`GenerationConfig`, *optional*), kwargs: `max_length` (P + N), `eos_token_id` and
                 `pad_token_id` as in transformers, over `model.generation_config` and the model's config.
 
         Returns:
-            `torch.LongTensor` of shape `(B, P + N)`; behind an answer's first EOS stands padding (or EOS).
+            `torch.LongTensor` of shape `(B, P + N)`; after an answer's first EOS stands padding (or EOS).
 
         Raises:
             ValueError: any other setting that is not off, in a keyword or a config; prompts or masks of the wrong
                 shape, type or vocabulary.
+
+        Source: Duo 2506.10892 (the sampler, and its greedy tail).
         """
-        given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        input_ids = token_rows(input_ids)
+        given = kwargs | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+        num_new, ids = self._answer_settings(given, generation_config, input_ids.shape[1])
+        num_steps = self.config.num_steps if num_steps is None else num_steps
+        if num_steps < 1 or num_new < 1:
+            raise ValueError(f"generate needs num_steps and max_new_tokens ≥ 1, got {num_steps}, {num_new}.")
+        special = GenerationConfig(bos_token_id=self.config.bos_token_id, mask_token_id=None, **ids)
+        valid = padding_mask(input_ids, attention_mask, special, self.config.vocab_size)
+        answer = self._denoised_answer(input_ids, valid, num_new, num_steps, greedy_tail, generator)
+        return torch.cat([input_ids, _padded_after_eos(answer, **ids)], 1)
+
+    def _answer_settings(self, keywords: dict, generation_config, num_columns: int) -> tuple[int, dict]:
+        """Length of the answer, and the ids of EOS and padding."""
         merged = MergedSettings(
-            "generate", self.generation_config, generation_config, kwargs | given, FOR_UNIFORM, (), REFUSED_FOR_UNIFORM
+            "generate", self.generation_config, generation_config, keywords, FOR_UNIFORM, (), REFUSED_FOR_UNIFORM
         )
         if merged.values.get("do_sample") is False:
             raise ValueError(
                 "do_sample=False: a uniform-state diffusion LM begins with random tokens and draws in each step but "
                 "the last, with greedy_tail=True. Set do_sample to None, and pass a generator for a repeatable answer."
             )
-        input_ids = token_rows(input_ids)
-        rows, prompt_length = input_ids.shape
-        max_new_tokens = merged.answer_length(prompt_length, default=32)
-        num_steps = self.config.num_steps if num_steps is None else num_steps
-        if num_steps < 1 or max_new_tokens < 1:
-            raise ValueError(f"generate needs num_steps and max_new_tokens ≥ 1, got {num_steps}, {max_new_tokens}.")
         ids = {name: merged.values.get(name, getattr(self.config, name)) for name in ("eos_token_id", "pad_token_id")}
-        special = GenerationConfig(bos_token_id=self.config.bos_token_id, mask_token_id=None, **ids)
-        valid = padding_mask(input_ids, attention_mask, special, self.config.vocab_size)
-        options = {"device": input_ids.device, "generator": generator}
-        answer = torch.randint(self.config.vocab_size, (rows, max_new_tokens), **options)
+        return merged.answer_length(num_columns, default=32), ids
+
+    def _denoised_answer(self, input_ids, valid, num_new: int, num_steps: int, greedy_tail: bool, generator):
+        """The reverse process from random tokens, `(B, N)`."""
+        (rows, prompt_length), device = input_ids.shape, input_ids.device
+        answer = torch.randint(self.config.vocab_size, (rows, num_new), device=device, generator=generator)
         attention_mask = None if bool(valid.all()) else torch.cat([valid.long(), torch.ones_like(answer)], 1)
         prompts = input_ids.masked_fill(~valid, 0)  # padding may be an id without a row in the embedding
-        noise_level = torch.zeros(rows, prompt_length + max_new_tokens, device=input_ids.device)
+        noise_level = torch.zeros(rows, prompt_length + num_new, device=device)
         for step in range(num_steps):
             alpha, next_alpha = step / num_steps, (step + 1) / num_steps
             noise_level[:, prompt_length:] = 1 - alpha
             logits = self(torch.cat([prompts, answer], 1), attention_mask, noise_level).logits[:, prompt_length:]
             predicted = logits.flatten(0, 1).float().softmax(-1)
             law = reverse_step(predicted, answer.flatten(), alpha, next_alpha)
-            last = greedy_tail and step == num_steps - 1
-            drawn = law.argmax(-1) if last else torch.multinomial(law, 1, generator=generator)[:, 0]
+            is_greedy = greedy_tail and step == num_steps - 1
+            drawn = law.argmax(-1) if is_greedy else torch.multinomial(law, 1, generator=generator)[:, 0]
             answer = drawn.view_as(answer)
-        return torch.cat([input_ids, _padded_behind_eos(answer, **ids)], 1)
+        return answer
 
 
-def _padded_behind_eos(answer: torch.Tensor, eos_token_id, pad_token_id: int | None) -> torch.Tensor:
-    """What stands behind a row's first EOS becomes padding, or EOS where there is none."""
+def _padded_after_eos(answer: torch.Tensor, eos_token_id, pad_token_id: int | None) -> torch.Tensor:
+    """The answer with padding after each row's first EOS, or with EOS where there is no padding."""
     if eos_token_id is None:
         return answer
     is_eos = torch.isin(answer, torch.tensor(eos_token_id, device=answer.device))
-    behind = is_eos.cumsum(1) - is_eos.long() > 0
+    has_ended = is_eos.cumsum(1) - is_eos.long() > 0
     first_eos = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
-    return answer.masked_fill(behind, first_eos if pad_token_id is None else pad_token_id)
+    return answer.masked_fill(has_ended, first_eos if pad_token_id is None else pad_token_id)

@@ -1,15 +1,14 @@
-"""WeDLM as transformers' own Qwen3, so that the published weights load without anybody's remote code.
+"""WeDLM as transformers' own Qwen3, so that the published weights load without remote code.
 
 The published key layout is Qwen3's for the 8 B models and Qwen2.5's for the 7 B ones, under one class name.
 Source: Tencent/WeDLM.
 """
 
-from typing import ClassVar
-
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from .configuration_tide import TeacherFamily, TeacherView
 from .published import PublishedConfig
 from .refusals import NotYetAStudent
 
@@ -20,15 +19,21 @@ class WeDLMConfig(PublishedConfig, Qwen3Config):
 
     Args:
         mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
+        block_size (`int`): tokens per block, for teaching; published configurations leave it out.
         qk_norm (`bool`): query and key normalisation. The 7 B models, built on Qwen2.5, have none.
         head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
     """
 
     model_type = "wedlm"
     default_theta = 1_000_000.0
-    harmless: ClassVar[frozenset[str]] = frozenset({"block_size"})  # of the teacher's view, not of the network
+    # trained on a reordered causal stream; TIDE feeds it bidirectional blocks of the student's size
+    # mask id: Tencent's training and inference code
+    teacher_family = TeacherFamily(
+        TeacherView("own", causal=True), paper=TeacherView("student"), mask_token_id=151_665
+    )
 
     mask_token_id: int | None = None
+    block_size: int = 32
     qk_norm: bool = True
     head_dim: int | None = None
 
@@ -41,8 +46,8 @@ class WeDLMConfig(PublishedConfig, Qwen3Config):
 class WeDLMForCausalLM(NotYetAStudent, Qwen3ForCausalLM):
     """WeDLM; causal without a mask; the class name is the one its checkpoints carry.
 
-    A 7 B model is Qwen2.5: no query and key norms. There is no bias behind the attention, also where query, key and
-    value have theirs.
+    A 7 B model is Qwen2.5: it has no query and key norms. The output projection of the attention has no bias, even
+    where query, key and value have theirs.
     """
 
     config_class = WeDLMConfig

@@ -1,8 +1,8 @@
-"""config.json for readers on transformers 4, beside what transformers 5 reads.
+"""config.json in a form that both transformers 4 and transformers 5 read.
 
 transformers 4 looks for the rotary settings at the top level (`rope_theta`, `rope_scaling`, `partial_rotary_factor`)
-and for `torch_dtype`; where it finds only `rope_parameters` and `dtype` it takes its defaults without a word. This
-file travels with checkpoints: it imports Python's own library alone.
+and for `torch_dtype`; where it finds only `rope_parameters` and `dtype` it silently takes its defaults. This file
+travels with checkpoints: it imports Python's standard library alone.
 """
 
 import json
@@ -10,15 +10,15 @@ from typing import Any
 
 
 class WritesForOlderReaders:
-    """Stands before a transformers configuration in the bases."""
+    """Writes both names into config.json; stands before a transformers configuration in the bases."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in transformers.
 
         Raises:
-            ValueError: for older names that contradict `rope_parameters`: one reader would follow the ones, another
-                the other.
+            ValueError: for older names in `config_dict` that contradict its `rope_parameters`: one reader would follow
+                the former, another the latter.
         """
         wrong = _contradictions(config_dict)
         if wrong:
@@ -30,7 +30,7 @@ class WritesForOlderReaders:
         return super().from_dict(config_dict, **kwargs)
 
     def to_json_string(self, use_diff: bool = True, **kwargs) -> str:
-        """As in transformers, with the older names beside the newer ones."""
+        """As in transformers, `use_diff` and `kwargs` included, with the older names next to the newer ones."""
         values = json.loads(super().to_json_string(use_diff=use_diff, **kwargs))
         values |= older_names(values.get("rope_parameters") or {}, values.get("max_position_embeddings"))
         if values.get("dtype") is not None:
@@ -41,8 +41,8 @@ class WritesForOlderReaders:
 def older_names(rope_parameters: dict[str, Any], max_position_embeddings: int | None) -> dict[str, Any]:
     """transformers 4's top-level fields for `rope_parameters`; transformers 5 reads the same from both.
 
-    `original_max_position_embeddings` of yarn is left out where it is `max_position_embeddings`, which both take
-    by default: some releases of transformers 4 take the quotient of the two for the factor.
+    yarn's `original_max_position_embeddings` is left out where it equals `max_position_embeddings`, which both take by
+    default: some releases of transformers 4 take the quotient of the two for the factor.
     """
     own = {name: rope_parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope_parameters}
     if rope_parameters.get("rope_type", "default") == "default":

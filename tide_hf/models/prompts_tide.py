@@ -1,4 +1,4 @@
-"""What is given to a decoder, checked: token ids and which of them are padding.
+"""Checks of what a decoder is given: token ids, and which of them are padding.
 
 This file travels with checkpoints: it imports torch and transformers alone.
 
@@ -13,6 +13,10 @@ logger = logging.get_logger(__name__)
 
 def token_rows(ids, name: str = "input_ids") -> torch.LongTensor:
     """Token ids `(B, L)` as int64.
+
+    Args:
+        ids (`torch.Tensor` of shape `(B, L)`): of any integer type.
+        name (`str`): of the argument, for messages.
 
     Raises:
         ValueError: anything but a two-dimensional tensor of integers.
@@ -33,11 +37,18 @@ def token_rows(ids, name: str = "input_ids") -> torch.LongTensor:
 def padding_mask(
     ids: torch.LongTensor, attention_mask, settings, vocab_size: int, name: str = "input_ids"
 ) -> torch.BoolTensor:
-    """True at tokens `(B, L)`; the ids there are those of the network.
+    """True at tokens, `(B, L)`, whose ids are checked against the vocabulary.
 
-    Without an attention mask the `pad_token_id`s at either end of a row are padding, unless they are EOS or [MASK] as
-    well; one that is BOS as well is left in front of each row. A token that a mask hides between others is left out,
-    as if it had not been given.
+    Without an attention mask the `pad_token_id`s at either end of a row are padding, unless padding is EOS or [MASK]
+    as well; if it is BOS as well, one of them stays in front of each row. A token that a mask hides between others is
+    left out, as if it had not been given.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(B, L)`): the rows.
+        attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 at tokens and 0 at padding.
+        settings (`GenerationConfig`): its ids of padding, EOS, BOS and [MASK] are read.
+        vocab_size (`int`): of the network.
+        name (`str`): of the argument `ids`, for messages.
 
     Raises:
         ValueError: a mask of another shape or with other values than 0 and 1, a row without any token, an id that
@@ -67,7 +78,7 @@ def padding_mask(
 
 
 def check_ids(ids: torch.Tensor, vocab_size: int, name: str) -> None:
-    """Raises ValueError for an id without a row in the embedding."""
+    """Raises ValueError for one of the `ids` of the argument `name` that is not in [0, vocab_size)."""
     for id_ in (int(ids.min()), int(ids.max())):
         if not 0 <= id_ < vocab_size:
             raise ValueError(
@@ -77,7 +88,7 @@ def check_ids(ids: torch.Tensor, vocab_size: int, name: str) -> None:
 
 
 def _without_padding(ids: torch.LongTensor, settings, name: str) -> torch.BoolTensor:
-    """Everything but the padding at the ends of the rows, where it can be told from text."""
+    """True but for the padding at the ends of the rows, as far as it can be told from text."""
     eos = settings.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     pad = settings.pad_token_id if settings.pad_token_id is not None else next(iter(eos), None)
@@ -89,7 +100,7 @@ def _without_padding(ids: torch.LongTensor, settings, name: str) -> torch.BoolTe
     is_edge = at_the_left | at_the_right
     if pad not in (*eos, settings.mask_token_id):
         if pad == settings.bos_token_id and ids.shape[1]:
-            # the longest row has no padding: where even that begins with BOS, they all do
+            # the longest row has no padding: if even that one begins with BOS, all of them do
             num_left = at_the_left.sum(-1, keepdim=True)
             column = torch.arange(ids.shape[1], device=ids.device)
             is_edge &= ~((column == num_left - 1) & (num_left.min() > 0))

@@ -1,4 +1,4 @@
-"""What the configurations of published checkpoints share: their own field names, nulls, and settings nobody uses.
+"""What the configurations of published checkpoints share: field names of their own, nulls, and unused settings.
 
 This file travels with checkpoints: it imports its siblings and transformers alone.
 """
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 MERGED = ["mlp.experts.gate_proj", "mlp.experts.up_proj"]
 
 
-# of config.json in general: what changes no result, is read by transformers elsewhere, or is read by other means
+# fields of any config.json that change no result, that transformers reads elsewhere, or that this library reads itself
 HARMLESS = frozenset(
     {
         "architectures",
@@ -61,12 +61,12 @@ HARMLESS = frozenset(
 
 
 class PublishedConfig(WritesForOlderReaders):
-    """Stands before a transformers configuration in the bases, and reads config.json as its authors wrote it.
+    """Reads config.json as its authors wrote it; stands before a transformers configuration in the bases.
 
     Attributes:
         published_names (`dict[str, str]`): their field name -> the base configuration's. Both are written on save.
-        required_values (`dict[str, Any]`): fields, theirs or the base class's, and the one value under which this
-            class computes what theirs does.
+        required_values (`dict[str, Any]`): fields, theirs or the base class's, and the one value for which this class
+            computes what theirs does.
         harmless (`frozenset[str]`): further fields of theirs that change no result.
 
     Raises:
@@ -79,8 +79,11 @@ class PublishedConfig(WritesForOlderReaders):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Drops each `null` that the base class would take for a value, and the attention implementation that the
-        file asks for (its authors' machine's), which gives way to the user's."""
+        """As in transformers, but for what the file's authors did not mean as a setting.
+
+        In `config_dict`, each `null` that the base class would take for a value is dropped, and so is the attention
+        implementation, which suited the authors' machine: the user chooses it.
+        """
         nullable = {field.name for field in fields(cls) if "None" in str(field.type)}
         given = {
             name: value
@@ -98,8 +101,8 @@ class PublishedConfig(WritesForOlderReaders):
             value = kwargs.get(name, getattr(self, name, None))
             if value is not None and value != required:
                 raise ValueError(
-                    f"config.json says {name}={value!r}; no published {self.model_type} checkpoint has that, and "
-                    f"this class, which computes with {name}={required!r}, would load it and be wrong."
+                    f"config.json says {name}={value!r}; no published {self.model_type} checkpoint has that, and this "
+                    f"class computes with {name}={required!r}: it would load the model and give wrong results."
                 )
         generation = GenerationConfig._get_default_generation_params()
         aliases = {*self.attribute_map, *self.attribute_map.values()}
@@ -108,7 +111,7 @@ class PublishedConfig(WritesForOlderReaders):
         if unknown:
             logger.warning_once(
                 f"config.json of this {self.model_type} has fields that {type(self).__name__} does not know: "
-                f"{', '.join(unknown)}. They are kept and change nothing here: if one of them changes what the model "
+                f"{', '.join(unknown)}. They are kept and have no effect here: if one of them changes what the model "
                 "computes, its results will differ."
             )
         super().__post_init__(**kwargs)
@@ -137,9 +140,9 @@ def packed_experts() -> list[WeightConverter]:
 
 
 def merged_experts() -> list[WeightConverter]:
-    """`mlp.experts.{gate,up}_proj`, all experts of a layer in one tensor, as training code of others keeps them.
+    """`mlp.experts.{gate,up}_proj`, all experts of a layer in one tensor, as other training code keeps them.
 
-    `mlp.experts.down_proj` has transformers' name already.
+    `mlp.experts.down_proj` already has transformers' name.
     """
     return [
         WeightConverter(
@@ -149,8 +152,8 @@ def merged_experts() -> list[WeightConverter]:
 
 
 def register_key_layout(model_class: type, mapping: list) -> None:
-    """Checkpoint keys of a class, applied at load and inverted at save.
+    """Registers the `mapping` of a `model_class`'s checkpoint keys, applied at load and inverted at save.
 
-    By class name, since one model_type may stand for two architectures.
+    It is registered by class name, since one model_type may stand for two architectures.
     """
     register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)

@@ -1,4 +1,4 @@
-"""What may not be done with a diffusion LM without a word: training and decoding it as if it were autoregressive.
+"""Refuses to train or decode a diffusion LM as if it were autoregressive, which would fail silently.
 
 This file travels with checkpoints: it imports nothing.
 """
@@ -9,21 +9,21 @@ FOREIGN_LOSS = (
     "whose batches with `labels` give the denoising loss; set `model.accepts_foreign_loss = True` if this loss is "
     "made for it."
 )
-# of the trainer that takes it a model hears its tags: TRL's trainers end their construction by adding them
+# a model learns which trainer takes it by the tags: TRL's trainers add them to the model at the end of their __init__.
+# SFTTrainer can be made to use the model's own loss, and its own is refused when it runs
 TRAINERS_WITH_A_WAY_OUT = {"sft"}
 
 
 class RefusesNextTokenTrainers:
-    """Refuses TRL's trainers of autoregressive models when they are built; stands first in the bases."""
+    """Refuses TRL's trainers for autoregressive models when they are built; stands first in the bases."""
 
     accepts_foreign_loss: bool = False
 
     def add_model_tags(self, tags: list[str] | str) -> None:
-        """Adds tags for the Hub, as in transformers.
+        """Adds `tags` for the Hub, as in transformers.
 
         Raises:
             ValueError: for the tags of a TRL trainer whose loss would teach a diffusion LM to copy its input.
-                SFTTrainer's are taken: it has a way out, and its own loss is refused when it runs.
         """
         names = [tags] if isinstance(tags, str) else list(tags)
         trainers = [name for name in names if name not in {"trl", *TRAINERS_WITH_A_WAY_OUT}]
@@ -33,24 +33,24 @@ class RefusesNextTokenTrainers:
 
 
 class NotYetAStudent(RefusesNextTokenTrainers):
-    """A family that this library reads as a teacher; stands first in the bases."""
+    """A family that this library uses as a teacher only; stands first in the bases."""
 
     def forward(self, *args, labels=None, **kwargs):
-        """The base class's forward, without labels.
+        """The base class's forward, with its arguments, but without `labels`.
 
         Raises:
-            ValueError: for labels, which the base class would score as next tokens.
+            ValueError: for `labels`, which the base class would score as next tokens.
         """
         if labels is not None:
             raise ValueError(
-                f"{type(self).__name__} is a diffusion LM that this library uses as a teacher; the loss that its base "
-                "class has for labels scores the next token, which is not its objective. Compute the loss from the "
+                f"{type(self).__name__} is a diffusion LM that this library uses as a teacher; the loss of its base "
+                "class scores the next token, which it was not trained to predict. Compute the loss from the "
                 "logits, or train a student (tide_hf.models.convert_to_diffusion, TIDETrainer)."
             )
         return super().forward(*args, **kwargs)
 
     def generate(self, *args, **kwargs):
-        """Refused: the base class would write one next token after the other.
+        """Refused: the base class would write one next token after another.
 
         Raises:
             ValueError: always.

@@ -1,29 +1,21 @@
 """What each generation setting means to this library's decoders: read, or refused by name with the reason.
 
-This file travels with checkpoints: it imports transformers alone.
-
 A setting comes from a keyword, from the `generation_config` argument, or from `model.generation_config`; the nearest
-wins, in this order. Nothing that differs from its default is passed over: the tables below name every attribute of
-transformers' `GenerationConfig` and every argument of its `generate`.
+wins, in this order. No setting that differs from its default is silently ignored: the tables below name every
+attribute of transformers' `GenerationConfig` and every argument of its `generate`.
+
+This file travels with checkpoints: it imports its siblings and transformers alone.
 """
 
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .generation_config_tide import OWN_FIELDS, OWN_FIELDS_FOR_ANSWERS, TOKEN_IDS
+
 logger = logging.get_logger(__name__)
 
-DEFAULTS = {"max_new_tokens": 256, "remasking": "confidence", "temperature": 0.0, "block_grid": "absolute"}
-TOKEN_IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-OWN_FIELDS = (
-    "mask_token_id",
-    "block_size",
-    "block_grid",
-    "steps_per_block",
-    "confidence_threshold",
-    "entropy_bound",
-    "remasking",
-)
-# transformers' warpers of what is drawn, with the values that switch them off; one may be newer than the installed
+# transformers' warpers, which narrow what is sampled from -> the value that switches each off. The installed
+# transformers may be older than one of them
 OFF_WARPERS = {
     name: off
     for name, off in {
@@ -37,7 +29,7 @@ OFF_WARPERS = {
     }.items()
     if hasattr(GenerationConfig(), name)
 }
-# transformers' logits processors and stopping criteria; those of the second group count from an answer's beginning
+# transformers' logits processors and stopping criteria; those of the second group count from where an answer begins
 PROCESSORS = (
     "repetition_penalty",
     "no_repeat_ngram_size",
@@ -57,13 +49,13 @@ ANSWER_PROCESSORS = (
     "encoder_no_repeat_ngram_size",
 )
 CRITERIA = ("max_time", "stop_strings")
-# nothing is compiled here, with and without disable_compile
+# disable_compile is read by doing nothing: decoding never compiles
 FOR_INFILL = tuple(
     dict.fromkeys(
         (
             "mask_token_id",
             "pad_token_id",
-            *(name for name in OWN_FIELDS if name != "block_grid"),
+            *(name for name in OWN_FIELDS if name not in OWN_FIELDS_FOR_ANSWERS),
             "do_sample",
             "temperature",
             *OFF_WARPERS,
@@ -74,13 +66,13 @@ FOR_INFILL = tuple(
         )
     )
 )
-# a hole neither grows nor ends a row, and blocks of a text are counted from its beginning
+# not for infill: a hole neither lengthens nor ends a row, and the blocks of a text are counted from its beginning
 FOR_ANSWERS = (
     "max_new_tokens",
     "max_length",
     "bos_token_id",
     "eos_token_id",
-    "block_grid",
+    *OWN_FIELDS_FOR_ANSWERS,
     "num_return_sequences",
     *ANSWER_PROCESSORS,
     *CRITERIA,
@@ -88,13 +80,13 @@ FOR_ANSWERS = (
 READ = (*FOR_ANSWERS, *FOR_INFILL, "guidance_scale")
 
 _BEAMS = "a row is denoised as one answer, and there are no beams to compare"
-_DRAFTS = "no second model drafts tokens; how many a pass reveals is set by steps_per_block and its like"
+_DRAFTS = "no second model drafts tokens; how many a pass reveals follows from steps_per_block and its alternatives"
 _CACHE = "finished blocks are kept in a cache of this decoder's own"
 _ENCODER = "it belongs to models with an encoder"
 _STATES = "a pass scores all masked tokens of a block, so there is no such output per new token"
 _STRATEGY = "it is a strategy of token-by-token decoding"
 _ORDER = "it needs the tokens to the left to be final, and here tokens are revealed in any order"
-# why each is not read, and the values beside None and False that ask for nothing
+# setting -> why it is not read, and the values, besides None and False, that ask for nothing
 REFUSED = {
     "num_beams": (_BEAMS, 1),
     "num_beam_groups": (_BEAMS, 1),
@@ -132,7 +124,7 @@ REFUSED = {
     "output_hidden_states": (_STATES,),
     "output_scores": (_STATES,),
     "output_logits": (_STATES,),
-    # arguments of transformers' generate that are no settings
+    # arguments of transformers' generate that are not settings
     "prefix_allowed_tokens_fn": (_ORDER,),
     "assistant_model": (_DRAFTS,),
     "assistant_tokenizer": (_DRAFTS,),
@@ -144,7 +136,7 @@ REFUSED = {
     "cache": (_CACHE,),
     "past_key_values": (_CACHE,),
 }
-# values of settings that are read elsewhere and ask for nothing, or for what is done anyway
+# settings that one method reads and another refuses -> the value that asks for nothing, or for what is done anyway
 NEUTRAL = OFF_WARPERS | {
     "temperature": 1.0,
     "repetition_penalty": 1.0,
@@ -161,14 +153,14 @@ NEUTRAL = OFF_WARPERS | {
 
 
 def _unread(names: tuple, reason: str) -> dict:
-    """Entries as in [`REFUSED`] for settings that another method or model reads."""
+    """Entries as in [`REFUSED`] for the settings `names`, which another method or model reads."""
     return {name: (reason, NEUTRAL.get(name)) for name in names}
 
 
 REFUSED_FOR_INFILL = (
     REFUSED
-    | _unread(FOR_ANSWERS, "a hole neither grows nor ends a text, and has no prompt")
-    | _unread(("guidance_scale",), "a text with holes has no negative prompt to lead away from")
+    | _unread(FOR_ANSWERS, "a hole neither lengthens nor ends a text, and has no prompt")
+    | _unread(("guidance_scale",), "a text with holes has no negative prompt to be guided away from")
 )
 # a uniform-state diffusion LM draws whole answers, and reads little
 FOR_UNIFORM = ("max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "do_sample")
@@ -176,10 +168,10 @@ REFUSED_FOR_UNIFORM = REFUSED | _unread(
     tuple(name for name in READ if name not in FOR_UNIFORM),
     "the whole answer is drawn from the reverse process of uniform noise, which num_steps and greedy_tail set",
 )
-# attributes of a GenerationConfig that say nothing about decoding, beside those that begin with an underscore
+# attributes of a GenerationConfig that are not about decoding, besides those that begin with an underscore
 NO_SETTINGS = ("transformers_version", "extra_output_flags")
 
-MODEL, GIVEN, KEYWORD = range(3)  # where a setting comes from, the nearest last
+MODEL, GIVEN, KEYWORD = range(3)  # where a setting comes from: the higher, the nearer to the call
 OWNERS = {MODEL: "model.generation_config.", GIVEN: "generation_config.", KEYWORD: ""}
 
 
@@ -196,14 +188,16 @@ def said_by(config: GenerationConfig | None) -> dict:
 
 
 class MergedSettings:
-    """The settings of one call, each with the place that it comes from.
+    """The settings of one call, each with the place it comes from.
 
     Args:
         method (`str`): `"generate"` or `"infill"`, for messages.
-        model_config, given_config (`GenerationConfig`, *optional*), keywords (`dict`): the three places.
+        model_config (`GenerationConfig`, *optional*): the model's own settings.
+        given_config (`GenerationConfig`, *optional*): the `generation_config` argument.
+        keywords (`dict`): the keyword arguments.
         read (`tuple[str]`): settings that the method reads.
-        left_alone (`tuple[str]`): settings in configs that concern another method of the model.
-        refused (`dict`, *optional*): as [`REFUSED`], where it differs from that.
+        left_alone (`tuple[str]`): settings of another method of the model, ignored in `model_config`.
+        refused (`dict`): the table of refusals, [`REFUSED`] by default.
 
     Raises:
         ValueError: for a setting that is not read and asks for something: its name, its value, why, and what to do.
@@ -212,7 +206,7 @@ class MergedSettings:
     def __init__(self, method, model_config, given_config, keywords, read, left_alone=(), refused=REFUSED):
         self.values, self.level = {}, {}
         said_by_model = said_by(model_config)
-        if said_by_model.get("max_length") == 20:  # what transformers gives a model that says nothing
+        if said_by_model.get("max_length") == 20:  # transformers' default for a model without a length of its own
             del said_by_model["max_length"]
         for level, said in ((MODEL, said_by_model), (GIVEN, said_by(given_config)), (KEYWORD, keywords)):
             self.values |= said
@@ -223,6 +217,7 @@ class MergedSettings:
             level = self.level[name]
             reason, *off = refused.get(name, (None,))
             asks = value is not None and value is not False and value not in off
+            # token ids stand in every checkpoint's config, whether its method reads them or not
             alone = (level == MODEL and name in left_alone) or (level != KEYWORD and name in TOKEN_IDS)
             if not alone and (asks or reason is None):
                 raise ValueError(_refusal(method, name, value, level, reason, off, read))
@@ -230,24 +225,24 @@ class MergedSettings:
                 del self.values[name]
 
     def where(self, name: str) -> int:
-        """The place a setting comes from, −1 where it is not set."""
+        """The place that the setting `name` comes from, −1 where it is not set."""
         return -1 if self.values.get(name) is None else self.level[name]
 
     def temperature(self) -> float:
-        """The temperature to draw with, 0 for the most probable token.
+        """The temperature to sample at, 0 for the most probable token.
 
-        The nearer of `do_sample` and `temperature` decides: `do_sample=True` draws at the temperature given, or at 1,
-        `do_sample=False` does not draw, and a temperature alone draws if it is positive.
+        The nearer of `do_sample` and `temperature` decides: `do_sample=True` samples at the temperature given, or at
+        1, `do_sample=False` does not sample, and a temperature alone samples if it is positive.
 
         Raises:
             ValueError: `do_sample` and a temperature from the same place contradict one another, or a setting narrows
-                what is drawn where nothing is drawn.
+                what is sampled from where nothing is sampled.
         """
         sample, temperature = self.values.get("do_sample"), self.values.get("temperature")
         flag, number = self.where("do_sample"), self.where("temperature")
         decided = max(flag, number)
         if flag == number >= 0:
-            # a config may spell out transformers' defaults
+            # a config may spell out transformers' defaults, do_sample=False with temperature=1
             is_default = not sample and temperature == 1 and flag != KEYWORD
             if bool(sample) != (temperature > 0) and not is_default:
                 raise ValueError(
@@ -266,12 +261,13 @@ class MergedSettings:
         return result
 
     def _narrows(self, name: str) -> bool:
+        """Whether a warper is on; transformers' default of top_k is not somebody's wish."""
         value = self.values.get(name)
         is_default = name == "top_k" and value == 50 and self.where(name) != KEYWORD
         return value is not None and value != OFF_WARPERS[name] and not is_default
 
     def check_steps(self) -> None:
-        """Refuses `steps_per_block` beside, or nearer than, a setting that decides in its place."""
+        """Refuses `steps_per_block` set in the same place as, or nearer than, a setting that decides instead of it."""
         for name in ("confidence_threshold", "entropy_bound"):
             if self.where(name) >= 0 and self.where("steps_per_block") >= self.where(name):
                 raise ValueError(
@@ -280,7 +276,11 @@ class MergedSettings:
                 )
 
     def answer_length(self, num_columns: int, default: int) -> int:
-        """New tokens at most: `max_new_tokens`, or `max_length` less the prompt's columns; the nearer of the two.
+        """The most new tokens: `max_new_tokens`, or `max_length` less the prompt's columns; the nearer of the two.
+
+        Args:
+            num_columns (`int`): of the prompts.
+            default (`int`): new tokens where neither is set.
 
         Raises:
             ValueError: a `max_length` that leaves nothing to generate.
@@ -299,7 +299,7 @@ class MergedSettings:
 
 
 def _refusal(method: str, name: str, value, level: int, reason: str | None, off: list, read: tuple) -> str:
-    """What a setting was, why it is not read, and what to do."""
+    """The message: what the setting was, why it is not read, and what to do."""
     given = name if level == KEYWORD and reason is None else f"{name}={value!r}"
     remedy = "Leave it out." if level == KEYWORD else f"Set {OWNERS[level]}{name} = {off[0] if off else None!r}."
     if reason is None:

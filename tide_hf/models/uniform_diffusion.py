@@ -1,8 +1,8 @@
 """The forward process, divergence and reverse step of uniform-state diffusion (Duo 2506.10892).
 
-A position keeps its token with probability α and is otherwise drawn from the whole vocabulary. There is no mask token:
-what is noise has to be recognised, and a step may change any token. This file travels with checkpoints: it imports
-torch alone.
+A position keeps its token with probability α, and otherwise gets one drawn from the whole vocabulary. There is no mask
+token: the network has to recognise what is noise, and a step may change any token. This file travels with checkpoints:
+it imports torch alone.
 
 Shapes: N positions, V vocabulary.
 """
@@ -23,7 +23,7 @@ def uniform_divergence(
 
     With `x̄ = V α q + 1 − α`, `x̄^f` the same of the prediction and z the noised token:
     `(α′/(Vα)) [V/x̄_z − V/x̄^f_z − Σ_v (x̄_v/x̄_z)(log x̄^f_z − log x̄^f_v + log x̄_v − log x̄_z)]`. As Σ_v x̄_v = V this is
-    `(−α′/(Vα)) Σ_v [r log(r/s) − r + s]`, r = x̄/x̄_z, s = x̄^f/x̄^f_z: not negative, and zero where q = f.
+    `(−α′/(Vα)) Σ_v [r log(r/s) − r + s]`, r = x̄/x̄_z, s = x̄^f/x̄^f_z: never negative, and zero where q = f.
 
     Args:
         clean_NV (`torch.Tensor` of shape `(N, V)`): q, the distribution of the clean token; a one-hot for data.
@@ -57,7 +57,10 @@ def reverse_step(
     Args:
         predicted_NV (`torch.Tensor` of shape `(N, V)`): f.
         noised_N (`torch.LongTensor` of shape `(N,)`): z.
-        alpha, next_alpha: α now and after the step, now < after ≤ 1.
+        alpha (`float` or `torch.Tensor`): α now.
+        next_alpha (`float` or `torch.Tensor`): α after the step, alpha < next_alpha ≤ 1.
+
+    Source: Duo 2506.10892 §2.
     """
     num_tokens, kept = predicted_NV.shape[-1], alpha / next_alpha
     likelihood_NV = torch.full_like(predicted_NV, (1 - kept) / num_tokens)

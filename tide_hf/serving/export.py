@@ -1,7 +1,7 @@
-"""Exporting a student for inference engines, which know it under another name.
+"""Exporting a student for inference engines, which serve the same network under another name.
 
-SDAR is Qwen3 decoded by block diffusion with same-position logits on blocks counted from position 0: what a Qwen3
-student is. Engines choose by `architectures` and `model_type` and have SDAR's mask id built in.
+SDAR is Qwen3 decoded by block diffusion, with same-position logits, in blocks counted from position 0: exactly what a
+Qwen3 student is. Engines select their code by `architectures` and `model_type`, and have SDAR's mask id built in.
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..models import SDARConfig, SDARForCausalLM, TIDEQwen3Config
 
 FORMATS = ("sdar",)
-# SGLang and LMDeploy have this number in their code; config.json does not change it
+# in the code of SGLang and LMDeploy; config.json does not change it
 SDAR_MASK_TOKEN_ID = 151_669
 NETWORK_FIELDS = (
     "vocab_size",
@@ -33,14 +33,14 @@ NETWORK_FIELDS = (
 )
 OTHER_FAMILIES = {
     **dict.fromkeys(
-        ("tide_qwen2", "a2d-qwen2"), "Qwen2's attention has biases and no query and key norms, SDAR's the reverse"
+        ("tide_qwen2", "a2d-qwen2"), "Qwen2's attention has biases and no query and key norms, and SDAR's the reverse"
     ),
-    **dict.fromkeys(("tide_llama", "a2d-llama"), "Llama's attention has no query and key norms, SDAR's has them"),
+    **dict.fromkeys(("tide_llama", "a2d-llama"), "Llama's attention has no query and key norms, and SDAR's has them"),
     "Dream": "its logits are shifted by one position and its attention has biases; SDAR has neither",
     "sdar": "it is SDAR already: serve its folder as it is",
 }
-# an engine's own transformers may be older than ours: nothing here but what every version has
-CONFIGURATION_CODE = '''"""SDAR's configuration: that of Qwen3, under the name that engines look for."""
+# an engine may have an older transformers than this library: only what every version has
+CONFIGURATION_CODE = '''"""SDAR's configuration: that of Qwen3, under the name that engines look up."""
 
 from transformers import Qwen3Config
 
@@ -50,7 +50,7 @@ class SDARConfig(Qwen3Config):
 '''
 NOTES = """# Serving
 
-A block-diffusion student of tide_hf, relabelled as SDAR (same network, same tensor names) for engines that serve that.
+A block-diffusion student of tide_hf, relabelled as SDAR (same network, same tensor names) for engines that serve SDAR.
 Blocks of {block_size} tokens from position 0, mask token id {mask_token_id}. The commands follow the engines' sources
 and documentation; they were not run when this folder was written.
 
@@ -66,8 +66,8 @@ LMDeploy:
         --dllm-confidence-threshold {threshold:g}
 
 - `--trust-remote-code` is for `configuration_sdar.py`, three lines that name Qwen3's configuration `sdar`.
-- The text of the mask token in a prompt is read as the mask token: keep it out of user input.
-- Weights: {total:,} bytes, {head:,} of them the head, which is written out because engines ask for it by name{tied}.
+- The mask token's text in a prompt becomes the mask token: keep it out of user input.
+- Weights: {total:,} bytes, {head:,} of them the head, which is stored because engines look it up by name{tied}.
 """
 
 
@@ -83,8 +83,8 @@ def export_for_serving(
     Args:
         model (`str` or `PreTrainedModel`): the student: an instance, a Hub name or a folder. An adapter given by name
             is merged into its base.
-        output_dir (`str`): where to write; not the student's own folder.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the one stored beside the student by default.
+        output_dir (`str` or `Path`): where to write; not the student's own folder.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the one stored with the student by default.
         format (`str`): `"sdar"`.
         confidence_threshold (`float`): in (0, 1], for the engines' settings; a token is revealed when its probability
             reaches it.
@@ -93,7 +93,8 @@ def export_for_serving(
         `Path`: the folder: safetensors, configuration, tokenizer, `sglang_dllm.yaml` and `SERVING.md`.
 
     Raises:
-        ValueError: for a student that engines would run wrongly, with every reason.
+        ValueError: for a student that engines would compute differently, with every reason; for an unknown format or a
+            threshold outside (0, 1]; for an adapter given as an instance.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
@@ -102,13 +103,7 @@ def export_for_serving(
     output_dir, source = Path(output_dir), model if isinstance(model, str) else model.name_or_path
     if source and Path(source).resolve() == output_dir.resolve():
         raise ValueError(f"{output_dir} holds the student itself, which the export would overwrite: choose another.")
-    if isinstance(model, str):
-        model = _load_merged(model)
-    elif isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "The student carries an adapter, which engines do not know: merge first "
-            "(model = model.merge_and_unload()), or give the adapter's folder by name."
-        )
+    model = _merged(model)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(source)
     reasons = _reasons_against(model, tokenizer)
@@ -126,15 +121,22 @@ def export_for_serving(
     return output_dir
 
 
-def _load_merged(name: str) -> PreTrainedModel:
-    """A student by name, or an adapter by name merged into its base."""
-    if find_adapter_config_file(name) is None:
-        return AutoModelForCausalLM.from_pretrained(name)
-    return AutoPeftModelForCausalLM.from_pretrained(name).merge_and_unload()
+def _merged(model: str | PreTrainedModel) -> PreTrainedModel:
+    """The student, loaded if it is a name; an adapter given by name is merged into its base."""
+    if isinstance(model, str):
+        if find_adapter_config_file(model) is None:
+            return AutoModelForCausalLM.from_pretrained(model)
+        return AutoPeftModelForCausalLM.from_pretrained(model).merge_and_unload()
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The student carries an adapter, which engines do not know: merge it first "
+            "(model = model.merge_and_unload()), or give the adapter's folder by name."
+        )
+    return model
 
 
 def _reasons_against(model: PreTrainedModel, tokenizer) -> list[str]:
-    """Everything about a student that SDAR's engines would compute differently; empty if there is nothing."""
+    """Everything about a student that SDAR's engines would compute differently."""
     config = model.config
     if not isinstance(config, TIDEQwen3Config):
         known = OTHER_FAMILIES.get(config.model_type, "only Qwen3 students of this library have SDAR's network")
@@ -146,7 +148,7 @@ def _reasons_against(model: PreTrainedModel, tokenizer) -> list[str]:
     said = {who: index for who, index in mask_ids.items() if index is not None}
     wrong = {who: index for who, index in said.items() if index != SDAR_MASK_TOKEN_ID}
     if wrong or not said:
-        listed = " and ".join(f"{index} by {who}" for who, index in wrong.items()) or "said by nobody"
+        listed = " and ".join(f"{index} by {who}" for who, index in wrong.items()) or "missing"
         reasons.append(
             f"its mask token id is {listed}, and engines have {SDAR_MASK_TOKEN_ID} built in "
             "(<|mask|> added to Qwen3's tokenizer)"
@@ -154,20 +156,20 @@ def _reasons_against(model: PreTrainedModel, tokenizer) -> list[str]:
     if config.vocab_size <= SDAR_MASK_TOKEN_ID:
         reasons.append(f"its vocabulary has {config.vocab_size} rows, none for the mask id {SDAR_MASK_TOKEN_ID}")
     if config.attention_bias:
-        reasons.append("its attention has biases (attention_bias), SDAR's has none")
+        reasons.append("its attention has biases (attention_bias), and SDAR's has none")
     if config.use_sliding_window or set(config.layer_types) != {"full_attention"}:
-        reasons.append("it attends in a sliding window, SDAR everywhere")
+        reasons.append("it attends in a sliding window, and SDAR everywhere")
     if config.rope_parameters.get("rope_type", "default") != "default":
-        reasons.append(f"its rotary embedding is scaled ({config.rope_parameters['rope_type']}), SDAR's is not")
+        reasons.append(f"its rotary embedding is scaled ({config.rope_parameters['rope_type']}), and SDAR's is not")
     if config.hidden_act != "silu":
-        reasons.append(f"its activation is {config.hidden_act}, SDAR's silu")
+        reasons.append(f"its activation is {config.hidden_act}, and SDAR's is silu")
     if getattr(model, "is_quantized", False):
         reasons.append("its weights are quantised; load it without quantization_config")
     return reasons
 
 
 def _relabelled(student: PreTrainedModel, tokenizer) -> SDARForCausalLM:
-    """SDAR over the student's tensors, nothing copied but a tied head."""
+    """An SDAR with the student's own tensors; only the head is copied, since it may be tied."""
     config = student.config
     ids = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -184,13 +186,13 @@ def _relabelled(student: PreTrainedModel, tokenizer) -> SDARForCausalLM:
         served = SDARForCausalLM(served_config)
     tensors = student.state_dict()
     tensors["lm_head.weight"] = student.lm_head.weight.detach().clone()
-    served.load_state_dict(tensors, assign=True)  # strict: the tensor names are those engines look for
+    served.load_state_dict(tensors, assign=True)  # strict: engines look the tensors up by these names
     served.generation_config = GenerationConfig(**ids)
     return served
 
 
 def _name_configuration_code(folder: Path) -> None:
-    """Says in config.json which file makes it readable where SDAR is unknown."""
+    """Names in config.json the file that makes it readable where transformers does not know SDAR."""
     path = folder / "config.json"
     written = json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"}}
     path.write_text(json.dumps(written, indent=2) + "\n")

@@ -1,6 +1,7 @@
-"""A frozen model and its contract: from packed inputs to logits at the asked positions."""
+"""Teachers: a frozen model and its contract, from packed inputs to logits at the asked positions."""
 
-from .contract import CONTEXTS, FAMILIES, REFUSED, Family, View, contract_for, family_of
+from ..models.configuration_tide import TeacherFamily, TeacherView
+from .contract import CONTEXTS, FAMILIES, REFUSED, contract_for, family_of
 from .loading import check_rotary_frequencies, load_teacher, resolve_mask_token_id
 from .teacher import Teacher
 
@@ -8,9 +9,9 @@ __all__ = [
     "CONTEXTS",
     "FAMILIES",
     "REFUSED",
-    "Family",
     "Teacher",
-    "View",
+    "TeacherFamily",
+    "TeacherView",
     "check_rotary_frequencies",
     "contract_for",
     "family_of",

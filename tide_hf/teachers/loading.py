@@ -20,6 +20,9 @@ def load_teacher(name_or_path: str, dtype: str = "auto", load_in_4bit: bool = Fa
             how many weights).
         init_kwargs: further `from_pretrained` arguments (revision, device_map, attn_implementation, …).
 
+    Returns:
+        `PreTrainedModel`, in eval mode.
+
     Raises:
         ImportError: `load_in_4bit` without bitsandbytes.
         ValueError: for an unknown family (before its weights are fetched), a checkpoint whose keys are not the
@@ -45,10 +48,10 @@ def load_teacher(name_or_path: str, dtype: str = "auto", load_in_4bit: bool = Fa
 
 
 def _check_family(name_or_path: str, hub_arguments: dict) -> None:
-    """Refuses a checkpoint that cannot teach by its config.json alone."""
+    """Refuses a checkpoint that cannot teach, from its config.json alone."""
     try:
         model_type = PreTrainedConfig.get_config_dict(name_or_path, **hub_arguments)[0].get("model_type")
-    except OSError:  # an adapter has no config.json, and anything else is better said by from_pretrained
+    except OSError:  # an adapter has no config.json; of anything else from_pretrained tells more
         return
     if model_type is None:
         return
@@ -60,7 +63,7 @@ def _check_family(name_or_path: str, hub_arguments: dict) -> None:
 
 
 def _check_keys(name_or_path: str, model: PreTrainedModel, info: dict) -> None:
-    """Refuses weights that were drawn at random, or left behind."""
+    """Refuses a model with weights drawn at random, and a checkpoint with weights that the model does not have."""
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
         listed = "; ".join(
@@ -69,28 +72,31 @@ def _check_keys(name_or_path: str, model: PreTrainedModel, info: dict) -> None:
             if keys
         )
         raise ValueError(
-            f"The keys of {name_or_path} are not those of {type(model).__name__}: {listed}. Missing ones would be "
-            "random weights, so this is not the published model that its config.json describes."
+            f"The keys of {name_or_path} are not those of {type(model).__name__}: {listed}. Missing ones would "
+            "be random weights: this is not the published model that its config.json describes."
         )
 
 
 def _warn_about_packed_experts(model: PreTrainedModel) -> None:
-    """bitsandbytes replaces nn.Linear modules, and packed experts are three-dimensional parameters."""
+    """Says what stays in full precision: bitsandbytes replaces nn.Linear, and packed experts are plain parameters."""
     packed = sum(weight.numel() for weight in model.parameters() if weight.ndim == 3)
     if packed:
         logger.warning(
             f"teacher_load_in_4bit: the packed experts of {type(model).__name__} ({packed:,} weights, "
-            f"{2 * packed / 2**30:.1f} GiB in bfloat16) are no nn.Linear and stay in {model.dtype}; only its other "
-            "linear layers are in 4 bits. To save memory, off-load with teacher_model_init_kwargs={'device_map': "
-            "'auto', 'max_memory': …}."
+            f"{2 * packed / 2**30:.1f} GiB in bfloat16) are not nn.Linear modules and stay in {model.dtype}; only "
+            "its other linear layers are in 4 bits. To save memory, off-load with teacher_model_init_kwargs="
+            "{'device_map': 'auto', 'max_memory': …}."
         )
 
 
 def check_rotary_frequencies(model: PreTrainedModel) -> None:
     """Compares every plain rotary embedding's frequencies with θ^(−2i/d), d the rotated part of a head.
 
-    They are no weights: a model class that forgets to re-create them loads "clean", all tensors equal, and computes
-    with uninitialised memory.
+    The frequencies are not in the checkpoint: a model class that does not re-create them loads without a complaint,
+    and computes with uninitialised memory.
+
+    Args:
+        model (`PreTrainedModel`): just loaded.
 
     Raises:
         ValueError: naming the module, if they differ.
@@ -107,20 +113,20 @@ def check_rotary_frequencies(model: PreTrainedModel) -> None:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         size = int(head_dim * rope.get("partial_rotary_factor", 1.0))
         exponent = torch.arange(0, size, 2, dtype=torch.float32, device=module.inv_freq.device) / size
-        # a model cast as a whole has rounded frequencies, no wrong ones
+        # casting a whole model rounds the frequencies too, which is not an error
         tolerance = 1e-3 if module.inv_freq.dtype == torch.float32 else 1e-2
         if module.inv_freq.shape != exponent.shape or not torch.allclose(
             module.inv_freq.float(), rope["rope_theta"] ** -exponent, rtol=tolerance, atol=0
         ):
             raise ValueError(
                 f"{name}: the rotary frequencies of the loaded model are not those of rope_theta="
-                f"{rope['rope_theta']:g} on {size} of {head_dim} dimensions. Its code did not initialise them; its "
-                "logits would be wrong."
+                f"{rope['rope_theta']:g} on {size} of {head_dim} dimensions. Its code did not initialise them, "
+                "so its logits would be wrong."
             )
 
 
 def resolve_mask_token_id(given: int | None, config, tokenizer, who: str) -> int:
-    """[MASK] of a model: given by the user, else its config, else its tokenizer, else its family.
+    """The id of a model's [MASK]: the user's, else its config's, else its tokenizer's, else its family's.
 
     Args:
         given (`int`, *optional*): the user's choice.
@@ -129,7 +135,7 @@ def resolve_mask_token_id(given: int | None, config, tokenizer, who: str) -> int
         who (`str`): "student" or "teacher", for messages.
 
     Raises:
-        ValueError: if nobody says it, or if it lies outside the vocabulary.
+        ValueError: if none of them has one, or if it lies outside the vocabulary.
     """
     family = family_of(config)
     sources = {

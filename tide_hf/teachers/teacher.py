@@ -1,4 +1,7 @@
-"""The teacher's one forward, up to its head."""
+"""The teacher's one forward, up to its head.
+
+Shapes: M_T asked positions, R of them, K hidden, U vocabulary of the teacher, P packed columns.
+"""
 
 import torch
 from transformers import PreTrainedModel
@@ -8,10 +11,10 @@ from ..models.masked_diffusion import attention_mask_for, block_visibility
 
 
 class Teacher:
-    """A frozen diffusion LM that gives hidden states where they are asked for, and a head for them.
+    """A frozen diffusion LM that gives hidden states where they are asked for, and its head for them.
 
-    It is no submodule of the student or of the trainer's model: it is never trained, never saved, and the optimizer
-    does not know it.
+    It is not a submodule of the student or of the trainer's model: it is never trained or saved, and the optimizer
+    does not see it.
 
     Args:
         model (`PreTrainedModel`): a body (`base_model`) with an output embedding as its head.
@@ -24,17 +27,17 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, inputs: NetworkInputs) -> torch.Tensor:
-        """Hidden states in front of the head, at the asked positions of one noised batch.
+        """Hidden states before the head, at the asked positions of one noised batch.
 
-        CompDemo's two views are two noised copies in the same forward: they cannot see each other and share the clean
-        copy, so the states equal those of two passes.
+        CompDemo's two views (TIDE 2604.26951 §2.2) are two noised copies in the same forward: they cannot see each
+        other and share the clean copy, so that the states equal those of two passes.
 
         Args:
             inputs ([`~tide_hf.diffusion.NetworkInputs`]): the teacher's of a [`~tide_hf.diffusion.NoisedBatch`].
 
         Returns:
             `torch.Tensor` of shape `(M_T, K)`, in the teacher's dtype, on the inputs' device, in the order in which
-            they are asked; [`logits`] takes any of them on.
+            they are asked; [`logits`] takes any selection of them.
         """
         asked = inputs.asked
         device = self._device(asked.device)
@@ -54,9 +57,9 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, hidden_RK: torch.Tensor) -> torch.Tensor:
-        """The head: logits `(R, U)` of hidden states `(R, K)`, where those are.
+        """The head: logits `(R, U)` of `hidden_RK`, `(R, K)`, on its device.
 
-        In the teacher's own precision, also where it is called inside the student's autocast.
+        They are computed in the teacher's own precision, even inside the student's autocast.
         """
         head = self.model.get_output_embeddings()
         device = hidden_RK.device if head.weight.is_meta else head.weight.device
@@ -64,12 +67,12 @@ class Teacher:
             return head(hidden_RK.to(device)).to(hidden_RK.device)
 
     def _device(self, default: torch.device) -> torch.device:
-        """Where its input goes: the device of its first weights that are not off-loaded."""
+        """Where its input goes: the device of its first weight that is not off-loaded."""
         return next((weight.device for weight in self.model.parameters() if not weight.is_meta), default)
 
 
 def _own_past(stream: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """`(B, 1, P, P)`: False where a key stands behind the query in the query's own block and copy."""
+    """`(D, 1, P, P)`: False where a key stands after the query in the query's own block and copy."""
     own = (stream[:, :, None] == stream[:, None, :]) & (block[:, :, None] == block[:, None, :])
     column = torch.arange(stream.shape[1], device=stream.device)
     return (~own | (column[:, None] >= column[None, :]))[:, None]
