@@ -29,10 +29,10 @@ import itertools
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from benchmarking import seconds, write_results
 
 STUDENT = {
     "vocab_size": 151_936,
@@ -134,15 +134,8 @@ def require_equal(expected: torch.Tensor, got: torch.Tensor, name: str) -> None:
         row, column = (expected != got).nonzero()[0].tolist()
         raise SystemExit(
             f"{name}: the library's tokens differ from the plain sampler's, first in row {row} at column {column} "
-            f"({got[row, column]} in place of {expected[row, column]}); times of different answers say nothing."
+            f"({got[row, column]} instead of {expected[row, column]}); times of different answers say nothing."
         )
-
-
-def seconds(function) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def compare(model, ids, num_new: int, rounds: int, no_cache: bool) -> list[dict]:
@@ -249,8 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.output is not None:
         report = {"student": model.config.to_dict(), "arguments": {**vars(arguments), "output": None}}
         report |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows, "memory": of_run}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_results(arguments.output, report)
 
 
 def format_row(row: dict) -> str:

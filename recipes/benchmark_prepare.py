@@ -24,17 +24,15 @@ are trained on the same sources.
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
-import resource
 import statistics
-import sys
 import sysconfig
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from benchmarking import peak_resident, seconds, write_results
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -76,12 +74,14 @@ def load_tokenizer(name: str | None, template: str, text: str, vocab_size: int):
     return tokenizer
 
 
-def seconds(function, items) -> float:
+def seconds_of_all(function, items) -> float:
     """Wall time of one pass over the items."""
-    start = time.perf_counter()
-    for item in items:
-        function(item)
-    return time.perf_counter() - start
+
+    def one_pass():
+        for item in items:
+            function(item)
+
+    return seconds(one_pass)
 
 
 def conversation(text: str) -> list[dict]:
@@ -90,7 +90,7 @@ def conversation(text: str) -> list[dict]:
 
 
 def tokens_of_parts(tokenizer, text: str, start: int) -> dict[str, list]:
-    """Ids and offsets of a text whose answer, from `start` on, is tokenised apart from the prompt."""
+    """Ids and offsets of a text whose answer, from `start` on, is tokenised separately from the prompt."""
     whole = {"input_ids": [], "offset_mapping": []}
     for first, part in ((0, text[:start]), (start, text[start:])):
         tokens = tokenizer(part, return_offsets_mapping=True, add_special_tokens=False)
@@ -142,9 +142,9 @@ def measure(preparation, conversations: list, repeats: int) -> dict[str, float]:
     num_tokens = sum(len(located.nbytes) for located, _ in ours)
     rounds = []
     for _ in range(repeats):
-        alignment = seconds(lambda pair: align_chunks(*pair[0], *pair[1]), list(zip(ours, theirs, strict=True)))
-        tokenisation = seconds(lambda pair: (student(pair[0]), teacher(pair[1])), texts)
-        whole = seconds(lambda messages: preparation({"messages": messages}), conversations)
+        alignment = seconds_of_all(lambda pair: align_chunks(*pair[0], *pair[1]), list(zip(ours, theirs, strict=True)))
+        tokenisation = seconds_of_all(lambda pair: (student(pair[0]), teacher(pair[1])), texts)
+        whole = seconds_of_all(lambda messages: preparation({"messages": messages}), conversations)
         rounds.append((num_tokens / alignment, num_tokens / tokenisation, num_tokens / whole, whole / tokenisation))
     values = [statistics.median(column) for column in zip(*rounds, strict=True)]
     names = ("alignment", "tokenisations", "preparation", "cost")
@@ -187,12 +187,6 @@ def peak_memory(folder: str, way: str, texts: list[str], num_rows: int) -> int:
     for _ in prepared if way == "streaming" else ():
         pass
     return peak_resident() - before
-
-
-def peak_resident() -> int:
-    """Bytes of resident memory that this process had at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def measure_memory(preparation, texts: list[str], num_rows: int) -> list[dict]:
@@ -257,8 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if arguments.output is not None:
         report = {"arguments": {**vars(arguments), "output": None}, "rows": rows, "growth": growth, "memory": memory}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_results(arguments.output, report)
 
 
 if __name__ == "__main__":

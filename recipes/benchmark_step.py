@@ -31,8 +31,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+import torch
+import transformers
+from benchmarking import peak_growth, seconds, write_results
+
+from tide_hf import TIDEConfig, TIDEQwen3Config, TIDEQwen3ForBlockDiffusion, TIDETrainer, diffusion, losses
+from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+from tide_hf.models.masked_diffusion import CLEAN_STREAM, NOISED_STREAM, block_visibility
 
 PIPELINES = {"shared": "TIDAL + CompDemo", "cross": "Reverse CALM"}
 SIDES = ("plain", "selected", "library")
@@ -73,11 +80,6 @@ class Bench:
     """Both networks in a TIDETrainer, and one padded batch."""
 
     def __init__(self, case: Case):
-        import torch
-
-        from tide_hf import TIDEConfig, TIDETrainer
-        from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-
         self.case = case
         self.output = tempfile.TemporaryDirectory()
         shared = case.pipeline == "shared"
@@ -107,15 +109,9 @@ class Bench:
         self.trainer.state.max_steps, self.trainer.state.global_step = 10, 3
         self.batch = token_rows(case)
 
-    def uniforms(self, index: int):
-        """The noise of one round."""
-        from tide_hf.diffusion import row_uniforms
-
-        return row_uniforms(0, index, range(self.case.batch), self.case.length)
-
     def step(self, side: str, index: int):
         """Loss of one side's step under the noise of a round; gradients in place."""
-        uniforms = self.uniforms(index)
+        uniforms = diffusion.row_uniforms(0, index, range(self.case.batch), self.case.length)
         if side == "library":
             batch = self.trainer.noising(self.batch, uniforms)
             loss = self.trainer.compute_loss(self.student, self.trainer._prepare_inputs(batch))
@@ -133,8 +129,6 @@ class Bench:
 
 def build_model(case: Case, hidden: int, layers: int, diffusion_type: str):
     """A Qwen3 diffusion LM with random weights, tied embeddings."""
-    from tide_hf import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
-
     config = TIDEQwen3Config(
         vocab_size=case.vocab,
         hidden_size=hidden,
@@ -154,8 +148,6 @@ def build_model(case: Case, hidden: int, layers: int, diffusion_type: str):
 
 def token_rows(case: Case) -> dict:
     """A padded batch of random tokens; across tokenizers in chunks of two tokens on average."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, case.length)
     ids = torch.randint(case.vocab - 1, shape, generator=generator)
@@ -166,6 +158,7 @@ def token_rows(case: Case) -> dict:
         teacher_ids = torch.randint(case.vocab - 1, shape, generator=generator)
         chunk_ids, teacher_chunk_ids = (torch.randint(2, shape, generator=generator).cumsum(1) for _ in range(2))
     return {
+        "row_key": torch.arange(case.batch),
         "input_ids": ids,
         "labels": torch.where(trained, ids, -100),
         "chunk_ids": torch.where(trained, chunk_ids, -1),
@@ -181,10 +174,6 @@ def token_rows(case: Case) -> dict:
 
 def noised_logits(model, noised, clean, blocks: bool):
     """Full-vocabulary logits of the noised half; in blocks of [xt ; x0], or of xt alone."""
-    import torch
-
-    from tide_hf.models.masked_diffusion import CLEAN_STREAM, NOISED_STREAM, block_visibility
-
     length = clean.shape[1]
     position = torch.arange(length, device=clean.device).expand_as(clean)
     if not blocks:
@@ -201,31 +190,24 @@ def noised_logits(model, noised, clean, blocks: bool):
 
 def cross_entropy(logits_BLV, ids, masked, weights_BL, num_items, select: bool):
     """The denoising loss at every noised position, or at the masked ones alone; and the logits of the masked ones."""
-    import torch
-
-    from tide_hf.losses import denoising_loss
-
     if select:
         logits_NV = logits_BLV[masked]
-        return denoising_loss(logits_NV, ids[masked], weights_BL[masked], num_items=num_items), logits_NV
+        return losses.denoising_loss(logits_NV, ids[masked], weights_BL[masked], num_items=num_items), logits_NV
     weights = torch.where(masked, weights_BL, 0.0).flatten()
-    return denoising_loss(logits_BLV.flatten(0, 1), ids.flatten(), weights, num_items=num_items), logits_BLV[masked]
+    return losses.denoising_loss(logits_BLV.flatten(0, 1), ids.flatten(), weights, num_items=num_items), logits_BLV[
+        masked
+    ]
 
 
 def shared_loss(bench: Bench, uniforms, select: bool):
     """CE + TIDAL with CompDemo's two teacher passes."""
-    import torch
-
-    from tide_hf.diffusion import complementary_split, diffusion_time, mask_positions
-    from tide_hf.losses import tidal_lambda, tidal_loss, timestep_weight
-
     device, objective = bench.student.device, bench.trainer.objective
     batch = {name: value.to(device) for name, value in bench.batch.items()}
     u_time, u_mask, u_demo = (draw.to(device) for draw in uniforms)
     ids, labels = batch["input_ids"], batch["labels"]
-    t = diffusion_time(u_time)
-    masked = mask_positions(u_mask, t, labels)
-    part_a, part_b = complementary_split(masked, u_demo)
+    t = diffusion.diffusion_time(u_time)
+    masked = diffusion.mask_positions(u_mask, t, labels)
+    part_a, part_b = diffusion.complementary_split(masked, u_demo)
     mask_id = bench.student.config.mask_token_id
     with torch.no_grad():
         views = [
@@ -243,50 +225,32 @@ def shared_loss(bench: Bench, uniforms, select: bool):
         (labels != -100).sum(),
         select,
     )
-    distill = tidal_loss(
-        student,
-        teacher,
-        tidal_lambda(bench.trainer._lambda_progress(), objective.lambda_max, t_N),
-        num_items=masked.sum(),
-        temperature=objective.temperature,
-        weights_N=timestep_weight(t_N),
+    lambda_N = losses.tidal_lambda(bench.trainer._lambda_progress(), objective.lambda_max, t_N)
+    distill_N = losses.token_divergence(
+        losses.DIVERGENCES["forward_kl"](), student, teacher, temperature=objective.temperature, lambda_N=lambda_N
     )
-    return ce + distill
+    return ce + (losses.timestep_weight(t_N) * distill_N).sum() / masked.sum()
 
 
 def likelihoods(logits_NV, ids, masked, chunk_ids, active):
     """Log-likelihoods of the active chunks."""
-    import torch
-
-    from tide_hf.losses import chunk_log_likelihood, true_token_log_probs
-
     flat = (chunk_ids + torch.arange(len(ids), device=ids.device)[:, None] * active.shape[1])[masked]
-    return chunk_log_likelihood(true_token_log_probs(logits_NV, ids[masked]), flat, active.numel())[active.flatten()]
+    return losses.chunk_log_likelihood(losses.true_token_log_probs(logits_NV, ids[masked]), flat, active.numel())[
+        active.flatten()
+    ]
 
 
 def cross_loss(bench: Bench, uniforms, select: bool):
     """CE + Reverse CALM; the teacher sees its noised row alone."""
-    import torch
-
-    from tide_hf.diffusion import (
-        chunk_loss_weight,
-        chunk_member,
-        complete_chunks,
-        diffusion_time,
-        mask_positions,
-        masked_chunks,
-    )
-    from tide_hf.losses import reverse_calm_loss
-
     device = bench.student.device
     batch = {name: value.to(device) for name, value in bench.batch.items()}
     u_time, u_mask, _ = (draw.to(device) for draw in uniforms)
     ids, labels, chunks = batch["input_ids"], batch["labels"], batch["chunk_ids"]
     teacher_ids, teacher_chunks = batch["teacher_input_ids"], batch["teacher_chunk_ids"]
-    t, num_chunks = diffusion_time(u_time), bench.case.length
-    masked, hit = complete_chunks(mask_positions(u_mask, t, labels), chunks, labels, num_chunks)
-    teacher_masked = chunk_member(hit, teacher_chunks)
-    active = hit & masked_chunks(teacher_masked, teacher_chunks, num_chunks)
+    t, num_chunks = diffusion.diffusion_time(u_time), bench.case.length
+    masked, hit = diffusion.complete_chunks(diffusion.mask_positions(u_mask, t, labels), chunks, labels, num_chunks)
+    teacher_masked = diffusion.chunk_member(hit, teacher_chunks)
+    active = hit & diffusion.masked_chunks(teacher_masked, teacher_chunks, num_chunks)
     with torch.no_grad():
         noised = torch.where(teacher_masked, bench.teacher.config.mask_token_id, teacher_ids)
         logits = noised_logits(bench.teacher, noised, teacher_ids, False)[teacher_masked]
@@ -296,17 +260,15 @@ def cross_loss(bench: Bench, uniforms, select: bool):
         noised_logits(bench.student, torch.where(masked, bench.student.config.mask_token_id, ids), ids, True),
         ids,
         masked,
-        chunk_loss_weight(t[:, None], sizes.gather(1, chunks.clamp(min=0)).clamp(min=1)),
+        diffusion.chunk_loss_weight(t[:, None], sizes.gather(1, chunks.clamp(min=0)).clamp(min=1)),
         (labels != -100).sum(),
         select,
     )
-    distill = reverse_calm_loss(
-        likelihoods(logits, ids, masked, chunks, active),
-        teacher,
-        num_items=active.sum(),
-        temperature=bench.trainer.objective.temperature,
+    student, temperature = likelihoods(logits, ids, masked, chunks, active), bench.trainer.objective.temperature
+    distill_C = losses.chunk_divergence(
+        losses.DIVERGENCES["reverse_calm"](), student, teacher, temperature=temperature
     )
-    return ce + distill
+    return ce + distill_C.sum() / active.sum()
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -333,38 +295,16 @@ def largest_difference(bench: Bench, exact: bool = False) -> float:
     return max(differences)
 
 
-def seconds(bench: Bench, side: str, index: int) -> float:
+def step_seconds(bench: Bench, side: str, index: int) -> float:
     """Wall time of one step with empty gradients."""
-    import torch
-
     bench.student.zero_grad()
-    start = time.perf_counter()
-    bench.step(side, index)
-    if bench.student.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return seconds(lambda: bench.step(side, index))
 
 
 def peak_bytes(case: Case, side: str) -> int:
     """Peak memory of one step above the weights, in this process, which has to be fresh."""
-    import torch
-
     bench = Bench(case)
-    if bench.student.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        bench.step(side, 0)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far is what is resident now
-    before = resident_bytes("VmRSS")
-    bench.step(side, 0)
-    return resident_bytes("VmHWM") - before
-
-
-def resident_bytes(name: str) -> int:
-    """A line of Linux's /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return peak_growth(lambda: bench.step(side, 0))
 
 
 def measure(case: Case, sides: list[str], rounds: int, with_memory: bool) -> dict:
@@ -381,7 +321,7 @@ def measure(case: Case, sides: list[str], rounds: int, with_memory: bool) -> dic
             sys.exit(f"{case}: the library's step differs from the plain one by {difference:.1e} of its scale.")
     else:
         bench.step("library", 0)  # warm
-    times = [{side: seconds(bench, side, index) for side in sides} for index in range(rounds)]
+    times = [{side: step_seconds(bench, side, index) for side in sides} for index in range(rounds)]
     for side in sides:
         row[f"{side}_s"] = statistics.median(each[side] for each in times)
         row[f"{side}_time_ratio"] = statistics.median(each[side] / each["library"] for each in times)
@@ -428,7 +368,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="library alone: its costs")
     parser.add_argument("--rounds", type=int, default=7, help="at least 7 for a median to trust")
     parser.add_argument("--no_memory", action="store_true", help="leave out the processes that measure the peaks")
-    parser.add_argument("--output", help="JSON file for the numbers")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("--peak_of", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(command_line)
@@ -446,11 +386,8 @@ def main(command_line: list[str] | None = None) -> None:
             rows.append(measure(case, arguments.sides, arguments.rounds, not arguments.no_memory))
             print(format_row(rows[-1]), flush=True)
     if arguments.output:
-        import torch
-        import transformers
-
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        Path(arguments.output).write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+        write_results(arguments.output, {"versions": versions, "rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

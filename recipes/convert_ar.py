@@ -23,25 +23,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="Hub name or folder of the model to convert.")
     parser.add_argument("output_dir", help="Folder for the student and its tokenizer.")
-    parser.add_argument("--diffusion_type", choices=["block", "full"], help="Block or full-sequence diffusion. block.")
-    parser.add_argument("--block_size", type=int, help="Tokens per block. 32.")
-    parser.add_argument("--mask_token", default="<|mask|>", help="Text of the mask token, unless there is one.")
-    parser.add_argument("--dtype", default="auto", help="Precision to load and save in; as saved by default.")
+    parser.add_argument(
+        "--diffusion_type", choices=["block", "full"], help="Block or full-sequence diffusion; block by default."
+    )
+    parser.add_argument("--block_size", type=int, help="Tokens per block; 32 by default.")
+    parser.add_argument(
+        "--mask_token", default="<|mask|>", help="Text of the mask token, unless the tokenizer has one."
+    )
+    parser.add_argument("--dtype", default="auto", help="Precision to load and save in; by default the checkpoint's.")
     parser.add_argument("--revision", help="Branch, tag or commit of the model.")
     arguments = parser.parse_args()
 
     from tide_hf import convert_to_diffusion
+    from tide_hf.commands.refusals import refusing, require_dtype, require_folder
+    from tide_hf.hub import require_available
 
-    student, tokenizer = convert_to_diffusion(
-        arguments.model,
-        diffusion_type=arguments.diffusion_type,
-        block_size=arguments.block_size,
-        mask_token=arguments.mask_token,
-        dtype=arguments.dtype,
-        revision=arguments.revision or "main",
-    )
-    student.save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
+    with refusing():
+        require_dtype(arguments.dtype)
+        require_folder(arguments.output_dir)
+        require_available([arguments.model], [])
+        student, tokenizer = convert_to_diffusion(
+            arguments.model,
+            diffusion_type=arguments.diffusion_type,
+            block_size=arguments.block_size,
+            mask_token=arguments.mask_token,
+            dtype=arguments.dtype,
+            revision=arguments.revision or "main",
+        )
+        student.save_pretrained(arguments.output_dir)
+        tokenizer.save_pretrained(arguments.output_dir)
     print(
         f"{type(student).__name__}, {student.num_parameters():,} parameters, mask token {tokenizer.mask_token} "
         f"({tokenizer.mask_token_id}), saved to {arguments.output_dir}"

@@ -8,7 +8,6 @@ id than 151669, full-sequence diffusion, another network than Qwen3's) is refuse
 commands for the engines are printed, and written to SERVING.md beside the weights.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 
@@ -25,13 +24,13 @@ class ExportArguments:
 
 
 def main() -> None:
-    from trl import TrlParser
-
     from tide_hf import export_for_serving
-    from tide_hf.hub import NotAvailableError, require_available
+    from tide_hf.commands.parsing import RecipeParser
+    from tide_hf.commands.refusals import refusing
+    from tide_hf.hub import require_available
 
-    (arguments,) = TrlParser((ExportArguments,)).parse_args_and_config()
-    try:
+    (arguments,) = RecipeParser((ExportArguments,)).parse_args_and_config()
+    with refusing():
         require_available([arguments.model_name_or_path], [])
         folder = export_for_serving(
             arguments.model_name_or_path,
@@ -39,8 +38,6 @@ def main() -> None:
             format=arguments.format,
             confidence_threshold=arguments.confidence_threshold,
         )
-    except (NotAvailableError, ValueError) as error:
-        sys.exit(str(error))
     print((folder / "SERVING.md").read_text())
 
 

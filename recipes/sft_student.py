@@ -1,7 +1,7 @@
 """Teach a student to denoise: block or full-sequence diffusion SFT, the distillation trainer without a teacher.
 
 Method: masked diffusion (MDLM, arXiv 2406.07524) in blocks (BD3LM, arXiv 2503.09573), preset ce. Whether blocks or
-whole sequences are denoised is the student's own config (recipes/convert_ar.py --diffusion_type).
+whole sequences are denoised is set in the student's own config (recipes/convert_ar.py --diffusion_type).
 
 Embedded default, on a CPU, nothing downloaded (sort six digits; about half a minute on 2 cores): an autoregressive
 model is trained, converted, and trained to denoise, next to a student that starts from random weights.

@@ -1,7 +1,7 @@
-"""Watch a student denoise an answer, one network call a line; ▒ is a token that is still masked.
+"""Watch a student denoise an answer, one line per network call; ▒ is a token that is still masked.
 
-Greedy decoding in blocks: first one token per call, then every token whose probability is at least 0.9. Seconds on a
-CPU, with the student of recipes/dense_teacher.py (the picture in the README), or any other that has a chat template:
+Greedy decoding in blocks: first one token per call, then every token whose probability is at least 0.9. Takes seconds
+on a CPU, with the student of recipes/dense_teacher.py (shown in the README) or any other that has a chat template:
 
     python recipes/show_denoising.py
     python recipes/show_denoising.py MODEL "What is a diffusion language model?" 64
@@ -19,16 +19,15 @@ def main() -> None:
     from embedded.decoding import DenoisingLines
 
     from tide_hf.commands.chat import load_chat_model
+    from tide_hf.commands.refusals import refusing
 
     class WholeAnswer(DenoisingLines):
         def put_draft(self, value, **kwargs):
             ids = [*self._finished.tolist(), *value.flatten().tolist()]
             print(f"  {self._text(ids + [tokenizer.mask_token_id] * (arguments.num_tokens - len(ids)))}")
 
-    try:
+    with refusing():
         model, tokenizer = load_chat_model(arguments.model)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     chat = [{"role": "user", "content": arguments.question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     for title, settings in {"one token per call": {}, "threshold 0.9": {"confidence_threshold": 0.9}}.items():

@@ -602,7 +602,7 @@ def test_settings_of_the_tokenizer_file_do_not_cut_rows():
 
 def test_half_a_surrogate_pair_is_counted_out(across):
     """Catches one broken row ending the preparation of all of them."""
-    with pytest.raises(RowSkipped, match="not Unicode"):
+    with pytest.raises(RowSkipped, match="not valid Unicode"):
         across.prepare(chat("Q", "a\ud83db"))
 
 

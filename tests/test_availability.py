@@ -71,10 +71,21 @@ def endpoint(answer: bytes | None):
 
 def test_local_paths_pass_without_a_question(tmp_path, no_probe):
     """Catches a run on local files that waits for, or needs, a network."""
-    (tmp_path / "model").mkdir()
+    for name, file in (("model", "config.json"), ("adapter", "adapter_config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
     (tmp_path / "rows.jsonl").write_text("{}")
-    require_available([str(tmp_path / "model")], [str(tmp_path / "rows.jsonl")])
+    require_available([str(tmp_path / "model"), str(tmp_path / "adapter")], [str(tmp_path / "rows.jsonl")])
     require_available([], [])
+
+
+def test_what_can_be_no_name_is_said_without_a_question(tmp_path, no_probe):
+    """Catches a mistyped path looked for on the Hub, whose answer is about the letters of repository names."""
+    with pytest.raises(NotAvailableError) as error:
+        require_available(["/not/there", str(tmp_path), "a/b/c"], ["rows.jsonl", "./here", "/not/there"])
+    text = str(error.value)
+    assert text.count("neither a folder nor a name on the Hub") == 2 and f"{str(tmp_path)!r} holds no config" in text
+    assert text.count("neither a file or folder nor") == 3 and "'rows.jsonl' is neither" in text
 
 
 @pytest.mark.parametrize("offline", [True, False])

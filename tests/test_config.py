@@ -3,13 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from tide_hf import TIDEConfig
+from tide_hf import IDLMConfig, TIDEConfig
 from tide_hf.commands.distill import parse_arguments
 from tide_hf.losses import DIVERGENCES
+from tide_hf.training.config import REGISTRIES, declared_types
 from tide_hf.training.presets import PRESETS, resolve_objective
 
 ROOT = Path(__file__).parent.parent
@@ -151,30 +153,92 @@ def test_expected_normalization_divides_by_the_average_strength(config):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed"),
-    [
-        ("preset", "tide-shared, tide-cross, kl, reverse-kl, calm, ce."),
-        ("alignment", "auto, token, chunk."),
-        ("divergence", "forward_kl, jsd, reverse_kl, bernoulli_reverse_kl, calm, reverse_calm, none."),
-        ("lambda_growth", "cosine, linear."),
-        ("lambda_axes", "both, progress, time."),
-        ("timestep_weight", "midrange, uniform."),
-        ("tidal_normalization", "none, expected."),
-        ("schedule", "linear, cosine."),
-        ("ce_weighting", "schedule, uniform."),
-        ("loss_normalization", "token, sequence, batch."),
-        ("eos_fill", "none, block, end."),
-        ("teacher_context", "paper, native."),
-        ("teacher_dtype", "auto, float32, bfloat16, float16."),
-    ],
-)
-def test_unknown_choice_names_the_known_ones(config, name, allowed):
+# every field with choices, written out a second time
+KNOWN = {
+    "preset": "tide-shared, tide-cross, kl, reverse-kl, calm, ce",
+    "alignment": "auto, token, chunk",
+    "divergence": "forward_kl, jsd, reverse_kl, bernoulli_reverse_kl, calm, reverse_calm, none",
+    "lambda_growth": "linear, cosine",
+    "lambda_axes": "both, progress, time",
+    "timestep_weight": "midrange, uniform",
+    "tidal_normalization": "none, expected",
+    "schedule": "linear, cosine",
+    "ce_weighting": "schedule, uniform",
+    "chunk_weighting": "paper, exact",
+    "loss_normalization": "token, sequence, batch",
+    "eos_fill": "none, block, end",
+    "trained_turns": "all, last",
+    "nonfinite": "stop, skip",
+    "teacher_context": "paper, native",
+    "teacher_dtype": "auto, float32, bfloat16, float16",
+    "student_times": "uniform, grid",
+    "save_weights": "ema, student",
+}
+CONFIGS = (TIDEConfig, IDLMConfig)
+CHOICES = [
+    (cls, name)
+    for cls in CONFIGS
+    for name, kind in declared_types(cls).items()
+    if any(get_origin(part) is Literal for part in (kind, *get_args(kind)))
+]
+each_choice = pytest.mark.parametrize(("cls", "name"), CHOICES, ids=lambda value: getattr(value, "__name__", value))
+
+
+def test_the_fields_with_choices_are_known():
+    """Catches a field of choices that the tests below pass over, since it is declared as any text."""
+    assert {name for _, name in CHOICES} == set(KNOWN)
+
+
+@each_choice
+def test_unknown_choice_names_the_known_ones(cls, name, tmp_path):
     """Catches a typing error that trains something else, or fails only once everything is loaded."""
+    values = {"output_dir": str(tmp_path), "use_cpu": True}
     with pytest.raises(ValueError) as error:
-        config(**{name: "tidal"})
-    assert str(error.value).startswith(f"{name}='tidal' ")
-    assert str(error.value).endswith(allowed)
+        cls(**values, **{name: "tidal"})
+    assert str(error.value) == f"{name}='tidal' is not known; choose one of {KNOWN[name]}."
+    args = cls(**values)
+    setattr(args, name, "tidal")
+    with pytest.raises(ValueError, match=f"{name}='tidal' is not known"):
+        args.check()
+    for choice in KNOWN[name].split(", "):
+        assert getattr(cls(**values, **{name: choice}), name) == choice
+
+
+@each_choice
+@pytest.mark.parametrize("way", ["flag", "file"])
+def test_unknown_choice_is_one_line_of_a_command_line(cls, name, way, tmp_path):
+    """Catches a traceback, or a usage of two hundred flags, for a typing error on a command line or in a file."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{name}: tidal\nuse_cpu: true\n")
+    given = ["--use_cpu", f"--{name}", "tidal"] if way == "flag" else ["--config", str(path)]
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments("outputs", given, cls)
+    message = stopped.value.code
+    assert "\n" not in message and name in message and "'tidal'" in message
+    assert all(choice in message for choice in KNOWN[name].split(", "))
+    good = KNOWN[name].split(", ")[-1]
+    path.write_text(f"{name}: {good}\nuse_cpu: true\n")
+    given = ["--use_cpu", f"--{name}", good] if way == "flag" else ["--config", str(path)]
+    assert getattr(parse_arguments("outputs", given, cls).training, name) == good
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRIES))
+def test_a_registry_counts_as_it_stands(name, tmp_path, monkeypatch):
+    """Catches choices frozen when the package was imported: what a program has added since would be refused."""
+    monkeypatch.setitem(REGISTRIES[name][0], "mine", None)
+    args = TIDEConfig(output_dir=str(tmp_path), use_cpu=True, **{name: "mine"})
+    assert getattr(args, name) == "mine"
+    args.check()
+    assert getattr(parse_arguments("x", ["--use_cpu", f"--{name}", "mine"]).training, name) == "mine"
+    with pytest.raises(ValueError, match=r"choose one of .*, mine\b"):
+        TIDEConfig(output_dir=str(tmp_path), use_cpu=True, **{name: "yours"})
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs", "lr_scheduler_kwargs"])
+def test_broken_json_names_its_field(name, config):
+    """Catches "Expecting property name enclosed in double quotes", of which nobody knows which flag is meant."""
+    with pytest.raises(ValueError, match=rf"{name}='{{dtype: 3}}' is not valid JSON: Expecting property name"):
+        config(**{name: "{dtype: 3}"})
 
 
 @pytest.mark.parametrize(
@@ -234,7 +298,7 @@ def test_tidal_with_a_reverse_objective_is_refused(config, divergence):
     if divergence == "reverse_calm":
         assert resolve_objective(ablation, alignment).tidal
     else:
-        with pytest.raises(ValueError, match="forward objectives only"):
+        with pytest.raises(ValueError, match="forward divergences only"):
             resolve_objective(ablation, alignment)
 
 
@@ -247,7 +311,7 @@ def test_tidal_with_jsd_is_refused(config):
 @pytest.mark.parametrize("values", [{"preset": "kl"}, {"preset": "reverse-kl"}, {"divergence": "forward_kl"}])
 def test_token_divergence_across_tokenizers_is_refused(config, values):
     """Catches distributions over two different vocabularies compared id by id."""
-    with pytest.raises(ValueError, match=r"calm, reverse_calm, bernoulli_reverse_kl\.$"):
+    with pytest.raises(ValueError, match=r"bernoulli_reverse_kl, calm, reverse_calm\.$"):
         resolve_objective(config(**values), "chunk")
 
 
@@ -299,6 +363,7 @@ def test_flags_are_parsed(tmp_path):
 
 @pytest.fixture
 def yaml_config(tmp_path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
     path = tmp_path / "run.yaml"
     path.write_text(
         f"""
@@ -352,11 +417,11 @@ def test_misspelled_setting_of_a_file_is_refused(tmp_path):
     """Catches a setting of a YAML file that nobody reads."""
     path = tmp_path / "run.yaml"
     path.write_text("temprature: 3\nuse_cpu: true\n")
-    with pytest.raises(ValueError, match="temprature"):
+    with pytest.raises(SystemExit, match="temprature"):
         parse_arguments("outputs", ["--config", str(path)])
 
 
-# TIDE 2604.26951, table of hyperparameters: file -> alignment, teacher, teacher's length, divergence, TIDAL
+# hyperparameters of TIDE (arXiv 2604.26951): file -> alignment, teacher, its length, divergence, TIDAL
 PAPER_RUNS = {
     "wedlm_to_qwen3": ("token", "tencent/WeDLM-8B-Instruct", 768, "forward_kl", True),
     "llada2_to_qwen3": ("chunk", "inclusionAI/LLaDA2.0-mini", 1024, "reverse_calm", False),

@@ -452,7 +452,7 @@ def test_mask_token_in_the_text_is_counted_out(side, place):
         assert len(prepared) == 2
     else:
         assert len(prepared) == 1
-        assert report.dropped == {f"the {side}'s mask token '<pad>' stands in the text": 1}
+        assert report.dropped == {f"the {side}'s mask token '<pad>' is part of the text": 1}
 
 
 def test_mask_token_that_is_an_ordinary_one_is_counted_out():

@@ -336,11 +336,11 @@ def test_rows_given_later_are_prepared_as_the_constructor_does(tmp_path, with_te
     with pytest.raises(ValueError, match=r"no eval_dataset named 'c'; the constructor was given a, b by name"):
         trainer.evaluate("c")
     for wrong in ([1, 2], rows.to_list()):
-        with pytest.raises(ValueError, match=r"is a list; expected a datasets\.Dataset"):
+        with pytest.raises(ValueError, match=r"has the type list; expected a datasets\.Dataset"):
             trainer.evaluate(wrong)
-        with pytest.raises(ValueError, match=r"is a list; expected a datasets\.Dataset"):
+        with pytest.raises(ValueError, match=r"has the type list; expected a datasets\.Dataset"):
             trainer.evaluate({"a": wrong})
-        with pytest.raises(ValueError, match=r"is a list; expected a datasets\.Dataset"):
+        with pytest.raises(ValueError, match=r"has the type list; expected a datasets\.Dataset"):
             trainer.predict(wrong)
 
 

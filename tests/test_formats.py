@@ -245,9 +245,9 @@ REFUSED = {
     "'documents' belongs to the text": {**chat("Q", "A"), "documents": [{"title": "t"}]},
     "'history' belongs to the text": {"instruction": "Q", "output": "A", "history": [["a", "b"]]},
     "'tools' beside plain text": {"prompt": "Q", "completion": "A", "tools": [CLOCK]},
-    "'tools' is no list": {**chat("Q", "A"), "tools": {"name": "f"}},
-    "'tools' is text and no JSON": {**chat("Q", "A"), "tools": "weather(city)"},
-    "'chat_template_kwargs' is no mapping": {**chat("Q", "A"), "chat_template_kwargs": [1]},
+    "'tools' is not a list": {**chat("Q", "A"), "tools": {"name": "f"}},
+    "'tools' is text, but not valid JSON": {**chat("Q", "A"), "tools": "weather(city)"},
+    "'chat_template_kwargs' is not a mapping": {**chat("Q", "A"), "chat_template_kwargs": [1]},
     "kwargs set 'enable_thinking', which no chat template": {
         **chat("Q", "A"),
         "chat_template_kwargs": {"enable_thinking": False},
@@ -256,12 +256,12 @@ REFUSED = {
         **chat("Q", "A"),
         "chat_template_kwargs": {"add_generation_prompt": True},
     },
-    "arguments are no JSON": {
+    "arguments are not valid JSON": {
         "messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]
     },
-    "of prompt and completion one is text": {"prompt": "Q", "completion": [ANSWER]},
-    "nobody knows who 'alien' is": {"conversations": [{"from": "alien", "value": "Q"}]},
-    "no list of messages": {"messages": ["Q", "A"]},
+    "one of prompt and completion is text": {"prompt": "Q", "completion": [ANSWER]},
+    "unknown speaker 'alien'": {"conversations": [{"from": "alien", "value": "Q"}]},
+    "not a list of messages": {"messages": ["Q", "A"]},
     "'output' is not text": {"instruction": "Q", "output": 3},
     "content is not text": {"messages": [USER, {"role": "assistant", "content": None}]},
 }
@@ -296,4 +296,4 @@ def test_unread_columns_are_named_once(monkeypatch):
     said = []
     monkeypatch.setattr("tide_hf.data.dataset.logger.warning_once", said.append)
     prepare_dataset(Dataset.from_list([{**chat("Q", "A"), "id": 1, "score": 2.0, "tools": None}]), preparation())
-    assert said == ["Columns that are not read, for no text depends on them: id, score."]
+    assert said == ["Columns that are not used, since no text depends on them: id, score."]

@@ -185,7 +185,7 @@ def test_student_without_a_teacher(tmp_path):
     with torch.no_grad():
         model.model.norm.weight[3] = math.nan
     trainer = tiny_trainer(tmp_path, model=model, nonfinite="skip")
-    with pytest.raises(NonFiniteError, match="Step 1: the weights of the student are not finite themselves") as raised:
+    with pytest.raises(NonFiniteError, match="Step 1: the weights of the student themselves are not finite") as raised:
         trainer.train()
     assert "(model.norm.weight)" in str(raised.value) and "ce is nan in row " in str(raised.value)
 
@@ -353,7 +353,7 @@ def test_few_step_state_that_is_not_finite_is_not_saved(tmp_path, part):
     parts["fake"] = dict(trainer.fake.named_parameters())
     with torch.no_grad():
         parts[part]["model.norm.weight"][0] = math.nan
-    with pytest.raises(NonFiniteError, match=rf"{part}\.model\.norm\.weight holds NaN"):
+    with pytest.raises(NonFiniteError, match=rf"{part}\.model\.norm\.weight contains NaN"):
         trainer._save_checkpoint(trainer.model, None)
     assert files(tmp_path) == []
 
@@ -397,7 +397,7 @@ def test_broken_start_of_an_inverse_distillation(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
     trainer = tiny_few_step(tmp_path, model=model)
-    with pytest.raises(NonFiniteError, match="update of the fake: the weights of the fake are not finite themselves"):
+    with pytest.raises(NonFiniteError, match="update of the fake: the weights of the fake themselves are not finite"):
         trainer.train()
 
 
@@ -515,7 +515,7 @@ def test_deepspeed_looks_before_its_backward(tmp_path):
         step_guard.before_backward(Nothing(), torch.tensor(math.nan))
     step_guard.args.nonfinite = "skip"
     step_guard.accelerator.distributed_type = "DEEPSPEED"
-    with pytest.raises(ValueError, match="cannot leave a step out under DeepSpeed"):
+    with pytest.raises(ValueError, match="cannot skip a step under DeepSpeed"):
         StepGuard(step_guard.trainer, "student", {}, step_guard.optimizer, None)
 
 

@@ -297,7 +297,10 @@ def test_revision_of_the_base_is_kept(tmp_path, base):
     ("config", "message"),
     [
         (LoraConfig(task_type="SEQ_CLS", target_modules=ATTENTION), "task_type='SEQ_CLS'.*use task_type='CAUSAL_LM'"),
-        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "has no place in the block-diffusion"),
+        (
+            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            "which the block-diffusion layout does not support",
+        ),
         (LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]), "adapter targets lm_head"),
         (LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"]), "adapter targets embed_tokens"),
         (
@@ -318,7 +321,7 @@ def test_instances_are_checked_too(tmp_path, base):
     with pytest.raises(ValueError, match="adapter targets lm_head"):
         tiny_trainer(tmp_path, model=model)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora())
-    with pytest.raises(ValueError, match="carries an adapter already"):
+    with pytest.raises(ValueError, match="already has an adapter"):
         tiny_trainer(tmp_path, model=model, trainer_kwargs={"peft_config": lora()})
 
 
@@ -338,20 +341,20 @@ def test_another_block_size_than_the_bases_is_refused(tmp_path, base, given_as):
         "keyword": {"model_init_kwargs": {"block_size": 8}},
         "instance": {"model": AutoModelForCausalLM.from_pretrained(base, block_size=8)},
     }[given_as]
-    with pytest.raises(ValueError, match=r"trains with block_size=8, and the config.json .* says 4: whoever loads"):
+    with pytest.raises(ValueError, match=r"trains with block_size=8, but the config.json .* has 4, and whoever loads"):
         tiny_trainer(tmp_path, **{"model": str(base), **options}, trainer_kwargs={"peft_config": lora()})
 
 
 def test_another_mask_token_than_the_bases_is_refused(tmp_path, base):
     """Catches an adapter that is decoded from masks it never saw."""
-    with pytest.raises(ValueError, match=r"trains with mask_token_id=0, and the config.json .* says 14"):
+    with pytest.raises(ValueError, match=r"trains with mask_token_id=0, but the config.json .* has 14"):
         tiny_trainer(tmp_path, model=str(base), mask_token_id=0, trainer_kwargs={"peft_config": lora()})
 
 
 def test_a_base_that_exists_in_memory_alone_is_said(tmp_path, said):
     """Catches an adapter that names no base, noticed when the base is gone."""
     tiny_trainer(tmp_path, trainer_kwargs={"peft_config": lora()})
-    assert any("will name no base that can be loaded" in line for line in said)
+    assert any("will not name a base that can be loaded" in line for line in said)
 
 
 # -- quantised bases --------------------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_trainer_takes_what_was_written_for_it(tmp_path):
     """Catches a dataset refused that is this run's own, prepared again, or trained on differently; and its report,
     which the model card shows, lost."""
     raw = chunk_trainer(tmp_path / "raw", raw_rows())
-    written = write_prepared({"train": raw_rows()}, raw._preparation, tmp_path / "prepared", rows_per_part=10)
+    written = write_prepared({"train": raw_rows()}, raw.plan.preparation, tmp_path / "prepared", rows_per_part=10)
     trainer = chunk_trainer(tmp_path / "run", load_from_disk(tmp_path / "prepared")["train"])
     assert rows_of(trainer.train_dataset) == rows_of(raw.train_dataset) == rows_of(written["train"])
     assert trainer.preparation_reports == raw.preparation_reports
@@ -270,9 +270,9 @@ def test_trainer_refuses_rows_without_a_record(tmp_path):
         chunk_trainer(tmp_path / "run", unknown)
     with pytest.raises(ValueError, match="no record"):
         chunk_trainer(tmp_path / "stream", unknown.to_iterable_dataset())
-    recorded = PreparationRecord.of(trainer._preparation).attach(unknown)
+    recorded = PreparationRecord.of(trainer.plan.preparation).attach(unknown)
     assert len(chunk_trainer(tmp_path / "known", recorded).train_dataset) == 22
-    stream = PreparationRecord.of(trainer._preparation).attach(unknown.to_iterable_dataset())
+    stream = PreparationRecord.of(trainer.plan.preparation).attach(unknown.to_iterable_dataset())
     chunk_trainer(tmp_path / "known_stream", stream)
 
 
@@ -377,7 +377,7 @@ def test_output_of_something_else_is_left_alone(tmp_path):
     """Catches a folder of the user's overwritten."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="holds something other than prepared rows"):
         write_prepared({"train": raw_rows()}, preparation(), tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").is_file()
 
@@ -430,7 +430,7 @@ def test_what_the_recipe_wrote_trains(folders, capsys):
     trainer = run_distillation(parse_arguments("outputs", flags))
     assert trainer.preparation_reports["train"].num_rows == 25
     assert trainer.objective.alignment == "chunk" and (folders["out"] / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match="eos_fill: prepared with block, this run has end"):
+    with pytest.raises(SystemExit, match="eos_fill: prepared with block, this run has end"):
         run_distillation(parse_arguments("outputs", [*flags, "--eos_fill", "end"]))
 
 
@@ -462,9 +462,9 @@ def test_template_and_settings_are_flags(folders, tmp_path):
         tiny_model(seed, vocab_size=size, hidden=16, dtype=torch.float32).save_pretrained(folders[name])
     flags = flags_of({**folders, "rows.jsonl": folders["prepared"]}, "--output_dir", str(folders["out"]))
     flags += ["--preset", "tide-cross", "--max_steps", "1", "--report_to", "none", "--use_cpu"]
-    with pytest.raises(ValueError, match="student chat template: prepared with"):
+    with pytest.raises(SystemExit, match="student chat template: prepared with"):
         run_distillation(parse_arguments("outputs", flags))
-    with pytest.raises(ValueError, match="chat_template_kwargs: prepared with"):
+    with pytest.raises(SystemExit, match="chat_template_kwargs: prepared with"):
         run_distillation(parse_arguments("outputs", [*flags, *given[:2]]))
     run_distillation(parse_arguments("outputs", [*flags, *given]))
     saved = AutoTokenizer.from_pretrained(folders["out"])
@@ -492,9 +492,9 @@ def test_the_papers_file_is_understood(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--max_lenght", "8"], "Unknown: --max_lenght"),
+        (["--max_lenght", "8"], "unknown: --max_lenght"),
         (["--max_length", "18"], "block_size=4 does not fit max_length=18"),
-        (["--dataset_train_split", "tran"], "has the splits train and none of tran, test"),
+        (["--dataset_train_split", "tran"], "has the splits train, but none of tran, test"),
     ],
 )
 def test_what_cannot_be_prepared_is_one_sentence(folders, flags, said):

@@ -237,7 +237,7 @@ def test_settings_of_the_wrong_name_are_refused():
     for given, said in (
         ({"enable_thinkng": False}, "'enable_thinkng', which no chat template of this run reads"),
         ({"messages": []}, "sets 'messages', which is not a template's own"),
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[1]", "expected a mapping"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -415,7 +415,7 @@ def test_split_answers_are_trained_whole_and_counted():
     rows = [{"prompt": "Q: ", "completion": "hello"}, {"prompt": "Q:", "completion": " hello"}]
     _, report = prepare_dataset(Dataset.from_list(rows), prepare)
     assert report.num_kept == 2 and report.num_split_answers == 1
-    assert "1 answers tokenised apart" in str(report)
+    assert "1 answers tokenised separately" in str(report)
 
 
 # -- the end of a row -------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_trainer_leaves_rows_with_a_mask_token_out(tmp_path, side):
         },
     )
     dropped = trainer.preparation_reports["train"].dropped
-    assert dropped == {f"the {side}'s mask token '<mask>' stands in the text": 1}
+    assert dropped == {f"the {side}'s mask token '<mask>' is part of the text": 1}
 
 
 def test_trainer_trains_on_the_turns_it_is_told(tmp_path):

@@ -1,4 +1,4 @@
-"""What belongs to what in two tokenisations: answers in a rendered chat, chunks of tokens, shared vocabularies."""
+"""Which parts of two tokenisations correspond: answers in a rendered chat, chunks of tokens, shared vocabularies."""
 
 from .chat import Answer, Chat, locate_answers, render_chat
 from .chunks import align_chunks, align_equal_tokens, answer_tokens, cut_equal_bytes, drop_cut_chunks

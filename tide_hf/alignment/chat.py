@@ -1,7 +1,7 @@
 """Where each answer lies in a rendered conversation, found through the template's own rendering.
 
-An answer begins where the generation prompt ends, since that is where generation begins. It is never looked for as a
-string that may also stand in the prompt.
+An answer begins where the generation prompt ends, since that is where generation begins. It is never searched for as a
+string, which might also occur in the prompt.
 """
 
 import re
@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .templates import without_defaults
 
-STAND_IN = "\ue000answer\ue001"  # private-use characters: no conversation holds them
+STAND_IN = "\ue000answer\ue001"  # private-use characters, which no conversation contains
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = [{"role": "user", "content": "?"}]
 
@@ -24,11 +24,12 @@ class Answer:
     """A trained-on stretch of a rendered text, in characters, half-open.
 
     Args:
-        start, end (`int`): the whole stretch, end-of-turn text included, white space behind that not.
+        start, end (`int`): the whole stretch, with the end-of-turn text but without white space after it.
         anchor (`int`): where the message's content, stripped of white space, begins; `start` if it is not found.
         anchored (`bool`): whether it was found, so that the text from there on is known to be the content.
         turn (`int`): index of its message; a template may mark several stretches of one message.
-        prompted (`bool`): whether the text before it is what inference is given: conversation and generation prompt.
+        prompted (`bool`): whether the text before it is what a model is given at inference: the conversation so far
+            and the generation prompt.
     """
 
     start: int
@@ -41,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation and what its rendering depends on.
+    """A conversation and everything its rendering depends on.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): with a chat template.
@@ -57,7 +58,7 @@ class Chat:
 
     @cached_property
     def template(self) -> str:
-        """Without the defaults of an earlier run: `settings` are all there is."""
+        """The chat template without defaults written by an earlier run, so that only `settings` count."""
         return without_defaults(self.tokenizer.get_chat_template(tools=self.tools))
 
     @cached_property
@@ -71,7 +72,14 @@ class Chat:
         return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
 
     def render(self, messages: list[dict], prompt: bool = False, settings: dict | None = None, **changed) -> str:
-        """Any messages by the same template, with a generation prompt where asked for."""
+        """Renders messages with the chat's template.
+
+        Args:
+            messages (`list[dict]`): need not be the conversation's own.
+            prompt (`bool`): whether to add a generation prompt.
+            settings (`dict`, *optional*): used instead of the chat's.
+            changed: further arguments of `apply_chat_template`, such as `tools`.
+        """
         return self.tokenizer.apply_chat_template(
             messages,
             **{"tools": self.tools, **changed},
@@ -82,7 +90,12 @@ class Chat:
         )
 
     def replaced(self, index: int, **parts) -> str:
-        """The conversation rendered with one message changed; parts that are None are left out of it."""
+        """Renders the conversation with one message changed.
+
+        Args:
+            index (`int`): of the message.
+            parts: its new values; those that are None are removed from it.
+        """
         message = {name: part for name, part in {**self.messages[index], **parts}.items() if part is not None}
         return self.render([*self.messages[:index], message, *self.messages[index + 1 :]])
 
@@ -96,27 +109,35 @@ def render_chat(
 ) -> tuple[str, list[Answer]]:
     """Renders a conversation with the tokenizer's chat template and locates its assistant turns.
 
-    Templates with `{% generation %}` markers say themselves what the assistant writes. For the others a turn begins
-    where the conversation before it, rendered with a generation prompt, ends. What the generation prompt holds is
-    given at inference, and is part of no answer with markers either.
+    Templates with `{% generation %}` markers state what the assistant writes. With others, a turn begins where the
+    conversation before it ends when rendered with a generation prompt. The generation prompt is given at inference and
+    is never part of an answer, with markers or without.
 
     Args:
+        tokenizer (`PreTrainedTokenizerBase`): with a chat template.
         messages (`list[dict]`): `{"role", "content"}` items.
         first_trained (`int`): assistant turns before this message index are left out (a prompt's own turns).
         tools (`list[dict]`, *optional*): JSON schemas of the tools.
         settings (`dict`, *optional*): the template's own settings.
 
     Returns:
-        the rendered text, and the [`Answer`]s of each assistant turn that is not left out, in order.
+        the rendered text, and the [`Answer`]s of all assistant turns that are not left out, in order.
 
     Raises:
-        ValueError: if there is no template, or if it hides where a turn is.
+        ValueError: if there is no template, or if a turn cannot be located in what it renders.
     """
     return locate_answers(Chat(tokenizer, messages, tools, settings or {}), first_trained)
 
 
 def locate_answers(chat: Chat, first_trained: int = 0) -> tuple[str, list[Answer]]:
-    """[`render_chat`] of a conversation that comes with all its rendering depends on."""
+    """Does the same as [`render_chat`] for a [`Chat`].
+
+    Args:
+        chat ([`Chat`]): the conversation.
+        first_trained (`int`): assistant turns before this message index are left out.
+
+    Returns and raises as [`render_chat`].
+    """
     if chat.tokenizer.chat_template is None:
         raise ValueError(
             f"{chat.tokenizer.name_or_path or 'The tokenizer'} has no chat template, which conversations need: give "
@@ -128,7 +149,7 @@ def locate_answers(chat: Chat, first_trained: int = 0) -> tuple[str, list[Answer
         text, spans = _marked(chat)
         for index in trained:
             (start, end), *others = spans[index]
-            start, prompted = _behind_prompt(chat, index, text, start, end)
+            start, prompted = _after_prompt(chat, index, text, start, end)
             answers += _answers(chat, index, text, [(min(start, end), end), *others], prompted)
     else:
         text = chat.text
@@ -139,9 +160,9 @@ def locate_answers(chat: Chat, first_trained: int = 0) -> tuple[str, list[Answer
 
 
 def _answers(chat: Chat, index: int, text: str, spans: Sequence[tuple[int, int]], prompted: bool) -> list[Answer]:
-    """The stretches of one turn, each without the white space behind its end."""
+    """The stretches of one turn, each without the white space after its end."""
     content = chat.messages[index].get("content") or ""
-    # behind a tool call the two sides may differ: what follows the content is not known to be the same text
+    # two templates may write tool calls differently: what follows the content need not be the same text
     known = not chat.messages[index].get("tool_calls")
     answers = []
     for start, end in spans:
@@ -161,8 +182,8 @@ def _answers(chat: Chat, index: int, text: str, spans: Sequence[tuple[int, int]]
 def _anchor(chat: Chat, index: int, text: str, start: int, end: int) -> int:
     """Where the content begins within its turn, −1 if it is not there.
 
-    Templates may strip the content: what both renderings have is anchored. Where the turn has it more than once, in
-    the template's own words too ("think" in "<think>"), a stand-in shows which one it is.
+    Templates may strip the content, so the stripped content is located. If it occurs in the turn more than once, also
+    in the template's own words ("think" in "<think>"), a stand-in shows which occurrence it is.
     """
     content = (chat.messages[index].get("content") or "").strip()
     anchor = text.find(content, start, end)
@@ -178,7 +199,7 @@ def _anchor(chat: Chat, index: int, text: str, start: int, end: int) -> int:
 # -- where a turn begins ----------------------------------------------------------------------------------------------
 
 
-def _behind_prompt(chat: Chat, index: int, text: str, start: int, end: int) -> tuple[int, bool]:
+def _after_prompt(chat: Chat, index: int, text: str, start: int, end: int) -> tuple[int, bool]:
     """Where a turn that is marked from `start` to `end` begins, and whether the generation prompt stands before it."""
     usual = _generation_prompt(chat)
     before = next((size for size in range(len(usual), 0, -1) if text.endswith(usual[:size], 0, start)), 0)
@@ -186,21 +207,21 @@ def _behind_prompt(chat: Chat, index: int, text: str, start: int, end: int) -> t
         return start + len(usual) - before, True
     given, prompted = _prompt_end(chat, index, text)
     if given is not None:
-        # text between the generation prompt and the marker is neither given nor trained on
+        # text between the generation prompt and the marker is neither given at inference nor trained on
         return max(start, given), prompted and given >= start
     if index == 0:
         return start, True
-    # the part of the generation prompt that does stand there, as far as the content leaves it
+    # as much of the generation prompt as the text has, but nothing of the content
     pairs = enumerate(zip(text, chat.render(chat.messages[:index], prompt=True), strict=False))
     given = next((place for place, (ours, theirs) in pairs if ours != theirs), start)
     return max(start, min(given, _anchor(chat, index, text, start, end))), False
 
 
 def _prompt_end(chat: Chat, index: int, text: str) -> tuple[int | None, bool]:
-    """Where what inference is given ends in the text, and whether it stands there as this run gives it.
+    """Where the text given at inference ends, and whether the text begins with what this run would give.
 
-    A turn may be written in another mode than the run's (with its reasoning, or as turns are that others follow): it
-    then begins where the template's own generation prompt ends, without any settings.
+    A turn may be rendered in another mode than the run's (with reasoning, or as turns are that others follow): it then
+    begins where the template's generation prompt ends when rendered without any settings.
     """
     if index == 0:
         return None, True
@@ -215,7 +236,7 @@ def _prompt_end(chat: Chat, index: int, text: str) -> tuple[int | None, bool]:
 
 
 def _generation_prompt(chat: Chat) -> str:
-    """What the template adds behind a user's message for the assistant to go on; "" if it does not say."""
+    """What the template adds after a user's message for the assistant to continue; "" if that cannot be told."""
     settings = tuple(sorted((name, repr(value)) for name, value in chat.settings.items()))
     key = (chat.template, settings)
     if key not in _PROMPTS:
@@ -241,7 +262,7 @@ def _marked(chat: Chat) -> tuple[str, dict[int, list[tuple[int, int]]]]:
     turns = chat.turns
     if len(spans) == len(turns):
         return text, {index: [span] for index, span in zip(turns, spans, strict=True)}
-    # several in one turn: how many there are up to each turn says whose they are
+    # some turn has several: the number of stretches up to each turn tells which are its own
     counts = [len(_generations(chat, chat.messages[: index + 1])[1]) for index in turns[:-1]]
     counts = [0, *counts, len(spans)]
     own = {index: spans[counts[place] : counts[place + 1]] for place, index in enumerate(turns)}
@@ -254,7 +275,7 @@ def _marked(chat: Chat) -> tuple[str, dict[int, list[tuple[int, int]]]]:
 
 
 def _generations(chat: Chat, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-    """Rendered text and marked stretches; those that touch are one."""
+    """Rendered text and marked stretches; adjacent ones are merged."""
     texts, spans = render_jinja_template(
         [messages],
         tools=chat.tools,
@@ -275,11 +296,11 @@ def _generations(chat: Chat, messages: list[dict]) -> tuple[str, list[tuple[int,
 
 
 def _span_by_prefix(chat: Chat, index: int) -> tuple[int, int, bool]:
-    """One assistant turn, from the generation prompt before it to its end-of-turn text; and whether that is as given.
+    """Start and end of one assistant turn, end-of-turn text included; and whether it follows this run's prompt.
 
-    Where nothing stands before it, or the template treats a turn differently once more follows, the message is located
-    by rendering the conversation with a stand-in for it: what stands before and behind the stand-in stands before and
-    behind the message.
+    If nothing precedes the turn, or the template renders a turn differently once others follow, the message is located
+    by rendering the conversation with a stand-in for it: the text before and after the stand-in is also the text
+    before and after the message.
     """
     text, last = chat.text, index == len(chat.messages) - 1
     start, prompted = _prompt_end(chat, index, text)
@@ -301,14 +322,14 @@ def _span_by_prefix(chat: Chat, index: int) -> tuple[int, int, bool]:
         end += _end_of_turn(chat, messages[: index + 1], tails[0])
     if not found or end < start:
         raise ValueError(
-            f"assistant message {index} cannot be located in the rendered text, because the template renders the rest "
-            "differently with another content: use a template with {% generation %} markers."
+            f"assistant message {index} cannot be located in the rendered text, because the rest of the text changes "
+            "with the message's content: use a template with {% generation %} markers."
         )
     return start, end, prompted
 
 
 def _end_of_turn(chat: Chat, through: list[dict], tail: str) -> int:
-    """How much of the text behind a message ends its turn: what stands there when nothing follows, or EOS."""
+    """How much of the text after a message ends its turn: what is there when nothing follows, or EOS."""
     eos = chat.tokenizer.eos_token or ""
     closing = chat.render(through).partition(STAND_IN)[2]
     for ending in (closing, closing.removesuffix(eos), eos):

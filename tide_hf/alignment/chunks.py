@@ -1,4 +1,4 @@
-"""Chunk numbers per token: which student tokens and which teacher tokens stand for the same text.
+"""Chunk numbers per token: which student tokens and which teacher tokens represent the same text.
 
 With a shared tokenizer a chunk is one token on each side: same id, same characters of the same answer. Across
 tokenizers it is the shortest span of equal bytes.
@@ -15,17 +15,17 @@ from .token_bytes import LocatedTokens
 
 
 def answer_tokens(spans: np.ndarray, answers: Sequence[Answer]) -> list[tuple[int, int]]:
-    """Tokens inside each answer: those that begin and end in it.
+    """Finds the tokens inside each answer: those that begin and end in it.
 
-    Tokenizers that trim offsets give a token of white space no width and the place where it ends; it is inside if that
-    place is, the answer's start excepted.
+    Tokenizers that trim offsets give a white-space token zero width, at the place where it ends; it is inside an
+    answer if that place is, unless it is the answer's start.
 
     Args:
         spans (`np.ndarray` of shape `(n, 2)`): range of each token, in text order, in the unit of the answers.
         answers (`Sequence[Answer]`): in text order.
 
     Returns:
-        `list[tuple[int, int]]`: first token and the one behind the last, per answer.
+        `list[tuple[int, int]]`: first token and the one after the last, per answer.
     """
     starts, ends = _rising(spans)
     edges = np.array([(answer.start, answer.end) for answer in answers], dtype=np.int64).reshape(-1, 2)
@@ -45,7 +45,7 @@ def align_equal_tokens(
     """Chunk numbers of two renderings of the same messages by one tokenizer.
 
     Two tokens share a chunk if they have the same id and cover the same characters, counted from where the content of
-    the same answer begins. Several tokens on the same characters pair in order.
+    their answer begins. If several tokens cover the same characters, they pair in order.
 
     Args:
         student_ids, teacher_ids (`Sequence[int]`): token ids.
@@ -75,7 +75,7 @@ def align_equal_tokens(
     if len(student_answers) != len(teacher_answers):
         raise ValueError(f"the student has {len(student_answers)} answers, the teacher {len(teacher_answers)}")
     (tokens, keys), (teacher_tokens, teacher_keys) = rows
-    # most often the two differ behind the content only: what agrees from the first token on pairs as it stands
+    # the two sides mostly differ only after the content: the common beginning pairs without a search
     size = min(len(keys), len(teacher_keys))
     different = (keys[:size] != teacher_keys[:size]).any(1)
     same = int(different.argmax()) if different.any() else size
@@ -101,21 +101,21 @@ def cut_equal_bytes(student_nbytes: np.ndarray, teacher_nbytes: np.ndarray) -> t
     Raises:
         ValueError: if the two do not add up to the same number of bytes.
 
-    Source: TIDE §2.3 (SPEC §5), maximal split.
+    Source: TIDE (arXiv 2604.26951), §2.3, maximal split.
     """
     ends, teacher_ends = np.cumsum(student_nbytes), np.cumsum(teacher_nbytes)
     total, teacher_total = (int(side[-1]) if len(side) else 0 for side in (ends, teacher_ends))
     if total != teacher_total:
         raise ValueError(
             f"the student's tokens have {total} bytes and the teacher's {teacher_total}: only tokenisations of the "
-            "same bytes can be cut. align_chunks aligns texts that differ."
+            "same bytes can be cut. Use align_chunks for texts that differ."
         )
     if total == 0:
         return np.full(len(ends), -1), np.full(len(teacher_ends), -1)
     is_end, is_teacher_end = np.zeros((2, total + 1), dtype=bool)
     is_end[ends] = is_teacher_end[teacher_ends] = True
     is_end[0] = False
-    # number of common boundaries before a byte = number of the chunk that ends there
+    # a chunk's number is the number of common boundaries before it
     number = (is_end & is_teacher_end)[:-1].cumsum()
     chunks, teacher_chunks = number[ends - 1], number[teacher_ends - 1]
     chunks[np.equal(student_nbytes, 0)] = teacher_chunks[np.equal(teacher_nbytes, 0)] = -1
@@ -130,9 +130,9 @@ def align_chunks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chunk numbers of two renderings of the same messages by two tokenizers.
 
-    Both are cut wherever both have a token boundary at the same place of the same answer. A piece whose bytes differ
-    (normalised on one side, a space dropped or put before) is left out, its neighbours are not; one whose bytes agree
-    is cut again by its own bytes, which reaches boundaries inside a character.
+    Both are cut wherever both have a token boundary at the same place in the same answer. A piece whose bytes differ
+    (normalised on one side, a space dropped or prepended) is left out, its neighbours are not; one whose bytes agree
+    is cut again by bytes, which also finds boundaries inside a character.
 
     Args:
         student, teacher (`LocatedTokens`): the tokens of each rendering.
@@ -140,7 +140,7 @@ def align_chunks(
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: int64 chunk number 0 … C−1 of each student and each teacher token, rising, −1
-        for none. The tokens of a chunk follow each other and have the same bytes on both sides.
+        for none. The tokens of a chunk are consecutive and have the same bytes on both sides.
 
     Raises:
         ValueError: if the two sides do not have the same number of answers.
@@ -165,11 +165,11 @@ def align_chunks(
 def drop_cut_chunks(
     chunks: np.ndarray, length: int, teacher_chunks: np.ndarray, teacher_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk numbers behind truncation: a chunk that lost a token, or all of one side, is dropped on both sides.
+    """Chunk numbers after truncation: a chunk that lost a token, or all of one side, is dropped on both sides.
 
     Args:
         chunks (`np.ndarray` of shape `(n,)`), teacher_chunks (`np.ndarray` of shape `(m,)`): numbers, −1 for none.
-        length, teacher_length (`int`): tokens that are kept.
+        length, teacher_length (`int`): number of tokens that are kept on each side.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: shapes `(min(n, length),)` and `(min(m, teacher_length),)`.
@@ -177,7 +177,7 @@ def drop_cut_chunks(
     if len(chunks) <= length and len(teacher_chunks) <= teacher_length:
         return chunks, teacher_chunks
     num_chunks = max(chunks.max(initial=-1), teacher_chunks.max(initial=-1)) + 1
-    # the last entry, where −1 points, stands for no chunk
+    # the last entry, which index −1 addresses, is for tokens without a chunk
     has, teacher_has, lost = np.zeros((3, num_chunks + 1), dtype=bool)
     has[chunks[:length]] = teacher_has[teacher_chunks[:teacher_length]] = True
     lost[chunks[length:]] = lost[teacher_chunks[teacher_length:]] = lost[-1] = True
@@ -186,27 +186,27 @@ def drop_cut_chunks(
 
 
 def _rising(spans) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and ends, each made to rise: a token out of order overlaps its neighbours."""
+    """Starts and ends, each made non-decreasing: a token out of order overlaps its neighbours."""
     starts, ends = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
     return np.minimum.accumulate(starts[::-1])[::-1], np.maximum.accumulate(ends)
 
 
-def _ranges(firsts: np.ndarray, behinds: np.ndarray) -> np.ndarray:
-    """first, first + 1, … behind − 1 of each pair, joined."""
+def _ranges(firsts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """first, first + 1, … stop − 1 of each pair, joined."""
     if len(firsts) == 1:
-        return np.arange(firsts[0], behinds[0])
-    counts = behinds - firsts
+        return np.arange(firsts[0], stops[0])
+    counts = stops - firsts
     return np.repeat(firsts - counts.cumsum() + counts, counts) + np.arange(counts.sum())
 
 
-def _numbers(num_tokens: int, firsts: np.ndarray, behinds: np.ndarray) -> np.ndarray:
+def _numbers(num_tokens: int, firsts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """0 for the tokens of the first range, 1 for those of the second, …; −1 for tokens in none, `(num_tokens,)`."""
     if not len(firsts):
         return np.full(num_tokens, -1)
     is_first = np.zeros(num_tokens, dtype=bool)
     is_first[firsts] = True
     number = is_first.cumsum() - 1
-    return np.where(np.arange(num_tokens) < behinds[number], number, -1)
+    return np.where(np.arange(num_tokens) < stops[number], number, -1)
 
 
 def _equal_rows(one: np.ndarray, two: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +235,7 @@ def _cut_points(located: LocatedTokens) -> tuple[np.ndarray, np.ndarray]:
     if located.exact:
         return np.concatenate([[0], located.spans[:, 1]]), np.arange(len(located.spans) + 1)
     starts, ends = _rising(located.spans)
-    # between two tokens may lie text that neither covers: both its edges are such places
+    # text between two tokens may be covered by neither: both of its edges are cut points
     edges = np.empty((len(ends) + 1, 2), dtype=np.int64)
     edges[0, 0], edges[1:, 0], edges[:-1, 1], edges[-1, 1] = 0, ends, starts, len(located.text)
     places = edges[edges[:, 0] <= edges[:, 1]].ravel()  # rises, as starts and ends do
@@ -247,16 +247,16 @@ def _common_pieces(student: LocatedTokens, teacher: LocatedTokens, stretches: np
     """Token ranges between consecutive places of the equal stretches where both sides can be cut.
 
     Returns:
-        `np.ndarray` of shape `(4, C)`: first student token and the one behind the last, the same of the teacher.
+        `np.ndarray` of shape `(4, C)`: first student token and the one after the last, then the same for the teacher.
     """
-    # each stretch gets a range of places of its own, the same for both sides
+    # places are renumbered: each stretch gets a range of its own, the same on both sides
     base = (stretches[:, 2] + 1).cumsum() - stretches[:, 2] - 1
     sides = []
     for side, starts in ((student, stretches[:, 0]), (teacher, stretches[:, 1])):
         places, index = _cut_points(side)
-        first, behind = places.searchsorted(starts, "left"), places.searchsorted(starts + stretches[:, 2], "right")
-        chosen = _ranges(first, behind)
-        sides.append((places[chosen] + np.repeat(base - starts, behind - first), index[chosen]))
+        first, stop = places.searchsorted(starts, "left"), places.searchsorted(starts + stretches[:, 2], "right")
+        chosen = _ranges(first, stop)
+        sides.append((places[chosen] + np.repeat(base - starts, stop - first), index[chosen]))
     (ours, index), (theirs, teacher_index) = sides
     if not len(ours) or not len(theirs):
         return np.zeros((4, 0), dtype=np.int64)
@@ -272,9 +272,9 @@ def _common_pieces(student: LocatedTokens, teacher: LocatedTokens, stretches: np
 def _of_equal_bytes(student: LocatedTokens, teacher: LocatedTokens, pieces: np.ndarray) -> np.ndarray:
     """Those pieces whose tokens have the same bytes on both sides."""
     bounds = []
-    for side, (first, behind) in ((student, pieces[:2]), (teacher, pieces[2:])):
+    for side, (first, stop) in ((student, pieces[:2]), (teacher, pieces[2:])):
         ends = np.concatenate([[0], side.nbytes.cumsum()])
-        bounds.append((ends[first], ends[behind]))
+        bounds.append((ends[first], ends[stop]))
     (start, end), (teacher_start, teacher_end) = bounds
     same = end - start == teacher_end - teacher_start
     pieces, start, end = pieces[:, same], start[same], end[same]
@@ -282,5 +282,5 @@ def _of_equal_bytes(student: LocatedTokens, teacher: LocatedTokens, pieces: np.n
     ours = np.frombuffer(student.stream, np.uint8)[_ranges(start, end)]
     theirs = np.frombuffer(teacher.stream, np.uint8)[_ranges(teacher_start, teacher_end)]
     differences = np.concatenate([[0], (ours != theirs).cumsum()])
-    behind = (end - start).cumsum()
-    return pieces[:, differences[behind] == differences[behind - (end - start)]]
+    stop = (end - start).cumsum()
+    return pieces[:, differences[stop] == differences[stop - (end - start)]]

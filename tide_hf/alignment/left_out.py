@@ -1,4 +1,4 @@
-"""What a chat template leaves out of a conversation: text that is not there must not count as trained on."""
+"""What a chat template leaves out of a conversation: text that is not rendered must not count as trained on."""
 
 from .chat import STAND_IN, Chat
 
@@ -8,9 +8,13 @@ CARRIERS = (*REASONING, "tool_calls", "function_call", "tool_responses", "images
 
 
 def left_out(chat: Chat, text: str) -> str | None:
-    """What of a conversation the template does not write, in words; None where it writes everything.
+    """Describes what the template does not render of a conversation; None if it renders everything.
 
-    Reasoning of turns before the last, which templates drop by design, does not count: see [`dropped_reasoning`].
+    Reasoning in turns before the last, which templates drop by design, does not count: see [`dropped_reasoning`].
+
+    Args:
+        chat ([`Chat`]): the conversation.
+        text (`str`): the conversation as rendered.
     """
     for index, message in enumerate(chat.messages):
         if reason := _message_left_out(chat, index, message, text):
@@ -21,16 +25,21 @@ def left_out(chat: Chat, text: str) -> str | None:
 
 
 def dropped_reasoning(messages: list[dict], text: str) -> int:
-    """In how many assistant turns a reasoning is given that the rendered text does not have."""
+    """Counts the assistant turns whose reasoning is missing from the rendered text.
+
+    Args:
+        messages (`list[dict]`): the conversation.
+        text (`str`): the conversation as rendered.
+    """
     reasonings = [_reasoning(message) for message in messages if message["role"] == "assistant"]
     return sum(bool(reasoning) and reasoning not in text for reasoning in reasonings)
 
 
 def _message_left_out(chat: Chat, index: int, message: dict, text: str) -> str | None:
-    """What of one message is not written."""
+    """Describes what is not rendered of one message."""
     content = (message.get("content") or "").strip()
     who = f"the {message['role']}'s"
-    # most often the content stands there as it is; a template may also rewrite it
+    # the content is mostly rendered unchanged; where it is not, the template may have rewritten it
     if content and content not in text and _same(chat, index, text, content=STAND_IN):
         return f"{who} content"
     if len(message) == 2:
@@ -48,15 +57,15 @@ def _message_left_out(chat: Chat, index: int, message: dict, text: str) -> str |
 
 
 def _same(chat: Chat, index: int, text: str, **parts) -> bool:
-    """Whether the conversation is rendered the same with another message: then those parts of it are not written."""
+    """Whether the rendering stays the same when parts of a message change: then they are not rendered."""
     try:
         return chat.replaced(index, **parts) == text
-    except Exception:  # a template that cannot do without a part reads it
+    except Exception:  # a template that fails without a part reads it
         return False
 
 
 def _reasoning(message: dict) -> str:
-    """The reasoning of a message, of its own or inside the content."""
+    """The reasoning of a message, from a field of its own or inside the content."""
     for name in REASONING:
         if isinstance(message.get(name), str):
             return message[name].strip()

@@ -6,7 +6,7 @@ import numpy as np
 
 from .chat import Answer
 
-WINDOW = 8  # bytes: what must be equal, and stand nowhere else on either side, for two places to be taken for one
+WINDOW = 8  # bytes that must be equal, and unique on each side, for two places to be matched
 
 
 def equal_stretches(
@@ -14,33 +14,33 @@ def equal_stretches(
 ) -> list[tuple[int, int, int]]:
     """Stretches of equal bytes of one answer in two renderings.
 
-    The two are laid on each other where the content begins and followed as far as they agree. Only where a template
-    has rewritten the content itself (reasoning dropped, text inserted) is the rest searched for windows of
-    [`WINDOW`] bytes that stand exactly once on each side.
+    The two are aligned where the content begins and followed as far as they agree. Only if a template has rewritten
+    the content itself (reasoning dropped, text inserted) is the rest searched for windows of `WINDOW` bytes that
+    occur exactly once on each side.
 
     Args:
         student, teacher (`bytes`): the rendered texts.
         student_answer, teacher_answer (`Answer`): where the answer lies in each, in bytes.
 
     Returns:
-        `list[tuple[int, int, int]]`: (start in the student's text, start in the teacher's, bytes), in order, none
-        overlapping.
+        `list[tuple[int, int, int]]`: (start in the student's text, start in the teacher's, number of bytes), in order,
+        without overlaps.
     """
     ours = student[student_answer.start : student_answer.end]
     theirs = teacher[teacher_answer.start : teacher_answer.end]
     at, there = student_answer.anchor - student_answer.start, teacher_answer.anchor - teacher_answer.start
-    behind = common_prefix(ours[at:], theirs[there:])
+    after = common_prefix(ours[at:], theirs[there:])
     before = common_prefix(ours[:at][::-1], theirs[:there][::-1])
-    stretches = [(at - before, there - before, before + behind)]
+    stretches = [(at - before, there - before, before + after)]
     if not (student_answer.anchored and teacher_answer.anchored):
-        left, right = at + behind, there + behind
+        left, right = at + after, there + after
         rest = resynchronise(ours[left:], theirs[right:])
         stretches += [(left + one, right + two, size) for one, two, size in rest]
     return [(student_answer.start + one, teacher_answer.start + two, size) for one, two, size in stretches if size > 0]
 
 
 def common_prefix(one: bytes, two: bytes) -> int:
-    """How many first bytes agree."""
+    """Number of leading bytes in which `one` and `two` agree."""
     size = min(len(one), len(two))
     if one[:size] == two[:size]:
         return size
@@ -49,10 +49,13 @@ def common_prefix(one: bytes, two: bytes) -> int:
 
 
 def resynchronise(one: bytes, two: bytes) -> list[tuple[int, int, int]]:
-    """Stretches that two different texts share, in order, in O(n log n): see [`equal_stretches`].
+    """Stretches that two different texts share, found in O(n log n); see [`equal_stretches`].
+
+    Args:
+        one, two (`bytes`): the texts.
 
     Returns:
-        `list[tuple[int, int, int]]`: (start in `one`, start in `two`, bytes).
+        `list[tuple[int, int, int]]`: (start in `one`, start in `two`, number of bytes), in order.
     """
     if min(len(one), len(two)) < WINDOW:
         return []
@@ -63,21 +66,21 @@ def resynchronise(one: bytes, two: bytes) -> list[tuple[int, int, int]]:
         left = chosen[where - 1] if where else (0, 0, 0)
         right = chosen[where] if where < len(chosen) else (len(one), len(two), 0)
         floor = (left[0] + left[2], left[1] + left[2])
-        # a neighbour that goes on by chance takes a byte or two of this one
+        # a neighbour may by chance extend a byte or two into this one
         skip = max(floor[0] - start, floor[1] - other, 0)
         size = min(size, right[0] - start, right[1] - other) - skip
         if size <= 0:
             continue
         start, other = start + skip, other + skip
-        # as far as the texts agree, windows that stand elsewhere too included
+        # extended as far as the texts agree, beyond the unique windows
         before = common_prefix(one[floor[0] : start][::-1], two[floor[1] : other][::-1])
-        behind = common_prefix(one[start + size : right[0]], two[other + size : right[1]])
-        chosen.insert(where, (start - before, other - before, before + size + behind))
+        after = common_prefix(one[start + size : right[0]], two[other + size : right[1]])
+        chosen.insert(where, (start - before, other - before, before + size + after))
     return chosen
 
 
 def _unique_windows(one: bytes, two: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Starts in `one`, rising, and in `two` of the windows that stand once in each."""
+    """Starts in `one`, rising, and in `two` of the windows that occur once in each."""
     sides = []
     for data in (one, two):
         windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), WINDOW)
@@ -92,7 +95,7 @@ def _unique_windows(one: bytes, two: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _longest_first(places: np.ndarray, counterparts: np.ndarray) -> list[tuple[int, int, int]]:
-    """Runs of windows at one distance between the two texts, as (start, start, bytes), the longest first."""
+    """Runs of consecutive matching windows, as (start in one, start in two, number of bytes), longest first."""
     if not len(places):
         return []
     breaks = np.flatnonzero((np.diff(places) != 1) | (np.diff(counterparts) != 1)) + 1

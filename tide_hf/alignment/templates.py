@@ -1,7 +1,7 @@
-"""What a chat template is told beside the conversation: its own settings, such as Qwen3's `enable_thinking`.
+"""Settings of a chat template besides the conversation, such as Qwen3's `enable_thinking`.
 
-The settings of a run stand at the head of the template that is saved with the checkpoint, as defaults that a caller
-may override. So whoever renders a prompt with it, this library or another, gets the prompt the student was trained on.
+A run's settings are written at the head of the template that is saved with the checkpoint, as defaults that a caller
+may override. So anyone who renders a prompt with it, in any library, gets the prompt the student was trained on.
 """
 
 import json
@@ -13,17 +13,20 @@ from transformers import PreTrainedTokenizerBase
 
 DEFAULTS = re.compile(r"\{#- chat_template_kwargs (\{.*?\}) #\}.*?\{#- end of chat_template_kwargs #\}\n", re.DOTALL)
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
-# what the renderer itself passes
+# passed by the renderer itself
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
-# published students are prompted, and their prompts masked, without reasoning
+# published students are trained and prompted without reasoning
 WITHOUT_REASONING = {"enable_thinking": False}
 
 
 def read_template(given: str | None) -> str | None:
-    """The template of a `chat_template` setting: the text itself, or that of a .jinja file.
+    """Reads the template of a `chat_template` setting.
+
+    Args:
+        given (`str`, *optional*): the template itself, or the path of a .jinja file; None gives None.
 
     Raises:
-        ValueError: for a file that is not there, or a text that writes no message.
+        ValueError: for a file that does not exist, or a template that renders no messages.
     """
     if given is None:
         return None
@@ -44,7 +47,7 @@ def read_template(given: str | None) -> str | None:
 
 
 def template_defaults(tokenizer: PreTrainedTokenizerBase) -> dict | None:
-    """The settings that stand in a tokenizer's template; None if none were ever written there."""
+    """The settings stored in a tokenizer's template; None if none were ever written there."""
     for template in _templates(tokenizer).values():
         if found := DEFAULTS.match(template):
             return json.loads(found[1])
@@ -52,15 +55,17 @@ def template_defaults(tokenizer: PreTrainedTokenizerBase) -> dict | None:
 
 
 def without_defaults(template: str) -> str:
-    """A template as it was before [`write_defaults`]."""
+    """A template as it was before [`write_defaults`] changed it."""
     found = DEFAULTS.match(template)
     return template[found.end() :] if found else template
 
 
 def write_defaults(tokenizer: PreTrainedTokenizerBase, settings: dict) -> None:
-    """Writes settings as defaults into the tokenizer's template, in place of those that may stand there.
+    """Writes settings as defaults into the tokenizer's template, replacing earlier ones.
 
-    Those that the template does not read are left out.
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): its `chat_template` is changed.
+        settings (`dict`): name -> value; those that the template does not read are left out.
     """
     written = {}
     for name, template in _templates(tokenizer).items():
@@ -74,7 +79,7 @@ def write_defaults(tokenizer: PreTrainedTokenizerBase, settings: dict) -> None:
 
 @lru_cache(1000)
 def mentions(template: str, name: str) -> bool:
-    """Whether a template has this name outside its comments."""
+    """Whether a template contains a name outside its comments."""
     return re.search(rf"\b{re.escape(name)}\b", COMMENT.sub("", template)) is not None
 
 
@@ -82,13 +87,13 @@ def resolve_template_kwargs(given: dict | str | None, tokenizers: list[PreTraine
     """The settings a run renders its conversations with.
 
     Args:
-        given (`dict` or `str`, *optional*): the run's own, or their JSON. None: those of the first tokenizer's
-            template, else [`WITHOUT_REASONING`] where a template reads that.
+        given (`dict` or `str`, *optional*): the run's own, or their JSON. None: those stored in the first tokenizer's
+            template, else `WITHOUT_REASONING` as far as a template reads it.
         tokenizers (`list`): of student and teacher.
 
     Raises:
-        ValueError: for something that is no mapping of names, a name that the renderer itself uses, and one that no
-            template reads.
+        ValueError: if it is not a mapping of names, and for a name that the renderer itself uses or that no template
+            reads.
     """
     templates = [template for tokenizer in tokenizers for template in _templates(tokenizer).values()]
     if given is None:
@@ -107,7 +112,12 @@ def resolve_template_kwargs(given: dict | str | None, tokenizers: list[PreTraine
 
 
 def unread_setting(settings: dict, tokenizers: list[PreTrainedTokenizerBase]) -> str | None:
-    """The first setting that changes no rendering, and why; None if there is none. Empty values set nothing."""
+    """Describes the first setting that cannot have an effect; None if there is none.
+
+    Args:
+        settings (`dict`): name -> value; empty values set nothing and pass.
+        tokenizers (`list[PreTrainedTokenizerBase]`): whose templates may read them.
+    """
     templates = [without_defaults(text) for tokenizer in tokenizers for text in _templates(tokenizer).values()]
     for name, value in settings.items():
         if name in RESERVED or not name.isidentifier():
@@ -119,13 +129,15 @@ def unread_setting(settings: dict, tokenizers: list[PreTrainedTokenizerBase]) ->
 
 
 def _parsed(given: dict | str) -> dict:
-    """A mapping, or the JSON of one."""
+    """Settings as a mapping, from their JSON if need be."""
     settings = given
     if isinstance(given, str):
         try:
             settings = json.loads(given)
         except json.JSONDecodeError as error:
-            raise ValueError(f'chat_template_kwargs={given!r} is no JSON ({error}): give {{"name": value}}.') from None
+            raise ValueError(
+                f'chat_template_kwargs={given!r} is not valid JSON ({error}): give {{"name": value}}.'
+            ) from None
     if not isinstance(settings, dict):
         raise ValueError(f'chat_template_kwargs is {settings!r}; expected a mapping, {{"name": value}}.')
     return settings
@@ -144,7 +156,7 @@ def _head(settings: dict) -> str:
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in settings.items()
     ]
-    # the line break, which Jinja drops, leaves the template's own first line a first line
+    # Jinja drops this line break, so the template's own first line stays at the beginning of a line
     return f"{{#- chat_template_kwargs {words} #}}{''.join(lines)}{{#- end of chat_template_kwargs #}}\n"
 
 

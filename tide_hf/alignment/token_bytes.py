@@ -1,7 +1,7 @@
-"""Which bytes each token stands for, and where they lie in the tokenised text.
+"""Which bytes each token represents, and where they are in the tokenised text.
 
-The bytes come from the tokenizer's own alphabet, the places from the bytes where they spell the text exactly, else
-from the character offsets. A wrong reading of a vocabulary costs coverage, never correctness: chunks compare bytes.
+The bytes follow from the tokenizer's alphabet, the positions from the bytes if these spell the text exactly, otherwise
+from the character offsets. Misreading a vocabulary costs coverage, never correctness: chunks compare bytes.
 """
 
 import json
@@ -23,7 +23,7 @@ class LocatedTokens:
     Args:
         ids (`np.ndarray` of shape `(n,)`): token ids.
         spans (`np.ndarray` of shape `(n, 2)`): byte range of each token in the text's UTF-8, half-open, in text order;
-            a token that stands for part of a character may have the whole character.
+            a token for part of a character may have the range of the whole character.
         nbytes (`np.ndarray` of shape `(n,)`): bytes of the token itself.
         stream (`bytes`): the tokens' own bytes, joined.
         text (`bytes`): the text's UTF-8.
@@ -63,6 +63,9 @@ class TokenBytes:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenBytes":
         """Reads the vocabulary of a fast tokenizer: byte-level BPE, SentencePiece, WordPiece, or plain text.
 
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): with all tokens that will ever be added to it.
+
         Raises:
             ValueError: for a tokenizer without a Rust backend, which gives neither bytes nor offsets.
         """
@@ -82,10 +85,10 @@ class TokenBytes:
 
         Args:
             text (`str`): what was tokenised.
-            encoding (`tokenizers.Encoding`): its tokens; their offsets are read only where they are needed.
+            encoding (`tokenizers.Encoding`): its tokens; their offsets are read only if they are needed.
 
         Returns:
-            the tokens, and [`byte_positions`] of the text.
+            the tokens, and the [`byte_positions`] of the text.
 
         Raises:
             ValueError: for a token that was added to the tokenizer after this table was made.
@@ -112,24 +115,27 @@ class TokenBytes:
 def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer without a Rust backend, which gives neither bytes nor offsets.
 
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of student or teacher.
+
     Raises:
         ValueError: naming it.
     """
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} of {tokenizer.name_or_path or 'unknown origin'} is a slow tokenizer, "
-            "which says neither the bytes nor the place of its tokens: load its fast version "
+            "which tells neither the bytes nor the positions of its tokens: load its fast version "
             "(AutoTokenizer.from_pretrained(..., use_fast=True)), or convert it to a tokenizer.json."
         )
 
 
 def character_spans(encoding: Encoding) -> np.ndarray:
-    """Character range of each token, int64 of shape `(n, 2)`."""
+    """Character range of each token of an `encoding`, int64 of shape `(n, 2)`."""
     return np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding)).reshape(-1, 2)
 
 
 def byte_positions(text: str) -> np.ndarray | None:
-    """Where each character of a text begins in its UTF-8, shape `(characters + 1,)`; None if all take one byte."""
+    """Where each character of a `text` begins in its UTF-8, shape `(characters + 1,)`; None if all take one byte."""
     if text.isascii():
         return None
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
@@ -138,7 +144,12 @@ def byte_positions(text: str) -> np.ndarray | None:
 
 
 def answers_in_bytes(answers: Sequence[Answer], positions: np.ndarray | None) -> list[Answer]:
-    """The same answers with byte instead of character positions; `positions` of [`byte_positions`]."""
+    """The same answers with byte instead of character positions.
+
+    Args:
+        answers (`Sequence[Answer]`): in characters.
+        positions (`np.ndarray`, *optional*): the [`byte_positions`] of their text.
+    """
     if positions is None:
         return list(answers)
     places = [(int(positions[answer.start]), int(positions[answer.end])) for answer in answers]

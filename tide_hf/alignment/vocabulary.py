@@ -1,4 +1,4 @@
-"""Whether two tokenizers speak the same language, and up to which id."""
+"""Whether two tokenizers share a vocabulary, and up to which id."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -6,10 +6,13 @@ ALIGNMENTS = ("token", "chunk")  # one shared tokenizer, or two
 
 
 def shared_vocab_size(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[int, str]:
-    """How many first ids mean the same on both sides.
+    """Counts the leading ids that mean the same on both sides.
+
+    Args:
+        student, teacher (`PreTrainedTokenizerBase`): the two tokenizers.
 
     Returns:
-        the number of ids, and a sentence about the first id that differs (empty if none does).
+        the number of ids, and a clause about the first id that differs (empty if none does).
     """
     student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
     student_tokens = {index: token for token, index in student_vocab.items()}
@@ -28,10 +31,11 @@ def resolve_alignment(
 
     Args:
         alignment (`str`): `"token"` (one shared tokenizer), `"chunk"` (two tokenizers) or `"auto"`.
+        student, teacher (`PreTrainedTokenizerBase`): the two tokenizers.
 
     Returns:
         `"token"` or `"chunk"`, and the shared vocabulary size. The tokenizers count as one if they agree on every id
-        of both base vocabularies; added special tokens behind them may differ.
+        of both base vocabularies; special tokens added after these may differ.
 
     Raises:
         ValueError: `"token"` for tokenizers that do not agree, with the first id that differs.

@@ -1,4 +1,4 @@
-"""A dataset prepared once, from names to a saved or pushed one: two tokenizers and configs, no weights."""
+"""Preparing a dataset once, from names to a saved or pushed one: reads two tokenizers and configs, no weights."""
 
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from ..alignment import resolve_alignment
 from ..data import PreparationRecord, RowPreparation, write_prepared
@@ -16,10 +16,12 @@ from ..data.loading import MixtureConfig, load_mixture
 from ..hub import dataset_card, find_source
 from ..hub.sources import PERMISSIVE, Source, resolve_license
 from ..teachers import resolve_mask_token_id
-from ..training.config import TIDEConfig
+from ..training.config import RANGES, TIDEConfig, check_ranges, check_types, declared_types
 from .distill import DistillArguments, check_available, load_named
+from .parsing import RecipeParser
+from .refusals import refusing
 
-# what of a run's settings the preparation depends on
+# the settings of a run that its preparation depends on
 OF_THE_RUN = (
     "max_length",
     "teacher_max_length",
@@ -33,35 +35,54 @@ OF_THE_RUN = (
     "teacher_mask_token_id",
     "dataset_num_proc",
 )
+DECLARED = {name: kind for name, kind in declared_types(TIDEConfig).items() if name in OF_THE_RUN}
+
+
+def _check_settings(settings) -> None:
+    check_types(settings, DECLARED)
+    check_ranges(settings, {name: RANGES[name] for name in RANGES.keys() & DECLARED.keys()})
+
+
 # the same fields, defaults and help texts, without the checks of a training run on this machine
 RunSettings = make_dataclass(
     "RunSettings",
     [
-        (knob.name, knob.type, field(default=knob.default, metadata=knob.metadata))
+        (knob.name, DECLARED[knob.name], field(default=knob.default, metadata=knob.metadata))
         for knob in fields(TIDEConfig)
-        if knob.name in OF_THE_RUN
+        if knob.name in DECLARED
     ],
+    namespace={"__post_init__": _check_settings},
 )
 
 
 @dataclass
 class WriteArguments:
-    """Where the prepared dataset goes."""
+    """Where the prepared dataset goes. Its fields are flags of [`parse_prepare_arguments`]."""
 
     output_dir: str = field(
         default="prepared",
-        metadata={"help": "Folder of the prepared dataset; a config file's output_dir, where a run saves, is not it."},
+        metadata={
+            "help": "Folder for the prepared dataset; output_dir in a config file, where a run saves, is not read."
+        },
     )
     rows_per_part: int = field(
-        default=10_000, metadata={"help": "Raw rows written at a time: what an interruption loses at most."}
+        default=10_000, metadata={"help": "Raw rows written at a time, the most that an interruption loses."}
     )
-    hub_dataset_id: str | None = field(default=None, metadata={"help": "Also push to this dataset on the Hub."})
-    hub_private: bool = field(default=False, metadata={"help": "Make a newly pushed dataset private."})
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Dataset on the Hub to push to as well."})
+    hub_private: bool = field(default=False, metadata={"help": "Make the pushed dataset private if it is new."})
 
 
 @dataclass
 class PrepareArguments:
-    """Everything the preparation was given."""
+    """Everything the preparation was given.
+
+    Args:
+        script ([`DistillArguments`]): teacher and dataset.
+        run (`RunSettings`): those settings of a [`TIDEConfig`] that preparation depends on.
+        write ([`WriteArguments`]): where the rows go.
+        model (`ModelConfig`): the student.
+        mixture ([`MixtureConfig`]): datasets of a YAML file.
+    """
 
     script: DistillArguments
     run: RunSettings
@@ -71,21 +92,21 @@ class PrepareArguments:
 
 
 def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArguments:
-    """Reads flags and `--config` file; a file's settings of the training alone are passed over.
+    """Reads flags and `--config` file; settings in the file that concern only the training are ignored.
+
+    Exits with one line for an unknown flag or choice, and if something is missing or out of reach.
 
     Args:
         command_line (`list[str]`, *optional*): `sys.argv[1:]` by default.
-
-    Exits with one sentence for a flag nobody knows, if something is missing, or out of reach.
     """
     command_line = sys.argv[1:] if command_line is None else command_line
-    parser = TrlParser((DistillArguments, RunSettings, WriteArguments, ModelConfig, MixtureConfig))
+    parser = RecipeParser((DistillArguments, RunSettings, WriteArguments, ModelConfig, MixtureConfig))
     *parsed, remaining = parser.parse_args_and_config(command_line, return_remaining_strings=True)
     arguments = PrepareArguments(*parsed)
     flags = [word[2:].split("=")[0].replace("-", "_") for word in remaining if word.startswith("--")]
     unknown = sorted(set(flags) - {knob.name for knob in fields(TIDEConfig)})
     if unknown:
-        sys.exit(f"Unknown: {', '.join('--' + name for name in unknown)}. See --help for what there is.")
+        parser.error(f"unknown: {', '.join('--' + name for name in unknown)}")
     if not any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in command_line):
         arguments.write.output_dir = WriteArguments.output_dir
     if arguments.model.model_name_or_path is None or not (arguments.mixture.datasets or arguments.script.dataset_name):
@@ -99,7 +120,30 @@ def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArg
 
 
 def run_preparation(arguments: PrepareArguments) -> DatasetDict:
-    """Loads tokenizers, configs and rows; prepares, saves, and pushes where asked to. Prints the reports."""
+    """Loads tokenizers, configs and rows; prepares, saves, and pushes where asked to. Prints the reports.
+
+    Exits with one line for what the user has to mend.
+
+    Args:
+        arguments ([`PrepareArguments`]): as [`parse_prepare_arguments`] reads them.
+
+    Returns:
+        `DatasetDict`: the prepared splits.
+    """
+    with refusing():
+        dataset = _prepared(arguments)
+        write = arguments.write
+        for name, prepared in dataset.items():
+            print(f"{name}: {PreparationRecord.read(prepared).reports[name]}")
+        print(f"Saved to {write.output_dir}: train with --dataset_name {write.output_dir}")
+        if write.hub_dataset_id is not None:
+            _push(dataset, arguments)
+            print(f"Pushed to {write.hub_dataset_id}: train with --dataset_name {write.hub_dataset_id}")
+    return dataset
+
+
+def _prepared(arguments: PrepareArguments) -> DatasetDict:
+    """From names to a saved dataset."""
     script, write, mixture = arguments.script, arguments.write, arguments.mixture
     preparation = preparation_from_names(script.teacher_model_name_or_path, arguments.model, arguments.run)
     rows = load_named(script) if script.dataset_name is not None else load_mixture(mixture)
@@ -107,10 +151,10 @@ def run_preparation(arguments: PrepareArguments) -> DatasetDict:
     splits = {name: rows[name] for name in wanted if name in rows}
     if not splits:
         sys.exit(
-            f"The dataset has the splits {', '.join(rows)} and none of {', '.join(wanted)}: set "
-            "--dataset_train_split, --dataset_test_split."
+            f"The dataset has the splits {', '.join(rows)}, but none of {', '.join(wanted)}: set "
+            "--dataset_train_split and --dataset_test_split."
         )
-    dataset = write_prepared(
+    return write_prepared(
         splits,
         preparation,
         write.output_dir,
@@ -118,13 +162,6 @@ def run_preparation(arguments: PrepareArguments) -> DatasetDict:
         num_proc=arguments.run.dataset_num_proc,
         rows_per_part=write.rows_per_part,
     )
-    for name, prepared in dataset.items():
-        print(f"{name}: {PreparationRecord.read(prepared).reports[name]}")
-    print(f"Saved to {write.output_dir}: train with --dataset_name {write.output_dir}")
-    if write.hub_dataset_id is not None:
-        _push(dataset, arguments)
-        print(f"Pushed to {write.hub_dataset_id}: train with --dataset_name {write.hub_dataset_id}")
-    return dataset
 
 
 def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSettings) -> RowPreparation:
@@ -133,14 +170,14 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
     Args:
         teacher (`str`, *optional*): Hub name or folder; None prepares for a run without teacher.
         model (`ModelConfig`): names the student.
-        run (`RunSettings`): the settings the two have in common.
+        run (`RunSettings`): the settings that preparation and training have in common.
     """
     config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     if not hasattr(config, "diffusion_type"):
         sys.exit(
-            f"The student {model.model_name_or_path} (model_type={config.model_type!r}) is no diffusion LM of this "
-            "library: name a tide_qwen3 or a2d-qwen3 checkpoint."
+            f"The student {model.model_name_or_path} (model_type={config.model_type!r}) is not a diffusion LM of "
+            "this library: name a tide_qwen3 or a2d-qwen3 checkpoint, or convert it with recipes/convert_ar.py."
         )
     block_size = run.block_size or config.block_size
     if config.diffusion_type == "block" and run.max_length % block_size:
@@ -159,7 +196,7 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
 
 
 def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
-    """The card, then the rows: so no state on the Hub has rows without it, and `push_to_hub` adds its own metadata."""
+    """Pushes the card first: no state on the Hub has rows without one, and `push_to_hub` adds its metadata to it."""
     write, script, mixture, api = arguments.write, arguments.script, arguments.mixture, HfApi()
     created = api.create_repo(
         write.hub_dataset_id, repo_type="dataset", private=write.hub_private or None, exist_ok=True
@@ -192,13 +229,13 @@ def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
 
 
 def _license(sources: list[Source]) -> dict[str, str]:
-    """The licence of rows from these sources: a restricting one is carried over, another one only where all agree."""
+    """The licence of rows from these sources: a restrictive one is carried over, others only where all agree."""
     stated = {source.license for source in sources}
     return resolve_license(sources) if len(stated) == 1 or stated - {None, *PERMISSIVE} else {}
 
 
 def _source(arguments: PrepareArguments, splits: dict) -> dict:
-    """What the rows are, so that an interrupted run goes on with the same ones only."""
+    """What the rows are, so that an interrupted preparation is continued only with the same ones."""
     script, mixture = arguments.script, arguments.mixture
     if script.dataset_name is not None:
         named = {"dataset_name": script.dataset_name, "dataset_config": script.dataset_config}

@@ -5,7 +5,7 @@ from .dataset import is_prepared, prepare_dataset
 from .formats import RowSkipped
 from .preparation import COLUMNS, EOS_FILLS, TRAINED_TURNS, RowPreparation, row_key
 from .record import PreparationRecord, require_same_preparation, tokenizer_fingerprint
-from .report import PreparationReport
+from .report import DataError, PreparationReport
 from .shards import write_prepared
 from .streams import RowStream, StreamLoader
 
@@ -13,6 +13,7 @@ __all__ = [
     "COLUMNS",
     "EOS_FILLS",
     "TRAINED_TURNS",
+    "DataError",
     "DistillationCollator",
     "PreparationRecord",
     "PreparationReport",

@@ -4,16 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
+from .report import DataError
+
 
 @dataclass
 class DistillationCollator:
-    """Rows of token columns -> padded tensors.
+    """Pads rows of token columns to tensors.
+
+    A row without a trained-on token has no weight: it enters no count, whatever a network predicts for it.
 
     Args:
-        pad_token_id, teacher_pad_token_id (`int`): fill ids of the two sides.
-        vocab_size, teacher_vocab_size (`int`, *optional*): rows of the two embeddings; a token beyond them is refused.
-
-    A row without a trained-on token weighs nothing: it is in no count, whatever a network makes of it.
+        pad_token_id, teacher_pad_token_id (`int`): ids to pad the two sides with.
+        vocab_size, teacher_vocab_size (`int`, *optional*): number of rows of the two embeddings; larger ids are
+            refused with a `DataError`.
 
     A call returns `row_key (B,)`; `input_ids`, `labels`, `chunk_ids` and `attention_mask (B, L)`; and, where rows have
     a teacher side, `teacher_input_ids`, `teacher_chunk_ids` and `teacher_attention_mask (B, L_T)`.
@@ -40,14 +43,14 @@ class DistillationCollator:
             }
         for name, size in (("input_ids", self.vocab_size), ("teacher_input_ids", self.teacher_vocab_size)):
             if size is not None and name in batch and int(batch[name].max()) >= size:
-                raise ValueError(
+                raise DataError(
                     f"A row's {name} hold the token id {int(batch[name].max())}, and the network's embedding has "
                     f"{size} rows, ids 0 to {size - 1}: the rows were prepared with another tokenizer than its own."
                 )
         return batch
 
     def empty_row(self) -> dict:
-        """A row of one token that weighs nothing, for a process that has none left."""
+        """A row of one token without weight, for a process that has no row left."""
         return {
             "row_key": 0,
             "input_ids": [self.pad_token_id],
@@ -59,7 +62,12 @@ class DistillationCollator:
 
 
 def without_weight(batch: dict[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
-    """The same batch in which the rows from `first` on weigh nothing: repeated to fill it, they count elsewhere."""
+    """The same batch, in which repeated rows that only fill it up have no weight: they count elsewhere.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): of a [`DistillationCollator`].
+        first (`int`): number of the first repeated row.
+    """
     batch = dict(batch)
     for name, nothing in (("labels", -100), ("chunk_ids", -1), ("teacher_chunk_ids", -1)):
         if name in batch:

@@ -1,4 +1,4 @@
-"""A whole dataset prepared once."""
+"""Preparing a whole dataset."""
 
 from collections import Counter
 from functools import partial
@@ -11,10 +11,10 @@ from transformers.utils import logging
 from .formats import unread_columns
 from .preparation import COLUMNS, COVERAGE, COVERAGE_COUNTS, STATUS, RowPreparation, nth_key
 from .record import CARRIER, PreparationRecord
-from .report import PreparationReport
+from .report import DataError, PreparationReport
 
 logger = logging.get_logger(__name__)
-FIRST_ROWS = 100  # of a stream, by which a teacher must have seen an answer
+FIRST_ROWS = 100  # of a stream: none of them aligned with the teacher is an error
 
 
 def prepare_dataset(
@@ -28,11 +28,12 @@ def prepare_dataset(
         num_proc (`int`, *optional*): processes, as in `Dataset.map`.
 
     Returns:
-        the prepared dataset with the columns of [`COLUMNS`], which carries its [`PreparationRecord`], and the report;
-        None for a streaming dataset, whose dropped rows are logged as they are met.
+        the prepared dataset with the columns `COLUMNS`, which carries its [`PreparationRecord`], and the report; None
+        for a streaming dataset, whose dropped rows are logged as they are met.
 
     Raises:
-        ValueError: if no column can train, or no row is left, with the counts.
+        ValueError: if no column holds anything to train on.
+        DataError: if no row is left, or no answer is aligned with the teacher; with the counts.
     """
     if isinstance(dataset, IterableDataset):
         removed = removed_columns(dataset)
@@ -43,14 +44,18 @@ def prepare_dataset(
         ).remove_columns([STATUS, COVERAGE]), None
     prepared, report = prepare_table(dataset, preparation, num_proc)
     if not report.num_kept:
-        raise ValueError(f"No row is left to train on: {report}")
+        raise DataError(f"No row is left to train on: {report}")
     report.refuse_nothing_aligned()
     logger.info(f"Prepared dataset: {report}")
     return number_equal_rows(prepared), report
 
 
 def number_equal_rows(dataset: Dataset) -> Dataset:
-    """Gives the second and further of equal rows a key of their own, in the order of the dataset."""
+    """Gives repeated rows keys of their own, in the order of the dataset; see [`nth_key`].
+
+    Args:
+        dataset (`Dataset`): prepared rows, each with the key of its content.
+    """
     columns, features = dataset.column_names, dataset.features
     found = Counter()
     keys = [next_key(key, found) for key in dataset[CARRIER][:]]
@@ -61,7 +66,12 @@ def number_equal_rows(dataset: Dataset) -> Dataset:
 
 
 def next_key(key: int, found: Counter) -> int:
-    """The key of the next row of this content; counts it."""
+    """The key of the next row with this content, which is counted.
+
+    Args:
+        key (`int`): of the content, see [`row_key`].
+        found (`Counter`): how often each key has occurred so far.
+    """
     found[key] += 1
     return nth_key(key, found[key] - 1)
 
@@ -69,10 +79,11 @@ def next_key(key: int, found: Counter) -> int:
 def prepare_table(
     dataset: Dataset, preparation: RowPreparation, num_proc: int | None = None, scratch: Path | None = None
 ) -> tuple[Dataset, PreparationReport]:
-    """[`prepare_dataset`] of a table, which may end up empty.
+    """Does the same as [`prepare_dataset`] for a table that may end up empty.
 
     Args:
-        scratch (`Path`, *optional*): an empty folder for the rows, in place of the datasets library's cache.
+        dataset (`Dataset`), preparation ([`RowPreparation`]), num_proc (`int`, *optional*): as there.
+        scratch (`Path`, *optional*): an empty folder to write the rows to, instead of the datasets library's cache.
     """
     caching = (
         {} if scratch is None else {"cache_file_name": str(scratch / "rows.arrow"), "load_from_cache_file": False}
@@ -96,17 +107,17 @@ def prepare_table(
 
 
 def report_of(statuses: list[str], coverages: list[list[int]]) -> tuple[list[int], PreparationReport]:
-    """What became of some rows.
+    """Reports on some rows.
 
     Args:
         statuses (`list[str]`), coverages (`list[list[int]]`): the columns `STATUS` and `COVERAGE` of prepared rows.
 
     Returns:
-        the indices of the rows that train, and the report.
+        the indices of the rows that can be trained on, and the report.
     """
     kept = [index for index, status in enumerate(statuses) if status in ("kept", "truncated")]
     dropped = Counter(status for status in statuses if status not in ("kept", "truncated"))
-    counts = np.sum(coverages, axis=0, dtype=np.int64).tolist()  # those of dropped rows are 0
+    counts = np.sum(coverages, axis=0, dtype=np.int64).tolist()  # dropped rows contribute 0
     return kept, PreparationReport(
         num_rows=len(statuses),
         num_kept=len(kept),
@@ -122,16 +133,20 @@ def is_prepared(dataset) -> bool:
 
 
 def removed_columns(dataset) -> list[str]:
-    """The columns that preparation does not keep; refuses a dataset without any that it can read."""
+    """Lists the columns of a `dataset` that preparation does not keep.
+
+    Raises:
+        ValueError: if it has no column that preparation can read.
+    """
     names = dataset.column_names
     unread = [] if names is None else [name for name in unread_columns(names) if name not in COLUMNS]
     if unread:
-        logger.warning_once(f"Columns that are not read, for no text depends on them: {', '.join(unread)}.")
+        logger.warning_once(f"Columns that are not used, since no text depends on them: {', '.join(unread)}.")
     return [name for name in names or [] if name not in COLUMNS]
 
 
 def _features(record: PreparationRecord) -> Features:
-    """Types of the prepared columns, said rather than guessed: a batch of empty lists has no type of its own."""
+    """Types of the prepared columns, given because they cannot be inferred from a batch of empty lists."""
     return Features(
         {
             **dict.fromkeys(COLUMNS, List(Value("int32"))),
@@ -143,17 +158,21 @@ def _features(record: PreparationRecord) -> Features:
 
 
 def _keep_and_log(report: PreparationReport, status: str, coverage: list[int]) -> bool:
-    """Filter of a streaming dataset, which counts what it drops."""
+    """The filter of a streaming dataset; it counts what it drops."""
     _, part = report_of([status], [coverage])
     take_in(report, part)
     return part.num_kept == 1
 
 
 def take_in(report: PreparationReport, part: PreparationReport) -> None:
-    """Counts further rows of a stream, and logs each reason of dropped ones at its 1st, 10th, 100th, … row.
+    """Adds further rows of a stream to a report, and logs each reason for dropping at its 1st, 10th, 100th, … row.
+
+    Args:
+        report ([`PreparationReport`]): of the stream so far, updated.
+        part ([`PreparationReport`]): of the further rows.
 
     Raises:
-        ValueError: if a teacher sees no answer of the first hundred rows.
+        DataError: if no answer of the first hundred rows is aligned with the teacher.
     """
     before, num_kept = report.dropped, report.num_kept
     report.add(part)

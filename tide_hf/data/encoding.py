@@ -1,4 +1,4 @@
-"""Tokens of a text as inference gets them: of a prompt alone, with what the tokenizer puts in front of it."""
+"""Tokens of a text as at inference: the prompt tokenised alone, with the tokens that the tokenizer prepends."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -6,15 +6,20 @@ from itertools import pairwise
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-# characters put before a text that is not the first, so that nothing is taken for the beginning of a text
+# put before a text to be tokenised as the continuation of another one
 ANCHORS = ("\n", ".", "a")
-# byte-level for a space: what tokenizers with `trim_offsets` leave out of the place of a token
+# a space in the byte-level alphabet; tokenizers with `trim_offsets` do not count it in a token's offsets
 SPACE = "Ġ"
 
 
 @dataclass(frozen=True)
 class JoinedEncoding:
-    """Tokens of several stretches of one text, with the two things of `tokenizers.Encoding` that are read."""
+    """Tokens of several stretches of one text; has the two attributes of `tokenizers.Encoding` that are read.
+
+    Args:
+        ids (`list[int]`): token ids.
+        offsets (`list[tuple[int, int]]`): character range of each token in the text.
+    """
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -25,12 +30,12 @@ class JoinedEncoding:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Tokenises texts by one fast tokenizer.
+    """Tokenises texts with one fast tokenizer.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer.
-        leading (`tuple[int, ...]`): ids that `tokenizer(text)` puts in front of a text, such as BOS.
-        begins (`bool`): whether the beginning of a text is tokenised otherwise than its middle.
+        leading (`tuple[int, ...]`): ids that `tokenizer(text)` prepends to a text, such as BOS.
+        begins (`bool`): whether the beginning of a text is tokenised differently from its middle.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -39,27 +44,27 @@ class Encoder:
     _seen: dict = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __reduce__(self):
-        """Without what was seen: the datasets library takes a changed state for another preparation."""
+        """Leaves out the cache: the datasets library would take a changed state for another preparation."""
         return Encoder, (self.tokenizer, self.leading, self.begins)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Encoder":
-        """Finds out what the tokenizer does."""
+        """Finds out what a `tokenizer` does at the beginning of a text."""
         plain, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
         places = range(len(whole) - len(plain) + 1)
-        behind = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
-        encoder = cls(tokenizer, tuple(whole[:behind]), True)
+        num_leading = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
+        encoder = cls(tokenizer, tuple(whole[:num_leading]), True)
         return cls(tokenizer, encoder.leading, encoder._middle("a").ids != encoder._whole("a").ids)
 
     def encode(self, text: str, cuts: list[int]) -> tuple[Encoding | JoinedEncoding, int]:
-        """Tokens of a text, without added ones, of which none reaches over a cut.
+        """Tokenises a text so that no token crosses a cut; special tokens are not added.
 
         Args:
             text (`str`): the text.
-            cuts (`list[int]`): rising places in it.
+            cuts (`list[int]`): positions in it, in increasing order.
 
         Returns:
-            the tokens, and at how many of the cuts the tokenizer alone would have joined the two sides.
+            the tokens, and the number of cuts that the tokenizer itself would not have respected.
         """
         encoding = self._whole(text)
         crossed = [cut for cut in cuts if 0 < cut < len(text) and self._joins(encoding, text, cut)]
@@ -73,12 +78,12 @@ class Encoder:
         return JoinedEncoding(ids, offsets), len(crossed)
 
     def _joins(self, encoding: Encoding, text: str, cut: int) -> bool:
-        """Whether the text before a place has other tokens than it would have alone."""
+        """Whether the text before a cut has other tokens than it would have alone."""
         if _crosses(self.tokenizer, encoding, text, cut):
             return True
         if not text[cut - 1].isspace() and text[cut].isascii():
             return False
-        # what follows may change the tokens of white space, or be written into the character before it
+        # what follows may change the tokens of white space, or combine with the character before it
         tail = text[max(len(text[:cut].rstrip()) - 1, 0) : cut]
         key = tail, text[cut]
         if key not in self._seen:
@@ -92,7 +97,7 @@ class Encoder:
         return encoding.ids[: len(alone)] != alone
 
     def _whole(self, text: str) -> Encoding:
-        """Tokens of a whole text, in the tokenizer's own form (`tokenizer(text)` makes lists of it)."""
+        """Tokens of a whole text in the backend's own form, which `tokenizer(text)` would convert to lists."""
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None:
             backend.no_truncation()
@@ -103,11 +108,11 @@ class Encoder:
         return backend.encode(text, add_special_tokens=False)
 
     def _middle(self, text: str) -> Encoding | JoinedEncoding:
-        """Tokens of a text that another one precedes: without the space that a beginning would get."""
+        """Tokens of a text that continues another one: without the space that a beginning would get."""
         for anchor in ANCHORS:
             before, both = self._whole(anchor), self._whole(anchor + text)
             size = len(before.ids)
-            # the anchor must have stayed apart
+            # no token may span both anchor and text
             if both.ids[:size] == before.ids and all(start >= 1 for start, _ in both.offsets[size:]):
                 moved = [(start - 1, end - 1) for start, end in both.offsets[size:]]
                 return JoinedEncoding(both.ids[size:], moved)
@@ -115,11 +120,11 @@ class Encoder:
 
 
 def _crosses(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str, cut: int) -> bool:
-    """Whether one token has characters on both sides of a place."""
+    """Whether one token has characters on both sides of a cut."""
     token = encoding.char_to_token(cut)
     if not text[cut - 1].isspace() or encoding.char_to_token(cut - 1) is not None:
         return token is not None and encoding.token_to_chars(token)[0] < cut
-    # offsets without their white space: the tokens' own text says where they begin
+    # these offsets do not count white space: the tokens' own text tells where they begin
     place = cut
     while place < len(text) and (token := encoding.char_to_token(place)) is None:
         place += 1
@@ -139,6 +144,6 @@ def _crosses(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, text: str, 
 
 
 def _spaces(tokenizer: PreTrainedTokenizerBase, index: int) -> int:
-    """How many spaces a token begins with."""
+    """Number of spaces that a token begins with."""
     token = tokenizer.convert_ids_to_tokens(index)
     return len(token) - len(token.lstrip(SPACE))

@@ -1,9 +1,9 @@
-"""Raw rows from wherever they are: a Hub dataset, a local file or folder, or a mixture of several.
+"""Raw rows from a Hub dataset, a local file or folder, or a mixture of several.
 
 Imported only where it is used: TRL, whose dataset configuration it shares, takes seconds to import.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from datasets import (
@@ -18,6 +18,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
@@ -40,22 +41,44 @@ class MixturePart(DatasetConfig):
 
 @dataclass
 class MixtureConfig(DatasetMixtureConfig):
-    """TRL's mixture of datasets with [`MixturePart`] entries; each part may have a format of its own."""
+    """TRL's mixture of datasets, with [`MixturePart`] entries, each of which may have a format of its own."""
 
     datasets: list[MixturePart] = field(
         default_factory=list, metadata={"help": "Datasets of the mixture (in a YAML file)."}
     )
 
     def __post_init__(self):
-        self.datasets = [MixturePart(**part) if isinstance(part, dict) else part for part in self.datasets]
+        self.datasets = [_mixture_part(part) for part in self.datasets]
         if any(part.fraction is not None for part in self.datasets):
-            raise ValueError("fraction is not supported in a mixture; take part of a dataset with split: train[:10%].")
+            raise ValueError(
+                "fraction is not supported in a mixture; take a part of a dataset with split: train[:10%]."
+            )
         if self.streaming and self.test_split_size is not None:
-            raise ValueError("test_split_size cannot split a stream: leave streaming off, or name a test dataset.")
+            raise ValueError("test_split_size cannot split a stream: turn streaming off, or name a test dataset.")
+
+
+def _mixture_part(given) -> MixturePart:
+    """An entry of a YAML file's `datasets`, checked."""
+    if isinstance(given, MixturePart):
+        return given
+    known = [part.name for part in fields(MixturePart)]
+    if not isinstance(given, dict) or "path" not in given or not given.keys() <= set(known):
+        raise ValueError(f"datasets has the entry {given!r}; expected a path and, optionally, {', '.join(known[1:])}.")
+    return MixturePart(**given)
 
 
 def load_mixture(mixture: MixtureConfig) -> DatasetDict:
-    """Loads every part and joins them, each row as it was: `train`, and `test` where asked for."""
+    """Loads all parts of a mixture and joins them, every row unchanged.
+
+    Args:
+        mixture ([`MixtureConfig`]): what to load, and whether to split off a test set.
+
+    Returns:
+        `DatasetDict`: `train`, and `test` where `test_split_size` is given.
+
+    Raises:
+        ValueError: for a part that has no column to train on, or a split that does not exist.
+    """
     parts = []
     for part in mixture.datasets:
         rows = load_rows(part.path, part.name, part.split, mixture.streaming, part.data_dir, part.data_files)
@@ -75,19 +98,32 @@ def load_rows(
     data_dir: str | None = None,
     data_files=None,
 ) -> Dataset | IterableDataset | DatasetDict:
-    """One dataset by Hub name, local file (.jsonl, .json, .parquet, .csv) or folder written by `save_to_disk`.
+    """Loads one dataset.
+
+    Args:
+        path (`str`): a name on the Hub, a local file (.jsonl, .json, .parquet, .csv), or a folder written by
+            `save_to_disk`.
+        name (`str`, *optional*): configuration of a Hub dataset.
+        split (`str`, *optional*): a split or a part of one, such as `train[:10%]`; None loads all of them.
+        streaming (`bool`): read the rows of a Hub dataset or file as they are needed.
+        data_dir, data_files (*optional*): as in [`~datasets.load_dataset`].
 
     Raises:
-        ValueError: for a local file of another kind.
+        ValueError: for a local file that is of another kind or cannot be parsed.
     """
     local = Path(path)
     if local.is_file():
         if local.suffix not in FILE_FORMATS:
             raise ValueError(f"{path} ends in {local.suffix!r}; expected one of {', '.join(FILE_FORMATS)}.")
-        return load_dataset(FILE_FORMATS[local.suffix], data_files=str(local), split=split, streaming=streaming)
-    if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+        arguments = {"path": FILE_FORMATS[local.suffix], "data_files": str(local)}
+    elif (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
         return _part_of(load_from_disk(path), split)
-    return load_dataset(path, name, split=split, streaming=streaming, data_dir=data_dir, data_files=data_files)
+    else:
+        arguments = {"path": path, "name": name, "data_dir": data_dir, "data_files": data_files}
+    try:
+        return load_dataset(**arguments, split=split, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{path} cannot be read as a dataset: {error.__cause__ or error}") from error
 
 
 def _part_of(rows: Dataset | DatasetDict, split: str | None) -> Dataset | DatasetDict:
@@ -100,10 +136,13 @@ def _part_of(rows: Dataset | DatasetDict, split: str | None) -> Dataset | Datase
 
 
 def as_messages(rows: Dataset) -> Dataset:
-    """Conversations of any format as `messages` alone; for what compares answers to prompts.
+    """Converts conversations of any format to a table with `messages` alone, for comparing answers to prompts.
+
+    Args:
+        rows (`Dataset`): raw rows.
 
     Raises:
-        ValueError: if no column holds a conversation, or a row is none.
+        ValueError: if no column holds conversations, or a row is plain text.
     """
     unread_columns(rows.column_names)
 
@@ -117,7 +156,7 @@ def as_messages(rows: Dataset) -> Dataset:
 
 
 def _filtered(rows: Dataset | IterableDataset, answer_contains: str | None) -> Dataset | IterableDataset:
-    """Rows whose answer contains a text; a row that cannot be read is left to the preparation, which counts it."""
+    """Rows whose answer contains a text, without those that cannot be read."""
     if answer_contains is None:
         return rows
 
@@ -131,9 +170,9 @@ def _filtered(rows: Dataset | IterableDataset, answer_contains: str | None) -> D
 
 
 def _of_same_columns(parts: list) -> list:
-    """The parts with the columns that any of them has of those that are read, so that they can be joined.
+    """The parts with equal columns, so that they can be joined: those that are read and that any part has.
 
-    What is not text in every part is kept as JSON: a table would fill one row's tool calls with the keys of another's.
+    What is not text in all parts is kept as JSON: a table would fill one row's tool calls with the keys of another's.
     """
     parts = [rows._resolve_features() if isinstance(rows, IterableDataset) else rows for rows in parts]
     for rows in parts:

@@ -1,4 +1,4 @@
-"""Conversations -> aligned token rows: rendering, tokenising, truncation, EOS fill, chunk numbers."""
+"""From conversations to aligned token rows: rendering, tokenising, truncation, EOS fill, chunk numbers."""
 
 import hashlib
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ COLUMNS = ("row_key", "input_ids", "labels", "teacher_input_ids", "chunk_ids", "
 EOS_FILLS = ("none", "block", "end")
 TRAINED_TURNS = ("all", "last")
 STATUS, COVERAGE = "preparation_status", "preparation_coverage"
-# what COVERAGE holds for each row; names of fields of the report
+# what COVERAGE holds for each row; fields of the report
 COVERAGE_COUNTS = (
     *("num_trained_tokens", "num_aligned_tokens", "num_chunks", "num_answer_bytes", "num_aligned_bytes"),
     *("num_teacher_tokens", "num_teacher_truncated"),
@@ -43,16 +43,24 @@ COVERAGE_COUNTS = (
 
 
 def row_key(input_ids: list[int], labels: list[int]) -> int:
-    """What a row's noise is keyed by: a 64-bit hash of its student tokens and labels, signed, as Arrow stores it.
+    """The key of a row's noise: a signed 64-bit hash of its student tokens and labels.
 
     A row has the same key wherever it is read: in a table or a stream, in any shard, split or mixture, by any worker
-    or process. Of equal rows in one dataset the second and further ones get a key of their own: see [`nth_key`].
+    or process. Repeated rows of a dataset get keys of their own: see [`nth_key`].
+
+    Args:
+        input_ids, labels (`list[int]`): the student's columns, of equal length.
     """
     return _hash(np.array([input_ids, labels], dtype="<i8").tobytes())
 
 
 def nth_key(key: int, occurrence: int) -> int:
-    """The key of a row that stands in a dataset for the n-th time, counted from 0: repeated rows draw other noise."""
+    """The key of a repeated row, so that it draws noise of its own.
+
+    Args:
+        key (`int`): of the first such row, see [`row_key`].
+        occurrence (`int`): how many equal rows precede it in the dataset; 0 gives `key` itself.
+    """
     return _hash(np.array([key, occurrence], dtype="<i8").tobytes()) if occurrence else key
 
 
@@ -64,8 +72,8 @@ def _hash(content: bytes) -> int:
 class _Side:
     """One row by one tokenizer: token ids, range of each token, answers in the same unit; bytes for chunks.
 
-    `leading` are the ids in front of the text; `num_split` answers would have been joined with what precedes them,
-    and `num_dropped` reasonings are not in the text.
+    `leading` are the ids that precede the text; `num_split` counts answers that the tokenizer would have joined with
+    the text before them, `num_dropped` reasonings that are missing from the text.
     """
 
     ids: np.ndarray
@@ -84,22 +92,22 @@ class RowPreparation:
     Args:
         tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): fast tokenizers; each brings its own chat template.
             The teacher's may be None (no distillation).
-        max_length, teacher_max_length (`int`): tokens a row may have on each side.
+        max_length, teacher_max_length (`int`): maximum number of tokens of a row on each side.
         block_size (`int`): tokens per block, for `eos_fill="block"`.
-        eos_fill (`str`): what follows the end of the last answer: `"none"`; `"block"`, EOS to the end of its block;
-            `"end"`, EOS to `max_length`. Fill is trained on.
-        alignment (`str`): `"token"`, one shared tokenizer: equal tokens pair; `"chunk"`, two tokenizers: spans of
-            equal bytes do, and fill, which each side has of its own, does not.
-        trained_turns (`str`): `"all"` trains on every assistant turn of a conversation, `"last"` on the last alone.
-        mask_token_id, teacher_mask_token_id (`int`, *optional*): rows whose text holds this token are skipped, for a
-            network would take it for noise; None lets them pass.
-        chat_template_kwargs (`dict`, *optional*): settings of both chat templates; a row's own come before them. None:
-            those that stand in the student's template, else no reasoning (see
+        eos_fill (`str`): EOS tokens after the last answer, trained on: `"none"`; `"block"`, to the end of its block;
+            `"end"`, to `max_length`.
+        alignment (`str`): `"token"`, one shared tokenizer: equal tokens are paired; `"chunk"`, two tokenizers: spans
+            of equal bytes are paired, but not the EOS fill, of which each side has its own.
+        trained_turns (`str`): `"all"` trains on every assistant turn of a conversation, `"last"` only on the last.
+        mask_token_id, teacher_mask_token_id (`int`, *optional*): rows whose text contains this token are skipped,
+            since a network would take it for noise; None lets them pass.
+        chat_template_kwargs (`dict`, *optional*): settings of both chat templates; a row's own take precedence. None:
+            those stored in the student's template, else no reasoning (see
             [`~tide_hf.alignment.templates.resolve_template_kwargs`]).
 
     Raises:
-        ValueError: for an unknown alignment or choice of turns, a fill without an EOS token, a mask token outside the
-            vocabulary, and tokenizers that are not fast.
+        ValueError: for an unknown alignment, choice of turns or fill, a fill without an EOS token, a mask token
+            outside the vocabulary, and tokenizers that are not fast.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -128,8 +136,8 @@ class RowPreparation:
             unknown = tokenizer.unk_token_id
             if mask is not None and mask == unknown == tokenizer.mask_token_id:
                 raise ValueError(
-                    f"The {who}'s mask token {tokenizer.mask_token!r} is not in its vocabulary: it stands for "
-                    f"{tokenizer.unk_token!r}, as all unknown text does. Add it: "
+                    f"The {who}'s mask token {tokenizer.mask_token!r} is not in its vocabulary: like all unknown text "
+                    f"it becomes {tokenizer.unk_token!r}. Add it: "
                     f"tokenizer.add_special_tokens({{'mask_token': {tokenizer.mask_token!r}}}), or set another id."
                 )
         tokenizers = [tokenizer for _, tokenizer, _ in self._masks()]
@@ -149,15 +157,15 @@ class RowPreparation:
         student: tuple[PreTrainedTokenizerBase, int],
         teacher: tuple[PreTrainedTokenizerBase, int] | None,
     ) -> "RowPreparation":
-        """The preparation of a run; what it decides about templates is written into the tokenizers.
+        """Makes the preparation of a run and writes the template and settings it uses into the tokenizers.
 
-        So the checkpoint's tokenizer renders a prompt as the rows were rendered, whoever calls it.
+        So the checkpoint's tokenizer renders prompts in the way the rows were rendered.
 
         Args:
-            args ([`TIDEConfig`]): or anything else that has its fields of the preparation.
+            args ([`TIDEConfig`]): or any object with the fields that preparation reads.
             block_size (`int`): the student's.
             alignment (`str`): `"token"` or `"chunk"`, already decided.
-            student, teacher (`tuple`): tokenizer and mask token id of each side; no teacher: None.
+            student, teacher (`tuple`): tokenizer and mask token id of each side; None without a teacher.
         """
         template = read_template(getattr(args, "chat_template", None))
         if template is not None:
@@ -181,7 +189,7 @@ class RowPreparation:
         return preparation
 
     def __call__(self, row: dict) -> dict:
-        """Columns of [`COLUMNS`], the row's status ("kept", "truncated", or why it is dropped) and its coverage."""
+        """The columns `COLUMNS`, the row's status ("kept", "truncated", or why it is dropped) and its coverage."""
         try:
             columns, truncated, coverage = self._prepare(row)
         except RowSkipped as reason:
@@ -191,30 +199,37 @@ class RowPreparation:
         return {"row_key": key, **columns, STATUS: "truncated" if truncated else "kept", COVERAGE: coverage}
 
     def prepare_batch(self, batch: dict[str, list]) -> dict[str, list]:
-        """The same for many rows as columns, which `Dataset.map` takes in at a fraction of its cost per row."""
+        """Prepares many rows at once, which costs `Dataset.map` much less per row.
+
+        Args:
+            batch (`dict[str, list]`): columns of raw rows.
+
+        Returns:
+            `dict[str, list]`: the columns of a call, for all of them.
+        """
         rows = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         prepared = [self(row) for row in rows]
         return {name: [row[name] for row in prepared] for name in (*COLUMNS, STATUS, COVERAGE)}
 
     def prepare(self, row: dict) -> tuple[dict[str, list[int]], bool]:
-        """Token columns of one row, and whether the student's side was cut.
+        """Prepares one `row`: its token columns, and whether the student's side was truncated.
 
         Raises:
-            RowSkipped: for a row that cannot train.
+            RowSkipped: for a row that cannot be trained on.
         """
         return self._prepare(row)[:2]
 
     def _prepare(self, row: dict) -> tuple[dict[str, list[int]], bool, list[int]]:
-        """Token columns, whether the student's side was cut, and the numbers of [`COVERAGE_COUNTS`]."""
+        """Token columns, whether the student's side was truncated, and the numbers that `COVERAGE_COUNTS` names."""
         sides = self._sides(row)
         student, teacher = sides if len(sides) == 2 else (*sides, None)
         chunks, teacher_chunks = self._align(student, teacher)
         trained = np.zeros(len(student.ids), dtype=bool)
-        for first, behind in answer_tokens(student.spans, student.answers):
-            trained[first:behind] = True
+        for first, stop in answer_tokens(student.spans, student.answers):
+            trained[first:stop] = True
         if not trained.any():
             raise RowSkipped("no answer")
-        # what a tokenizer puts in front of a text is given, and no text
+        # prepended tokens such as BOS are neither text nor trained on
         size = len(student.leading)
         ids, trained = np.concatenate([student.leading, student.ids]).astype(np.int64), np.pad(trained, (size, 0))
         chunks, teacher_ids = np.pad(chunks, (size, 0), constant_values=-1), np.zeros(0, dtype=np.int64)
@@ -258,28 +273,28 @@ class RowPreparation:
         return [self._tokenize(content, *side) for side in zip(tokenizers, self._encoders, tables, strict=False)]
 
     def _coverage(self, ids: np.ndarray, trained: np.ndarray, chunks: np.ndarray) -> list[int]:
-        """The first five of [`COVERAGE_COUNTS`], before any fill."""
+        """The first five numbers of `COVERAGE_COUNTS`, before any fill."""
         aligned, nbytes = chunks >= 0, self._bytes.nbytes[ids]
         numbers = chunks[aligned]
-        num_chunks = int(np.count_nonzero(np.diff(numbers, prepend=-1)))  # they rise
+        num_chunks = int(np.count_nonzero(np.diff(numbers, prepend=-1)))  # they are non-decreasing
         return [np.count_nonzero(trained), len(numbers), num_chunks, nbytes[trained].sum(), nbytes[aligned].sum()]
 
     def _masks(self) -> list[tuple[str, PreTrainedTokenizerBase, int | None]]:
-        """Who, tokenizer and mask token id of each side there is."""
+        """Name, tokenizer and mask token id of each side that exists."""
         sides = [("student", self.tokenizer, self.mask_token_id)]
         if self.teacher_tokenizer is not None:
             sides.append(("teacher", self.teacher_tokenizer, self.teacher_mask_token_id))
         return sides
 
     def _refuse_mask_tokens(self, *ids_of_sides: np.ndarray) -> None:
-        """Skips a row whose own text says [MASK]: it would be noise at any t, and as an answer the target."""
+        """Skips a row whose own text contains [MASK]: it would be noise at any t, and in an answer even the target."""
         for (who, tokenizer, mask), ids in zip(self._masks(), ids_of_sides, strict=False):
             if mask is not None and (ids == mask).any():
                 token = tokenizer.convert_ids_to_tokens(mask)
-                raise RowSkipped(f"the {who}'s mask token {token!r} stands in the text")
+                raise RowSkipped(f"the {who}'s mask token {token!r} is part of the text")
 
     def _align(self, student: "_Side", teacher: "_Side | None") -> tuple[np.ndarray, np.ndarray]:
-        """Chunk numbers of both sides, before any cut and fill."""
+        """Chunk numbers of both sides, before truncation and fill."""
         if teacher is None:
             return np.full(len(student.ids), -1), np.zeros(0, dtype=np.int64)
         answers, teacher_answers = _pairs(student.answers, teacher.answers)
@@ -288,10 +303,10 @@ class RowPreparation:
         return align_equal_tokens(student.ids, student.spans, answers, teacher.ids, teacher.spans, teacher_answers)
 
     def _fill(self, columns: dict[str, list[int]], num_chunks: int, fill_teacher: bool) -> tuple[int, int]:
-        """Appends trained-on EOS tokens, each side its own; those of a shared tokenizer pair in order.
+        """Appends trained-on EOS tokens to each side; with a shared tokenizer they are paired in order.
 
         Returns:
-            how many the student has, and how many of them have a pair.
+            the number of the student's, and how many of them are paired.
         """
         shared = self.alignment == "token"
         eos = self.tokenizer.eos_token_id
@@ -310,7 +325,7 @@ class RowPreparation:
         return missing, pairs
 
     def _missing(self, ids: list[int], limit: int, eos: int) -> int:
-        """Fill tokens behind a row that may have `limit` tokens; where it does not end in EOS, one at least."""
+        """Number of fill tokens for a row of at most `limit` tokens; at least one if it does not end in EOS."""
         room = limit - len(ids)
         to_end = -len(ids) % self.block_size or (self.block_size if ids[-1] != eos else 0)
         return room if self.eos_fill == "end" else min(to_end, room)
@@ -326,7 +341,7 @@ class RowPreparation:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RowSkipped("text that is not Unicode (half of a surrogate pair)") from error
+            raise RowSkipped("text that is not valid Unicode (half of a surrogate pair)") from error
         encoding, num_split = encoder.encode(text, [answer.start for answer in answers])
         if not len(encoding):
             raise RowSkipped("empty row")
@@ -338,7 +353,7 @@ class RowPreparation:
         return _Side(located.ids, located.spans, answers_in_bytes(answers, positions), located, **counts)
 
     def _join(self, content, tokenizer) -> tuple[str, list[Answer]]:
-        """Plain text with its end: the tokenizer's own EOS, in place of one that the data may have."""
+        """Plain text with the tokenizer's own EOS at its end, instead of one that the data may have."""
         answer = content.answer
         for _, other, _ in self._masks():
             if other.eos_token and answer.endswith(other.eos_token):
@@ -349,7 +364,7 @@ class RowPreparation:
         return text, [Answer(start, len(text), start, anchored=True)]
 
     def _render(self, content: Conversation, tokenizer) -> tuple[str, list[Answer], int]:
-        """A conversation by the chat template, and how many reasonings that drops; skipped where it cannot train."""
+        """A conversation rendered by the chat template, its answers, and how many reasonings were dropped."""
         messages = content.messages
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns or turns[-1] < content.first_trained:
@@ -365,7 +380,7 @@ class RowPreparation:
             raise RowSkipped(f"chat template: {error}") from error
         if missing:
             raise RowSkipped(f"the chat template of {tokenizer.name_or_path or 'a tokenizer'} leaves out {missing}")
-        # behind the last answer nothing may stand between its end and the EOS fill
+        # nothing may come between the end of the last answer and the EOS fill
         end = answers[-1].end
         rest = text[end:].strip()
         if turns[-1] == len(messages) - 1 and tokenizer.eos_token:
@@ -374,7 +389,7 @@ class RowPreparation:
 
 
 def _pairs(answers: list[Answer], teacher_answers: list[Answer]) -> tuple[list[Answer], list[Answer]]:
-    """The stretches of both sides that belong together: the first with the first of each turn, and so on."""
+    """The stretches of both sides that correspond: the first ones of each turn, the second ones, and so on."""
     if len(answers) == len(teacher_answers):
         return answers, teacher_answers
     sides = []

@@ -1,8 +1,8 @@
 """What a dataset was prepared with, carried by the dataset itself.
 
-The record stands as JSON in the `id` of the feature `row_key`. Of all that belongs to a dataset, only its features
-survive selecting, shuffling, splitting, filtering and concatenating, `save_to_disk` as well as Parquet files and the
-Hub; and datasets of different features, so of different records, are not concatenated.
+The record is stored as JSON in the `id` of the feature `row_key`. Only a dataset's features survive all of selecting,
+shuffling, splitting, filtering, concatenating, `save_to_disk`, Parquet files and the Hub; and datasets with different
+features, so with different records, cannot be concatenated.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from .preparation import RowPreparation
 from .report import PreparationReport
 
 CARRIER = "row_key"
-# 1: rows were numbered instead of hashed, had no BOS, and what the generation prompt holds was trained on
+# 1: rows were numbered instead of hashed, had no BOS, and were trained on the generation prompt
 VERSION = 2
-# setting -> how a message calls it, and whether it concerns the teacher's side alone
+# setting -> its name in messages, and whether it concerns only the teacher's side
 SETTINGS = {
     "tokenizer": ("student tokenizer", False),
     "chat_template": ("student chat template", False),
@@ -44,8 +44,8 @@ class PreparationRecord:
 
     Args:
         settings (`dict`): a value for each of `SETTINGS`, None for one that plays no part; tokenizers as
-            `{"name", "fingerprint"}`, where only the fingerprint counts.
-        reports (`dict[str, PreparationReport]`): of each split; empty where nobody wrote them down.
+            `{"name", "fingerprint"}`, of which only the fingerprint is compared.
+        reports (`dict[str, PreparationReport]`): of each split; empty if they were not recorded.
     """
 
     settings: dict
@@ -53,7 +53,7 @@ class PreparationRecord:
 
     @classmethod
     def of(cls, preparation: RowPreparation) -> "PreparationRecord":
-        """The record of what a preparation would do."""
+        """The record of what a `preparation` would do."""
         has_teacher = preparation.teacher_tokenizer is not None
         settings = {
             "tokenizer": _named_fingerprint(preparation.tokenizer),
@@ -78,7 +78,7 @@ class PreparationRecord:
 
     @classmethod
     def read(cls, dataset: Dataset | IterableDataset) -> "PreparationRecord | None":
-        """The record a dataset carries; None if it has none."""
+        """The record that a `dataset` carries; None if it has none."""
         carried = getattr((dataset.features or {}).get(CARRIER), "id", None)
         try:
             content = json.loads(carried or "null")
@@ -90,13 +90,13 @@ class PreparationRecord:
         return cls(content["settings"], reports)
 
     def feature(self) -> Value:
-        """The feature that carries this record."""
+        """The feature of `row_key` that carries this record."""
         reports = {name: asdict(report) for name, report in self.reports.items()}
         content = {"tide_hf_preparation": VERSION, "settings": self.settings, "reports": reports}
         return Value("int64", id=json.dumps(content))
 
     def attach(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        """The same rows, carrying this record; nothing is copied."""
+        """The rows of a `dataset`, carrying this record; nothing is copied."""
         if isinstance(dataset, IterableDataset):
             return dataset.cast_column(CARRIER, self.feature())
         recorded = dataset.select(range(len(dataset)))  # a view with its own description
@@ -104,7 +104,7 @@ class PreparationRecord:
         return recorded
 
     def differences(self, run: "PreparationRecord") -> list[str]:
-        """One phrase for each setting in which a run differs; a run without a teacher ignores the teacher's side."""
+        """One phrase for each setting in which a `run` differs; the teacher's side counts only if both have one."""
         ours, theirs = self.settings["teacher_tokenizer"], run.settings["teacher_tokenizer"]
         both_have_teachers = ours is not None and theirs is not None
         found = []
@@ -128,8 +128,8 @@ def require_same_preparation(
         name (`str`): which dataset of the run it is, for the message and for the report.
 
     Returns:
-        the report of the preparation where the dataset carries it: that of its own split, else of `name`, else the
-        only one. It tells of all rows that were prepared, whatever was selected from them since.
+        the report of the preparation if the dataset carries one: that of its own split, else of `name`, else the only
+        one. It covers all rows that were prepared, whatever was selected from them since.
 
     Raises:
         ValueError: naming every setting that differs; also for a dataset without a record.
@@ -138,8 +138,8 @@ def require_same_preparation(
     if record is None:
         raise ValueError(
             f"The {name} dataset has token columns but no record of the tokenizers and settings it was prepared with, "
-            "so nobody can tell whether they are this run's. Prepare it again (recipes/prepare_data.py), or, if you "
-            "know what it was made with, write it down: "
+            "so they cannot be compared with this run's. Prepare it again (recipes/prepare_data.py), or, if you "
+            "know what it was made with, record it: "
             "tide_hf.data.PreparationRecord.of(RowPreparation(...)).attach(dataset)."
         )
     different = record.differences(run)
@@ -157,10 +157,10 @@ def require_same_preparation(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hexadecimal digits of what a fast tokenizer does with a text, whatever its name, folder or padding."""
+    """16 hexadecimal digits for what a fast `tokenizer` does with a text, whatever its name, folder or padding."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     content = {
-        # callers switch these two on and off
+        # set by callers, not part of what the tokenizer is
         "backend": {name: part for name, part in state.items() if name not in ("truncation", "padding")},
         "special": [tokenizer.bos_token, tokenizer.eos_token],
         "split_special_tokens": tokenizer.split_special_tokens,
@@ -169,7 +169,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """16 hexadecimal digits of the chat template, without the defaults written into it; None without one."""
+    """16 hexadecimal digits for the `tokenizer`'s chat template without written defaults; None without one."""
     return None if tokenizer.chat_template is None else _digest(without_defaults(tokenizer.get_chat_template()))
 
 
@@ -178,7 +178,7 @@ def _digest(text: str) -> str:
 
 
 def _named_fingerprint(tokenizer) -> dict[str, str]:
-    """A tokenizer in a record; of a local folder only the last part, for it may be published."""
+    """A tokenizer in a record; only the last part of a local path, since the record may be published."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     return {"name": Path(name).name if Path(name).exists() else name, "fingerprint": tokenizer_fingerprint(tokenizer)}
 

@@ -1,8 +1,12 @@
-"""What became of the rows of a dataset."""
+"""What became of the rows of a dataset in preparation."""
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+
+
+class DataError(ValueError):
+    """The rows are at fault: nothing is left to train on, or they do not suit the models."""
 
 
 @dataclass
@@ -10,22 +14,22 @@ class PreparationReport:
     """What became of the rows of one dataset.
 
     Args:
-        num_rows (`int`): rows that came in.
-        num_kept (`int`): rows that train.
-        num_truncated, num_teacher_truncated (`int`): kept rows that were cut at `max_length`, and at
-            `teacher_max_length`; what is cut gets no EOS fill.
+        num_rows (`int`): raw rows.
+        num_kept (`int`): rows that can be trained on.
+        num_truncated, num_teacher_truncated (`int`): kept rows that were truncated at `max_length`, and at
+            `teacher_max_length`; a truncated side gets no EOS fill.
         dropped (`dict[str, int]`): rows left out, by reason.
         num_trained_tokens, num_aligned_tokens (`int`): trained-on student tokens, and those in a chunk.
-        num_chunks (`int`): chunks; with one shared tokenizer every one is a token.
+        num_chunks (`int`): chunks; with one shared tokenizer each is one token.
         num_answer_bytes, num_aligned_bytes (`int`): bytes of the trained-on tokens without EOS fill, and of those in a
             chunk.
         num_teacher_tokens (`int`): tokens of the teacher's rows; 0 without a teacher.
         num_turns (`int`): trained-on turns.
-        num_unprompted_turns (`int`): those before which the rendered text does not have the generation prompt that
-            inference is given: turns in another mode of the template, or that it writes differently once more follow.
+        num_unprompted_turns (`int`): those that do not follow the generation prompt of inference in the rendered text:
+            turns in another mode of the template, or that it renders differently once others follow.
         num_split_answers (`int`): answers whose beginning the tokenizer would have joined with the end of the prompt;
-            they are tokenised apart, as inference does.
-        num_dropped_reasonings (`int`): reasonings, of earlier turns most often, that the chat template leaves out.
+            the two are tokenised separately, as at inference.
+        num_dropped_reasonings (`int`): reasonings, mostly of earlier turns, that the chat template leaves out.
     """
 
     num_rows: int = 0
@@ -63,7 +67,7 @@ class PreparationReport:
                 self.num_unprompted_turns,
                 f"of {self.num_turns:,} turns do not follow the generation prompt of inference",
             ),
-            (self.num_split_answers, "answers tokenised apart from the prompt they would be joined with"),
+            (self.num_split_answers, "answers tokenised separately from the prompt they would be joined with"),
             (self.num_dropped_reasonings, "reasonings left out by the chat template"),
         ]
         parts = [f"{count:,} {what}" for count, what in notes if count]
@@ -71,27 +75,27 @@ class PreparationReport:
         return f"{text}. {'; '.join(parts)}" if parts else text
 
     def refuse_nothing_aligned(self) -> None:
-        """Refuses rows of a distillation of which the teacher sees no answer.
+        """Refuses rows for a distillation if no answer is aligned with the teacher.
 
         Raises:
-            ValueError: with the counts and what to do.
+            DataError: with the counts and what to do.
         """
         if self.num_teacher_tokens and not self.num_aligned_tokens:
-            raise ValueError(
+            raise DataError(
                 f"No token of any answer is aligned with the teacher, so nothing would be distilled: {self}. Raise "
-                "teacher_max_length where rows are cut on the teacher's side, compare the chat templates, or train "
+                "teacher_max_length if rows are truncated on the teacher's side, compare the chat templates, or train "
                 "without a teacher (preset='ce')."
             )
 
     def add(self, part: "PreparationReport") -> None:
-        """Takes in what became of further rows."""
+        """Adds `part`, the report of further rows."""
         self.dropped = dict(Counter(self.dropped) + Counter(part.dropped))
         for name in (part.name for part in fields(self) if part.name != "dropped"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
 
     @classmethod
     def total(cls, reports: Iterable["PreparationReport"]) -> "PreparationReport":
-        """The report of several parts of one dataset."""
+        """The sum of the `reports` of several parts of one dataset."""
         whole = cls()
         for report in reports:
             whole.add(report)

@@ -1,7 +1,7 @@
-"""Datasets prepared in parts, so that an interrupted run goes on where it stopped and a stream need not fit anywhere.
+"""Preparing datasets in parts, so that an interrupted run can continue and a stream need not fit into memory.
 
-While it runs everything lies in a folder beside the output, `<output_dir>.parts`; the output appears whole, in one
-rename, at the end.
+Until the end everything is in a folder beside the output, `<output_dir>.parts`; the output then appears whole, by one
+rename.
 """
 
 import json
@@ -19,7 +19,7 @@ from .dataset import is_prepared, number_equal_rows, prepare_table
 from .formats import RAW_COLUMNS, to_json
 from .preparation import RowPreparation
 from .record import PreparationRecord
-from .report import PreparationReport
+from .report import DataError, PreparationReport
 
 PLAN_FILE, REPORT_FILE = "preparation.json", "report.json"
 
@@ -34,26 +34,29 @@ def write_prepared(
 ) -> DatasetDict:
     """Prepares all splits and saves them, with their record and reports, for `load_from_disk`.
 
-    Called again after an interruption with the same arguments it keeps the finished parts and ends with the same
-    dataset; called again after the end it loads the result. On disk there are for a moment two copies of the rows.
+    Called again with the same arguments after an interruption, it keeps the finished parts and ends with the same
+    dataset; called again after the end, it loads the result. For a moment two copies of the rows are on disk.
 
     Args:
-        splits (`Mapping[str, Dataset]`): raw rows of each split; a stream must give the same rows in the same order
-            each time, and is read past its finished parts without preparing them.
+        splits (`Mapping[str, Dataset]`): raw rows of each split; a stream must yield the same rows in the same order
+            each time, and its finished parts are read but not prepared again.
         preparation ([`RowPreparation`]): what to do with each row.
-        output_dir (`str`): must not exist, be empty, or be the result of the same call.
-        source (`dict`, *optional*): what the rows are, as JSON: parts are continued for the same source only.
+        output_dir (`str`): a folder that does not exist, is empty, or is the result of the same call.
+        source (`dict`, *optional*): describes the rows; parts are continued only if it is the same. JSON values.
         num_proc (`int`, *optional*): processes, as in `Dataset.map`.
-        rows_per_part (`int`): raw rows per part: what is lost at most by an interruption, and what a stream holds in
-            memory.
+        rows_per_part (`int`): raw rows per part, at least 1: the most that an interruption loses and that a stream
+            holds in memory.
 
     Returns:
-        `DatasetDict`: as [`prepare_dataset`] gives it. It carries a [`PreparationRecord`] with the reports of all
-        splits; both also stand in its `preparation.json`.
+        `DatasetDict`: as [`prepare_dataset`] returns it. It carries a [`PreparationRecord`] with the reports of all
+        splits, which are also in its `preparation.json`.
 
     Raises:
-        ValueError: for an output or parts of something else, with what differs; for a split without any row left.
+        ValueError: if the folder or its parts hold something else, with what differs, or a split is prepared already.
+        DataError: for a split without any row left.
     """
+    if rows_per_part < 1:
+        raise ValueError(f"rows_per_part={rows_per_part} must be at least 1.")
     output, work = Path(output_dir), Path(f"{str(output_dir).rstrip('/')}.parts")
     settings = PreparationRecord.of(preparation).settings
     plan = json.loads(json.dumps({"settings": settings, "source": source, "splits": list(splits)}))
@@ -70,7 +73,7 @@ def write_prepared(
         reports[name] = PreparationReport.total(report for _, report in found)
         parts[name] = [part for part, _ in found if part is not None]
         if not parts[name]:
-            raise ValueError(f"No row of the split {name!r} is left to train on: {reports[name]}")
+            raise DataError(f"No row of the split {name!r} is left to train on: {reports[name]}")
         reports[name].refuse_nothing_aligned()
     record = PreparationRecord(settings, reports)
     whole = DatasetDict({name: _joined(parts[name], name, record) for name in parts})
@@ -85,13 +88,13 @@ def write_prepared(
 
 
 def _require_same_plan(folder: Path, plan: dict) -> None:
-    """Refuses a folder that was not begun for the same rows, tokenizers and settings."""
+    """Refuses a folder that was begun for other rows, tokenizers or settings."""
     path = folder / PLAN_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} holds something else than prepared rows: choose a new or empty folder.")
+        raise ValueError(f"{folder} holds something other than prepared rows: choose a new or empty folder.")
     earlier = _read_json(path)
     before, now = PreparationRecord(earlier["settings"]), PreparationRecord(plan["settings"])
-    # both ways: each ignores the teacher's side where the other has none
+    # both ways, since only one of them notices a missing teacher
     different = before.differences(now) or now.differences(before)
     different += [
         f"{name}: prepared with {earlier[name]}, this run has {value}"
@@ -106,7 +109,7 @@ def _require_same_plan(folder: Path, plan: dict) -> None:
 
 
 def _open_work(work: Path, plan: dict) -> None:
-    """Begins a folder of parts, or checks that the one there was begun for the same."""
+    """Begins a folder of parts, or checks that an existing one was begun for the same."""
     if work.exists():
         _require_same_plan(work, plan)
         return
@@ -125,7 +128,7 @@ def _parts(
     num_proc: int | None,
     rows_per_part: int,
 ) -> Iterator[tuple[Path | None, PreparationReport]]:
-    """Folder (None without any row) and report of each part of a split, those of earlier runs first."""
+    """Folder (None if no row is left) and report of each part of a split, those of earlier runs first."""
     folders = (work / f"{name}-{index:05d}" for index in count())
     done = 0
     total = len(rows) if isinstance(rows, Dataset) else None
@@ -145,7 +148,7 @@ def _parts(
 
 
 def _raw_parts(rows: Dataset | IterableDataset, first: int, size: int) -> Iterator[Dataset]:
-    """Tables of `size` raw rows each, from the row `first` on."""
+    """Tables of `size` raw rows each, beginning with row `first`."""
     if isinstance(rows, Dataset):
         for start in range(first, len(rows), size):
             yield rows.select(range(start, min(start + size, len(rows))))
@@ -153,14 +156,14 @@ def _raw_parts(rows: Dataset | IterableDataset, first: int, size: int) -> Iterat
     rest = iter(rows.skip(first) if first else rows)
     while batch := list(islice(rest, size)):
         names = [name for name in RAW_COLUMNS if any(name in row for row in batch)]
-        # without any known column the first row's stand in the error message
+        # without any known column the first row's columns go into the error message
         columns = {name: [to_json(row.get(name)) for row in batch] for name in names or batch[0]}
-        # as JSON, for rows of several formats need not have values of one type
+        # as JSON, since rows of several formats may have values of different types
         yield Dataset.from_dict(columns, features=Features({name: Json() for name in columns}) if names else None)
 
 
 def _write_part(folder: Path, raw: Dataset, preparation: RowPreparation, num_proc: int | None) -> None:
-    """Prepares one table; the folder gets its name when all of it is written."""
+    """Prepares one table; the folder gets its final name once all of it is written."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     scratch = unfinished / "scratch"

@@ -1,8 +1,8 @@
-"""Streams: rows that are read when they are needed, and accounted as a table of the same rows in the same order.
+"""Streams: rows that are read as they are needed, and train like a table of the same rows in the same order.
 
-Every process reads the whole stream, prepares every n-th chunk of it, and sends what it prepared to the others. So
-all of them know the order of the rows that train, whatever the number of shards, workers and processes, and each takes
-its share of every optimizer step.
+Every process reads the whole stream, prepares every n-th chunk of it, and sends the result to the others. So all of
+them know the order of the rows, whatever the number of shards, workers and processes, and each takes its share of
+every optimizer step.
 """
 
 import multiprocessing
@@ -19,24 +19,24 @@ from transformers.utils import logging
 from .collator import DistillationCollator
 from .dataset import next_key, removed_columns, report_of, take_in
 from .preparation import COLUMNS, COVERAGE, STATUS, RowPreparation
-from .report import PreparationReport
+from .report import DataError, PreparationReport
 
 logger = logging.get_logger(__name__)
-PREFETCH = 2  # chunks that each worker is ahead by default, as in torch's DataLoader
+PREFETCH = 2  # chunks per worker that are prepared ahead by default, as in torch's DataLoader
 
 
 class RowStream(torch.utils.data.IterableDataset):
-    """A streaming dataset whose rows are prepared as they are read: what a trainer keeps of one.
+    """A streaming dataset whose rows are prepared as they are read; trainers keep streams in this form.
 
     Args:
         dataset (`IterableDataset`): raw rows, or prepared ones.
-        preparation ([`RowPreparation`], *optional*): what to do with raw rows; None: they are prepared already.
+        preparation ([`RowPreparation`], *optional*): what to do with raw rows; None if they are prepared already.
 
     Attributes:
-        report ([`PreparationReport`]): what became of the rows that were read so far, of the first pass alone.
+        report ([`PreparationReport`]): what became of the rows that were read so far in the first pass.
 
     Raises:
-        ValueError: for a stream that was split over processes already, or whose columns cannot train.
+        ValueError: for a stream that is split over processes already, or has no column to train on.
     """
 
     column_names: ClassVar[list[str]] = list(COLUMNS)
@@ -44,7 +44,7 @@ class RowStream(torch.utils.data.IterableDataset):
     def __init__(self, dataset: IterableDataset, preparation: RowPreparation | None = None):
         if getattr(dataset, "_distributed", None) is not None:
             raise ValueError(
-                "The streaming dataset was split over processes already (split_dataset_by_node), and the trainer "
+                "The streaming dataset is split over processes already (split_dataset_by_node), and the trainer "
                 "splits it itself: give it the whole stream."
             )
         if preparation is not None:
@@ -54,11 +54,11 @@ class RowStream(torch.utils.data.IterableDataset):
 
     @property
     def features(self):
-        """Features of the rows as they are read; None where nobody knows them before."""
+        """Features of the rows as they are read; None if they are not known in advance."""
         return self.dataset.features
 
     def set_epoch(self, epoch: int) -> None:
-        """Number of the pass, which a shuffled stream draws its order from; any other keeps its order, as a table."""
+        """Sets the pass, `epoch`, from which a shuffled stream draws its order; other streams keep theirs."""
         if _has_random_order(self.dataset):
             self.dataset.set_epoch(epoch)
 
@@ -67,12 +67,12 @@ class RowStream(torch.utils.data.IterableDataset):
             yield from prepare_rows(self.preparation, [row])[0]
 
     def begin_pass(self) -> None:
-        """Counts anew unless a whole pass has been counted."""
+        """Starts counting again, unless a whole pass has been counted."""
         if not self._is_counted:
             vars(self.report).update(vars(PreparationReport()))
 
     def take_in(self, part: PreparationReport) -> None:
-        """Counts what became of a chunk; see [`~tide_hf.data.dataset.take_in`]."""
+        """Counts `part`, the report of a chunk; see [`~tide_hf.data.dataset.take_in`]."""
         if self.preparation is not None and not self._is_counted:
             take_in(self.report, part)
 
@@ -80,12 +80,12 @@ class RowStream(torch.utils.data.IterableDataset):
         """Stops counting.
 
         Raises:
-            ValueError: if no row is left to train on, or a teacher sees no answer, with the counts.
+            DataError: if no row is left, or no answer is aligned with the teacher; with the counts.
         """
         if self.preparation is not None and not self._is_counted:
             logger.info(f"Prepared while streaming: {self.report}")
             if not self.report.num_kept:
-                raise ValueError(f"No row of the stream is left to train on: {self.report}")
+                raise DataError(f"No row of the stream is left to train on: {self.report}")
             self.report.refuse_nothing_aligned()
         self._is_counted = True
 
@@ -93,25 +93,25 @@ class RowStream(torch.utils.data.IterableDataset):
 class StreamLoader:
     """Batches of one process, in whole windows: what all processes together put into one optimizer step.
 
-    A window is the next `num_processes × num_batches × batch_size` rows that train, as a sequential table would hand
-    them out. The last window of a pass may be short: processes and batches without a row get one that counts nothing,
-    so that all processes make the same number of batches and every pass ends with an optimizer step.
+    A window is the next `num_processes × num_batches × batch_size` prepared rows, in the order of the stream. The last
+    window of a pass may be short: processes and batches without a row get one without weight, so that all processes
+    make the same number of batches and every pass ends with an optimizer step.
 
     Args:
         stream ([`RowStream`]): read from its beginning in each pass.
-        collator ([`DistillationCollator`]): rows -> batch.
+        collator ([`DistillationCollator`]): makes a batch of rows.
         batch_size (`int`): rows per batch.
         num_batches (`int`): batches per window, the steps of gradient accumulation.
-        num_processes, process_index (`int`): how many share the stream, and which one this is.
-        gather (`Callable`): a list from each process -> their concatenation in the order of the processes.
-        drop_last (`bool`): leave out the rows at the end of a pass that do not fill a batch of every process.
+        num_processes, process_index (`int`): how many processes share the stream, and which one this is.
+        gather (`Callable`): takes a list on each process and returns all of them concatenated in process order.
+        drop_last (`bool`): leave out rows at the end of a pass that do not fill a batch on every process.
         num_workers (`int`): processes that prepare rows ahead; 0 prepares in this one.
-        prefetch_factor (`int`, *optional*): chunks each worker is ahead; 2 by default.
+        prefetch_factor (`int`, *optional*): chunks per worker that are prepared ahead; 2 by default.
         start_method (`str`, *optional*): how workers are started, as in `multiprocessing`.
-        persistent_workers (`bool`): keep the workers from pass to pass.
+        persistent_workers (`bool`): keep the workers between passes.
 
     Attributes:
-        epoch (`int`), window (`int`): pass, and windows of it that were handed out.
+        epoch (`int`), window (`int`): current pass, and number of its windows handed out so far.
     """
 
     def __init__(
@@ -138,16 +138,19 @@ class StreamLoader:
         self._found = None  # where `seek` stopped reading: pass, windows before, and those still to come
 
     def set_epoch(self, epoch: int) -> None:
-        """Which pass the next iteration is."""
+        """Sets which pass, `epoch`, the next iteration is."""
         self.epoch = epoch
 
     def seek(self, num_windows: int) -> tuple[int, int]:
-        """Goes to where a run stands after so many windows; the next iteration begins there.
+        """Moves to where a run is after some windows; the next iteration begins there.
 
-        The rows before are read again. A pass is as long as the first one, whatever its order.
+        The rows before are read again. All passes are taken to be as long as the first, whatever their order.
+
+        Args:
+            num_windows (`int`): counted from the beginning of the first pass.
 
         Returns:
-            pass, and windows of it that are done.
+            the pass, and the number of its windows that are done.
         """
         windows = self._windows(0)
         skipped = sum(1 for _ in islice(windows, num_windows))
@@ -171,7 +174,7 @@ class StreamLoader:
             for index in range(self.num_batches):
                 start = (index * self.num_processes + self.process_index) * self.batch_size
                 batch = rows[start : start + self.batch_size]
-                # what is gathered has to have the same number of rows on all processes
+                # batches are gathered, so they need the same number of rows on all processes
                 missing = self.batch_size - len(batch) if self.num_processes > 1 else not batch
                 yield self.collator(batch + [self.collator.empty_row()] * missing)
 
@@ -182,12 +185,12 @@ class StreamLoader:
         self.dataset.set_epoch(epoch)
         self.dataset.begin_pass()
         chunks, rows, ended = self._chunks(self.num_batches * self.batch_size), [], False
-        found = Counter()  # of keys: some hundred bytes for each different row of a pass
+        found = Counter()  # of keys; some hundred bytes per distinct row of a pass
         while True:
             while len(rows) < size and not ended:
                 for part in self.gather([_next_or_error(chunks)]):
                     if isinstance(part, Exception):
-                        raise part  # on all processes: none waits for another one for ever
+                        raise part  # on all processes, so that none waits for the others forever
                     ended |= part is None
                     if part is not None:
                         rows += [{**row, "row_key": next_key(row["row_key"], found)} for row in part[0]]
@@ -202,7 +205,7 @@ class StreamLoader:
         self.dataset.end_pass()
 
     def _chunks(self, size: int) -> Iterator[tuple[list[dict], PreparationReport]]:
-        """What this process prepares: rows that train, and what became of all, of every n-th chunk of the stream."""
+        """Every n-th chunk of the stream, which this process prepares: its rows that are kept, and the report."""
         preparation = self.dataset.preparation
         raw = self._raw_chunks(size)
         if preparation is None or not self.num_workers:
@@ -220,7 +223,7 @@ class StreamLoader:
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            for unread in ahead:  # nobody asks for more of this pass
+            for unread in ahead:  # the pass was left before its end
                 unread.cancel()
             if not self.persistent_workers:
                 self._pool.shutdown()
@@ -237,7 +240,15 @@ class StreamLoader:
 
 
 def prepare_rows(preparation: RowPreparation | None, rows: list[dict]) -> tuple[list[dict], PreparationReport]:
-    """The rows that train, with the columns of [`COLUMNS`], and what became of all of them."""
+    """Prepares rows of a stream.
+
+    Args:
+        preparation ([`RowPreparation`], *optional*): what to do with them; None if they are prepared already.
+        rows (`list[dict]`): of one chunk.
+
+    Returns:
+        those that are kept, with the columns `COLUMNS`, and the report on all.
+    """
     if preparation is None:
         kept = [{name: row[name] for name in COLUMNS} for row in rows]
         return kept, PreparationReport(num_rows=len(rows), num_kept=len(rows))
@@ -249,7 +260,7 @@ def prepare_rows(preparation: RowPreparation | None, rows: list[dict]) -> tuple[
 def _has_random_order(dataset: IterableDataset) -> bool:
     """Whether shuffling or random interleaving is among the steps of a stream.
 
-    `set_epoch` of datasets 5 reorders the shards of any stream, whether somebody asked for an order or not.
+    Asked because `set_epoch` of datasets 5 reorders the shards of any stream, shuffled or not.
     """
     steps = [dataset._ex_iterable]
     while steps:
@@ -261,14 +272,14 @@ def _has_random_order(dataset: IterableDataset) -> bool:
 
 
 def _next_or_error(chunks: Iterator):
-    """The next chunk, None at the end, or what went wrong, for all processes to hear of."""
+    """The next chunk, None at the end, or the error, which is sent to all processes."""
     try:
         return next(chunks, None)
     except Exception as error:
         return error
 
 
-_held: list[RowPreparation] = []  # in a worker process, what it prepares with
+_held: list[RowPreparation] = []  # the preparation of a worker process
 
 
 def _hold_preparation(preparation: RowPreparation) -> None:

@@ -1,17 +1,17 @@
 """IDLMConfig: the arguments of an inverse distillation."""
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from ..training.config import DiffusionTrainingArguments, _knob, check_fields
+from ..training.config import DiffusionTrainingArguments, _knob, check_ranges
 
-# of the fake's optimizer and schedule; the trainer steps them itself
+# optimizers and schedules that the fake cannot have, since the trainer itself steps them
 _REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 _REFUSED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
-CHOICES = {"student_times": ("uniform", "grid"), "save_weights": ("ema", "student")}
 RANGES = {
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "fake_warmup_steps"),
@@ -32,68 +32,70 @@ RANGES = {
 class IDLMConfig(DiffusionTrainingArguments):
     """Arguments of [`IDLMTrainer`].
 
-    Everything of [`DiffusionTrainingArguments`], and the fields below. Learning rate, scheduler, weight decay and
+    Everything in [`DiffusionTrainingArguments`], and the fields below. Learning rate, scheduler, weight decay and
     clipping of [`~transformers.TrainingArguments`] are the student's; their defaults here are the published ones
-    (AdamW, 1e-6 constant with warm-up, no weight decay, no clipping, float32). Steps are counted in student steps.
+    (AdamW, 1e-6 constant with warm-up, no weight decay, no clipping, float32). Steps are student steps.
 
     Raises:
         ValueError: for an unknown choice, a number out of range, or settings that cannot train.
     """
 
-    learning_rate: float = _knob(1e-6, "Student's initial learning rate of AdamW.")
-    lr_scheduler_type: str = _knob("constant_with_warmup", "Student's learning-rate schedule.")
-    warmup_steps: float = _knob(100, "Student's warm-up: a number of steps, or below 1 a share of them.")
-    weight_decay: float = _knob(0.0, "Student's weight decay.")
-    max_grad_norm: float = _knob(0.0, "Largest gradient norm of the student; 0 does not clip.")
+    learning_rate: float = _knob(1e-6, "The student's initial learning rate.")
+    lr_scheduler_type: str = _knob("constant_with_warmup", "The student's learning-rate schedule.")
+    warmup_steps: float = _knob(100, "The student's warm-up: a number of steps or, below 1, a fraction of them.")
+    weight_decay: float = _knob(0.0, "The student's weight decay.")
+    max_grad_norm: float = _knob(0.0, "Gradient norm at which the student's gradients are clipped; 0 does not clip.")
 
     num_steps: int = _knob(
         8,
-        "Network calls the student is made for, at least 1: per block, or of a full-sequence student per answer. The "
-        "saved generation config decodes with as many.",
+        "Network calls S that the student is trained to decode with, at least 1: per block or, for a full-sequence "
+        "student, per answer. The saved generation config decodes with as many.",
     )
-    student_times: str = _knob(
+    student_times: Literal["uniform", "grid"] = _knob(
         "uniform",
-        "Times t′ the student learns at: uniform (IDLM), or grid, the num_steps times it decodes at: 1, 1 − 1/S, …, "
-        "1/S.",
+        "Times t′ at which the student learns: uniform (IDLM), or grid, the num_steps times at which it decodes: 1, "
+        "1 − 1/S, …, 1/S.",
     )
     stratified_times: bool = _knob(
-        True, "Spread the times of a global batch evenly over [ε, 1), as antithetic sampling does (IDLM)."
+        True, "Spread the diffusion times of a global batch evenly over [ε, 1), as antithetic sampling does (IDLM)."
     )
-    fake_steps_per_student_step: int = _knob(1, "Updates of the fake network before each of the student, at least 1.")
+    fake_steps_per_student_step: int = _knob(
+        1, "Updates of the fake network before each update of the student, at least 1."
+    )
     fake_learning_rate: float | None = _knob(None, "The fake's learning rate; the student's by default.")
     fake_lr_scheduler_type: str | None = _knob(None, "The fake's learning-rate schedule; the student's by default.")
     fake_warmup_steps: float | None = _knob(
-        None, "The fake's warm-up in its own updates, or below 1 a share of them; the student's by default."
+        None, "The fake's warm-up in its own updates or, below 1, a fraction of them; the student's by default."
     )
     fake_optim: str | None = _knob(None, "The fake's optimizer; the student's by default.")
     fake_weight_decay: float | None = _knob(None, "The fake's weight decay; the student's by default.")
     fake_max_grad_norm: float | None = _knob(
-        None, "Largest gradient norm of the fake, 0 does not clip; the student's by default."
+        None, "Gradient norm at which the fake's gradients are clipped, 0 does not clip; the student's by default."
     )
-    ema_decay: float = _knob(0.9999, "Decay of the moving average of the student's weights per step, in [0, 1].")
-    save_weights: str = _knob(
+    ema_decay: float = _knob(0.9999, "Decay per step of the moving average of the student's weights, in [0, 1].")
+    save_weights: Literal["ema", "student"] = _knob(
         "ema",
-        "What is saved as the model and evaluated: ema (the moving average) or student (the weights as they are).",
+        "Which weights are evaluated and saved: ema (the moving average) or student (the current weights).",
     )
     input_temperature: float = _knob(
         1e-3,
-        "Uniform-state models alone: τ > 0 of the soft inputs softmax(x_t/τ); small values are nearly one-hot (Duo).",
+        "Uniform-state models only: τ > 0 of the soft inputs softmax(x_t/τ); small values are nearly one-hot (Duo).",
     )
     head_slice_size: int | None = _knob(
         None,
-        "Positions whose logits over the vocabulary exist at a time in a network, at least 1; as many as take 32 MB "
-        "on a CPU, 128 MB on a GPU, by default.",
+        "Number of positions whose vocabulary logits are held in memory at a time, at least 1; by default as many as "
+        "take 32 MB on a CPU or 128 MB on a GPU.",
     )
 
     REFUSED = {  # noqa: RUF012
         "auto_find_batch_size": (
-            "a restart with smaller batches would begin the student's loop anew while the fake has moved on. Set "
+            "a restart with smaller batches would start the student over while the fake has already moved. Set "
             "per_device_train_batch_size and gradient_accumulation_steps"
         ),
-        "debug": "it would watch the student alone, not the fake. Leave it out",
+        "debug": "it would watch only the student, not the fake. Leave it out",
         **dict.fromkeys(
             ("bf16_full_eval", "fp16_full_eval"),
-            "it would cast the student for good, and neither the fake nor the average. Use bf16=True, or load the "
+            "it would cast the student permanently, but neither the fake nor the average. Use bf16=True, or load the "
             "model in that precision",
         ),
         **dict.fromkeys(
@@ -106,13 +108,17 @@ class IDLMConfig(DiffusionTrainingArguments):
     }
 
     def check_own_fields(self) -> None:
-        """Also what the fake can follow: its optimizer and schedule, its own or the student's."""
+        """As [`DiffusionTrainingArguments.check_own_fields`]; also the fake's optimizer and schedule.
+
+        Raises:
+            ValueError: also for an optimizer or schedule, its own or the student's, that the fake cannot have.
+        """
         super().check_own_fields()
-        check_fields(self, CHOICES, RANGES)
+        check_ranges(self, RANGES)
         optim, schedule = OptimizerNames(self.for_fake("optim")), SchedulerType(self.for_fake("lr_scheduler_type"))
         if optim.value.startswith(_REFUSED_OPTIMIZERS):
             raise ValueError(
-                f"The fake cannot be trained with optim={optim.value!r}, which takes over its parameters or has to be "
+                f"The fake cannot be trained with optim={optim.value!r}, which takes over the parameters or must be "
                 "told when evaluation begins: set fake_optim (adamw_torch, sgd, …)."
             )
         if schedule.value in _REFUSED_SCHEDULES:
@@ -122,19 +128,23 @@ class IDLMConfig(DiffusionTrainingArguments):
             )
         if self.fp16:
             raise ValueError(
-                "fp16=True would scale the losses of two optimizers by one scaler: train in float32, as published, or "
-                "with bf16=True."
+                "fp16=True would use one loss scaler for two optimizers: train in float32, as published, or with "
+                "bf16=True."
             )
 
     def for_fake(self, name: str):
-        """A setting of the fake: its own, or the student's."""
+        """A setting of the fake: its own if given, otherwise the student's.
+
+        Args:
+            name (`str`): a field that has a counterpart `fake_{name}`.
+        """
         own = getattr(self, f"fake_{name}")
         return getattr(self, name) if own is None else own
 
 
 @dataclass(frozen=True)
 class InverseObjective:
-    """What one run optimises. Field meanings: [`IDLMConfig`]."""
+    """What one run optimises. Fields as in [`IDLMConfig`]."""
 
     schedule: str
     num_steps: int

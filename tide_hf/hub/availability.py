@@ -13,7 +13,12 @@ from datasets import config as datasets_config
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import constants, try_to_load_from_cache
 
+from .sources import is_hub_name
+
 PROBE_SECONDS = 3.0
+# files that make a folder a model, or an adapter on one
+CONFIG_FILES = ("config.json", "adapter_config.json")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 class NotAvailableError(RuntimeError):
@@ -27,8 +32,11 @@ def require_available(models: list[str], datasets: list[str]) -> None:
         models, datasets (`list[str]`): Hub names or local paths.
 
     Raises:
-        NotAvailableError: in one sentence, everything that is missing.
+        NotAvailableError: in one sentence, everything that is missing or cannot be what it is given as.
     """
+    wrong = [_wrong_model(name) for name in models] + [_wrong_dataset(name) for name in datasets]
+    if any(wrong):
+        raise NotAvailableError(" ".join(filter(None, wrong)))
     missing = [f"the model {name}" for name in models if not _has_model(name)]
     missing += [f"the dataset {name}" for name in datasets if not _has_dataset(name)]
     if not missing:
@@ -69,6 +77,23 @@ def endpoint_answers(endpoint: str, seconds: float | None = None) -> bool:
         return answers.get(timeout=seconds)
     except queue.Empty:
         return False
+
+
+def _wrong_model(name: str) -> str | None:
+    """Why a name can be neither a saved model nor one on the Hub."""
+    path = Path(name)
+    if not path.exists():
+        return None if is_hub_name(name) else f"{name!r} is neither a folder nor a name on the Hub (OWNER/MODEL)."
+    if not any((path / file).is_file() for file in CONFIG_FILES):
+        return f"{name!r} holds no config.json: expected a folder that save_pretrained has written."
+    return None
+
+
+def _wrong_dataset(name: str) -> str | None:
+    """Why a name can be neither a local dataset nor one on the Hub."""
+    if Path(name).exists() or (is_hub_name(name) and not name.endswith(DATA_SUFFIXES)):
+        return None
+    return f"{name!r} is neither a file or folder nor a name on the Hub (OWNER/DATASET)."
 
 
 def _has_model(name: str) -> bool:

@@ -1,8 +1,8 @@
-"""What every argument of transformers' Trainer means to the trainers of diffusion LMs.
+"""Which arguments of transformers' Trainer the trainers of diffusion LMs use, and which they refuse.
 
-Each field of `TrainingArguments` and each argument of `Trainer(...)`, `train`, `evaluate` and `predict` stands in one
-of the tables: used as transformers does, or refused when it is set, with the reason and what to do. A test holds them
-against the installed transformers; a field they do not know is refused when it is set.
+Each field of `TrainingArguments` and each argument of `Trainer(...)`, `train`, `evaluate` and `predict` is in one of
+the tables: used as transformers does, or refused when it is set, with the reason and what to do. A test compares them
+with the installed transformers; a field that is in none of them is refused when it is set.
 """
 
 import copy
@@ -39,43 +39,41 @@ USED = _names("""
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
     fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank
     """)
-# read in part: what is not read is refused by `_check_parts`
+# used in part: `_check_parts` refuses the rest
 IN_PART = frozenset({"accelerator_config", "include_for_metrics", "parallelism_config", "remove_unused_columns"})
 
-_LIGER = (
-    "Liger's kernels replace the heads and losses of model types that it knows, and a diffusion LM is none of them"
-)
-# field -> why a value of one's own has no meaning here; leave it at its default
-WITHOUT_MEANING = {
+_LIGER = "Liger's kernels replace the heads and losses of model types that it knows, and no diffusion LM is among them"
+# field -> why it is not used; leave it at its default
+UNUSED = {
     "average_tokens_across_devices": (
         "every term of the loss is divided by its count over the whole global batch, whatever this says"
     ),
-    "eval_use_gather_object": "what evaluation gathers are tensors of equal shapes",
-    "label_names": "the labels of a prepared row stand in its column 'labels'",
-    "length_column_name": "rows are grouped by the number of their prepared input_ids",
+    "eval_use_gather_object": "evaluation gathers tensors of equal shapes",
+    "label_names": "the labels of prepared rows are in the column 'labels'",
+    "length_column_name": "rows are grouped by the length of their prepared input_ids",
     "liger_kernel_config": _LIGER,
-    "use_cache": "every forward of the step runs without a cache; model.config.use_cache stays the checkpoint's",
+    "use_cache": "training runs every forward without a cache; model.config.use_cache stays the checkpoint's",
 }
 # field -> why it is refused, and what to do instead
 REFUSED = {
     "label_smoothing_factor": (
-        "it would replace the denoising loss by one of its own on the rows' labels, which a bidirectional network "
-        "copies from its input. Leave it at 0; softer targets come from a teacher (divergence, temperature)"
+        "it would replace the denoising loss with a loss on the rows' labels, which a bidirectional network can copy "
+        "from its input. Leave it at 0; softer targets come from a teacher (divergence, temperature)"
     ),
     "neftune_noise_alpha": (
         "it scales its noise by the length of the input, which here is a packed line of several blocks and rows, and "
-        "draws it anew on every process, so that runs would depend on the batch and on the number of processes. Leave "
-        "it out"
+        "draws it separately on every process, so results would depend on the batch and the number of processes. "
+        "Leave it out"
     ),
-    "use_liger_kernel": f"{_LIGER}. Leave it out; the loss is computed in slices of the vocabulary already",
+    "use_liger_kernel": f"{_LIGER}. Leave it out; the loss is already computed in slices of the vocabulary",
 }
-# accelerator_config: what it holds, and which value is refused for what
+# accelerator_config: its fields that are used, and the values of others that are refused, with the reason
 ACCELERATOR_CONFIG_USED = frozenset({"use_seedable_sampler", "gradient_accumulation_kwargs", "use_configured_state"})
 ACCELERATOR_CONFIG_REFUSED = {
-    "split_batches": (True, "give each process its share by per_device_train_batch_size instead"),
+    "split_batches": (True, "set each process's share with per_device_train_batch_size instead"),
     "dispatch_batches": (True, "every process reads and noises its own rows, and nothing is broadcast"),
-    "even_batches": (False, "processes with unequal numbers of batches would wait for one another without end"),
-    "non_blocking": (True, "batches stay on the host, where they are noised, so nobody would read it"),
+    "even_batches": (False, "processes with unequal numbers of batches would wait for each other forever"),
+    "non_blocking": (True, "batches stay on the host, where noise is added, so it would have no effect"),
 }
 
 # -- fields that are read once, when the trainer is made --------------------------------------------------------------
@@ -86,7 +84,7 @@ AT_CONSTRUCTION = _names("""
     parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
     ddp_timeout fsdp fsdp_config deepspeed skip_memory_metrics load_best_model_at_end
     """)
-# read when the repository is made, which is then where push_to_hub is set
+# read when the repository is created, which is at construction if push_to_hub is set
 BY_THE_HUB = _names("hub_model_id hub_token hub_private_repo hub_revision hub_always_push")
 # read when the optimizer is made, at the first call of train()
 BY_THE_OPTIMIZER = _names(
@@ -100,23 +98,23 @@ TRAINER_USED = _names("""
     optimizer_cls_and_kwargs preprocess_logits_for_metrics
     """)
 TRAINER_REFUSED = {
-    "data_collator": "the step needs the columns of prepared rows, which its own collator pads. Leave it out",
+    "data_collator": "rows are prepared columns, which the trainer's own collator pads. Leave it out",
     "model_init": (
-        "the model is given, and everything is decided from it, when the trainer is made. Give model=…, and make one "
-        "trainer for each trial of a search"
+        "everything is decided from the model when the trainer is made. Give model=…, and make one trainer for each "
+        "trial of a search"
     ),
     "compute_loss_func": "the objective is the loss: choose it with preset, divergence and the weights of the config",
 }
 METHODS_USED = frozenset({"resume_from_checkpoint", "eval_dataset", "test_dataset", "metric_key_prefix"})
 METHODS_REFUSED = {
     "trial": "trials of hyperparameter_search need model_init, which is refused; set trainer.args instead",
-    "ignore_keys": "the outputs of the step have no keys that could be gathered",
-    "ignore_keys_for_eval": "the outputs of the step have no keys that could be gathered",
+    "ignore_keys": "outputs have no keys that could be gathered",
+    "ignore_keys_for_eval": "outputs have no keys that could be gathered",
 }
 
 
 def check_training_arguments(args, refused: Mapping[str, str] = {}) -> None:
-    """Refuses fields of `TrainingArguments` that would be accepted and not read.
+    """Refuses fields of `TrainingArguments` that would be accepted but not used.
 
     Args:
         args (`TrainingArguments`): of the run.
@@ -133,21 +131,20 @@ def check_training_arguments(args, refused: Mapping[str, str] = {}) -> None:
         reason = refused.get(field.name) or REFUSED.get(field.name)
         if reason is not None:
             raise ValueError(f"{given} is refused by the trainers of diffusion LMs: {reason}.")
-        if field.name in WITHOUT_MEANING:
+        if field.name in UNUSED:
             raise ValueError(
-                f"{given} has no meaning for the trainers of diffusion LMs: {WITHOUT_MEANING[field.name]}. Leave it "
-                "at its default."
+                f"{given} is not used by the trainers of diffusion LMs: {UNUSED[field.name]}. Leave it at its default."
             )
         if field.name not in USED:
             raise ValueError(
-                f"{given} is a training argument that this version of tide_hf does not know, so it cannot promise to "
-                "honour it. Leave it at its default."
+                f"{given} is a training argument that this version of tide_hf does not know and might not honour. "
+                "Leave it at its default."
             )
     _check_parts(args)
 
 
 def _check_parts(args) -> None:
-    """Fields that are read in part."""
+    """Refuses those parts of fields that are not used."""
     config = args.accelerator_config
     for name, (value, reason) in ACCELERATOR_CONFIG_REFUSED.items():
         if getattr(config, name, None) is value:
@@ -156,26 +153,28 @@ def _check_parts(args) -> None:
     if unknown:
         raise ValueError(
             f"include_for_metrics={unknown} is refused: compute_metrics gets predictions and label_ids and, with "
-            "'inputs', the rows' input_ids. The loss is a mean over all rows and stands in the metrics."
+            "'inputs', the rows' input_ids. The loss is a mean over all rows and is among the metrics anyway."
         )
     if args.parallelism_config is not None:
         raise ValueError(
-            "parallelism_config is refused: the step needs whole rows on every process, and processes that share rows "
-            "would count them several times. Shard with FSDP2 (fsdp_config) or DeepSpeed instead."
+            "parallelism_config is refused: every process needs whole rows, and processes that share rows would count "
+            "them several times. Shard with FSDP2 (fsdp_config) or DeepSpeed instead."
         )
     optim = OptimizerNames(args.optim).value
     if args.optim_target_modules is not None and not optim.startswith(("galore", "apollo")):
         raise ValueError(
-            f"optim_target_modules={args.optim_target_modules!r} is read by the GaLore and APOLLO optimizers alone, "
+            f"optim_target_modules={args.optim_target_modules!r} is only read by the GaLore and APOLLO optimizers, "
             f"and optim is {optim!r}: leave it out, or choose one of them."
         )
 
 
 def refuse_unread(args, unread: Mapping[str, str], who: str) -> None:
-    """Refuses the library's own fields that one trainer does not read.
+    """Refuses those of the library's own fields that a trainer does not read, if they are set.
 
     Args:
-        unread (`Mapping[str, str]`): field -> why.
+        args ([`DiffusionTrainingArguments`]): of the run.
+        unread (`Mapping[str, str]`): field -> why the trainer does not read it.
+        who (`str`): the trainer's name, for the message.
 
     Raises:
         ValueError: naming the field, its value and the reason.
@@ -187,15 +186,16 @@ def refuse_unread(args, unread: Mapping[str, str], who: str) -> None:
 
 
 def check_trainer_arguments(given: Mapping, refused: Mapping[str, str] = {}, who: str = "The trainer") -> None:
-    """Refuses arguments of `Trainer(...)` that would be accepted and not read.
+    """Refuses arguments of `Trainer(...)` that would be accepted but not used.
 
     Args:
-        given (`Mapping`): keyword arguments that go on to `transformers.Trainer`.
+        given (`Mapping`): keyword arguments that are passed on to `transformers.Trainer`.
         refused (`Mapping[str, str]`): further ones that one trainer refuses, with the reason.
+        who (`str`): the trainer's name, for the message.
 
     Raises:
         ValueError: naming the argument, why it is refused, and what to do.
-        TypeError: for an argument that no Trainer has.
+        TypeError: for an argument that Trainer does not have.
     """
     for name, value in given.items():
         reason = refused.get(name) or TRAINER_REFUSED.get(name)
@@ -208,6 +208,9 @@ def check_trainer_arguments(given: Mapping, refused: Mapping[str, str] = {}, who
 def check_method_arguments(given: Mapping) -> None:
     """The same for arguments of `train`, `evaluate` and `predict`.
 
+    Args:
+        given (`Mapping`): argument -> value.
+
     Raises:
         ValueError: naming the argument and why it is refused.
     """
@@ -217,7 +220,10 @@ def check_method_arguments(given: Mapping) -> None:
 
 
 def check_engine(accelerator) -> None:
-    """Refuses processes that share rows, however they were asked for.
+    """Refuses processes that share rows, also when only accelerate's configuration asks for them.
+
+    Args:
+        accelerator (`Accelerator`): of the trainer.
 
     Raises:
         ValueError: with what to do.
@@ -232,17 +238,22 @@ def check_engine(accelerator) -> None:
 
 
 def snapshot(args) -> dict:
-    """All fields of a configuration, copied."""
+    """All fields of a configuration, `args`, copied."""
     return {field.name: copy.deepcopy(getattr(args, field.name)) for field in fields(args)}
 
 
 def changed_since(args, before: Mapping) -> set[str]:
-    """Fields whose value is no longer that of a [`snapshot`]."""
+    """The fields of `args` whose value is no longer that of `before`, a [`snapshot`]."""
     return {name for name, value in before.items() if getattr(args, name) != value}
 
 
 def refuse_changes(changed: Iterable[str], args, before: Mapping) -> None:
-    """Refuses changes of what a trainer has already made use of.
+    """Refuses changes to what a trainer has already used.
+
+    Args:
+        changed (`Iterable[str]`): fields; if there are none, nothing is refused.
+        args (`TrainingArguments`): with the new values.
+        before (`Mapping`): the old ones, a [`snapshot`].
 
     Raises:
         ValueError: naming each field with both values.
@@ -250,13 +261,14 @@ def refuse_changes(changed: Iterable[str], args, before: Mapping) -> None:
     listed = ", ".join(f"{name} from {before[name]!r} to {getattr(args, name)!r}" for name in sorted(changed))
     if listed:
         raise ValueError(
-            f"trainer.args was changed after the trainer was made: {listed}. That was read while it was made (models, "
-            "prepared rows, processes) and would not be honoured now: make a new trainer with these arguments."
+            f"trainer.args was changed after the trainer was made: {listed}. These values were used to make it "
+            "(models, prepared rows, processes), and changes would have no effect: make a new trainer with these "
+            "arguments."
         )
 
 
 def _inherited(args) -> list:
-    """The fields of a configuration that `TrainingArguments` of the installed transformers has."""
+    """The fields of a configuration that it has from the installed transformers' `TrainingArguments`."""
     names = {field.name for field in fields(TrainingArguments)}
     return [field for field in fields(args) if field.name in names]
 
@@ -264,4 +276,4 @@ def _inherited(args) -> list:
 def _is_default(value, field) -> bool:
     default = field.default if field.default_factory is MISSING else field.default_factory()
     value = value.value if isinstance(value, Enum) else value
-    return value == default or (not value and not default)  # None, "", 0 and False all mean: not set
+    return value == default or (not value and not default)  # None, "", 0 and False all mean "not set"

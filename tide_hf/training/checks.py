@@ -1,4 +1,4 @@
-"""What a trainer is given, checked before anything is loaded or prepared: models, tokenizers, rows."""
+"""Checks of what a trainer is given, before anything is loaded or prepared: models, tokenizers, rows."""
 
 from os import PathLike
 
@@ -13,40 +13,56 @@ logger = logging.get_logger(__name__)
 
 
 def require_rows(name: str, dataset) -> None:
-    """Refuses what is no table and no stream of the datasets library; None passes.
+    """Refuses anything but a table or stream of the datasets library.
+
+    Args:
+        name (`str`): the argument's, for the message.
+        dataset: what was given; None passes.
 
     Raises:
-        ValueError: naming what came, and how to make a dataset of it.
+        ValueError: naming what was given, and how to make a dataset of it.
     """
     if dataset is None or isinstance(dataset, Dataset | IterableDataset):
         return
-    hint = "datasets.Dataset.from_list makes one of rows that can be listed, Dataset.from_generator of others"
+    hint = "make one with datasets.Dataset.from_list or Dataset.from_generator"
     if isinstance(dataset, dict):
         hint = f"give one of its parts: {', '.join(map(repr, dataset))}"
     elif callable(dataset):
-        hint = "the order of positional arguments is not that of transformers.Trainer, so name them"
+        hint = "positional arguments are in another order than those of transformers.Trainer, so name them"
     raise ValueError(
-        f"{name} is a {type(dataset).__name__}; expected a datasets.Dataset or datasets.IterableDataset: {hint}."
+        f"{name} has the type {type(dataset).__name__}; expected a datasets.Dataset or "
+        f"datasets.IterableDataset: {hint}."
     )
 
 
 def require_tokenizer(name: str, tokenizer) -> None:
-    """Refuses what is no tokenizer; None passes.
+    """Refuses anything but a tokenizer.
+
+    Args:
+        name (`str`): the argument's, for the message.
+        tokenizer: what was given; None passes.
 
     Raises:
-        ValueError: naming what came.
+        ValueError: naming what was given.
     """
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(
-            f"{name} is a {type(tokenizer).__name__}; expected a tokenizer, as AutoTokenizer.from_pretrained gives it."
+            f"{name} has the type {type(tokenizer).__name__}; expected a tokenizer, as "
+            "AutoTokenizer.from_pretrained returns it."
         )
 
 
 def require_vocabulary(who: str, tokenizer, config) -> None:
     """Refuses a tokenizer with ids that a network has no embedding for.
 
-    Special tokens that the tokenizer itself never writes stand in no text but their own, and some tokenizer classes
-    add theirs to any vocabulary: they are named in a warning, and a row that does hold one is refused when it is read.
+    Special tokens that the tokenizer never writes by itself only occur in texts that spell them out, and some
+    tokenizer classes add theirs to any vocabulary: a warning names them, and a row that does contain one is refused
+    when it is read.
+
+    Args:
+        who (`str`): `"student"` or `"teacher"`, for the message.
+        tokenizer (`PreTrainedTokenizerBase`): of the rows.
+        config (`PreTrainedConfig`): of the network.
 
     Raises:
         ValueError: naming the token, its id and the vocabulary.
@@ -66,7 +82,7 @@ def require_vocabulary(who: str, tokenizer, config) -> None:
             f"{what}: make room for it with model.resize_token_embeddings(len(tokenizer)), or give the tokenizer that "
             "belongs to the model."
         )
-    logger.warning_once(f"{what}. Rows that hold it will be refused.")
+    logger.warning_once(f"{what}. Rows that contain it will be refused.")
 
 
 def require_divergence(objective) -> None:
@@ -85,6 +101,9 @@ def require_divergence(objective) -> None:
 def refuse_data_parallel(args) -> None:
     """Refuses several GPUs in one process.
 
+    Args:
+        args (`TrainingArguments`): of the run.
+
     Raises:
         ValueError: with what to do instead.
     """
@@ -96,11 +115,11 @@ def refuse_data_parallel(args) -> None:
 
 
 def refuse_own_teacher(model, teacher, adapts: bool) -> None:
-    """Refuses what is no teacher, and a teacher that would move with the student.
+    """Refuses anything but a model as teacher, and a teacher whose parameters are trained with the student.
 
     Args:
         model (`str` or `PreTrainedModel`), teacher (*optional*): as the trainer was given them.
-        adapts (`bool`): whether an adapter is made on the student, whose own parameters then stand still.
+        adapts (`bool`): whether the student gets an adapter, which leaves its own parameters frozen.
 
     Raises:
         ValueError: with what to do.
@@ -109,8 +128,8 @@ def refuse_own_teacher(model, teacher, adapts: bool) -> None:
         return
     if not isinstance(teacher, PreTrainedModel | PeftModel):
         raise ValueError(
-            f"teacher is a {type(teacher).__name__}; expected a name, a folder, or a model as from_pretrained gives "
-            "it."
+            f"teacher has the type {type(teacher).__name__}; expected a name, a folder, or a model as from_pretrained "
+            "returns it."
         )
     if isinstance(model, str | PathLike):
         return
@@ -118,13 +137,16 @@ def refuse_own_teacher(model, teacher, adapts: bool) -> None:
     shared = teacher is model or any(value.data_ptr() in own for value in teacher.parameters() if value.numel())
     if shared:
         raise ValueError(
-            "Teacher and student share parameters, so that the teacher would change with the student: load the "
-            "teacher a second time, or give its name."
+            "Teacher and student share parameters, so the teacher would change with the student: load the teacher a "
+            "second time, or give its name."
         )
 
 
 def refuse_loading_arguments(args) -> None:
-    """Refuses arguments that say how a teacher is loaded, where it is given as an instance.
+    """Refuses arguments about loading the teacher if it is given as an instance.
+
+    Args:
+        args ([`TIDEConfig`]): of the run.
 
     Raises:
         ValueError: naming them.
@@ -137,8 +159,8 @@ def refuse_loading_arguments(args) -> None:
     names = [name for name, is_given in given.items() if is_given]
     if names:
         raise ValueError(
-            f"{', '.join(names)} say how a teacher is loaded, and the teacher is given as an instance: load it so, or "
-            "give its name."
+            f"{', '.join(names)}: only used to load a teacher by name, but the teacher is given as an instance. "
+            "Load it that way yourself, or give its name."
         )
 
 

@@ -1,12 +1,15 @@
 """TIDEConfig: transformers' training arguments plus every knob of the distillation; and what other configs share."""
 
+import json
 import math
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from inspect import get_annotations
+from itertools import chain
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 from transformers import TrainingArguments
 
@@ -18,23 +21,11 @@ from .checks import check_block_size
 from .objective import NO_DIVERGENCE
 from .presets import PRESETS
 
-CHOICES = {
-    "preset": (*PRESETS, None),
-    "alignment": ("auto", "token", "chunk"),
-    "divergence": (*DIVERGENCES, NO_DIVERGENCE, None),
-    "lambda_growth": ("cosine", "linear", None),
-    "lambda_axes": ("both", "progress", "time", None),
-    "timestep_weight": ("midrange", "uniform", None),
-    "tidal_normalization": ("none", "expected", None),
-    "schedule": (*SCHEDULES, None),
-    "ce_weighting": ("schedule", "uniform"),
-    "chunk_weighting": ("paper", "exact"),
-    "loss_normalization": ("token", "sequence", "batch"),
-    "eos_fill": EOS_FILLS,
-    "trained_turns": TRAINED_TURNS,
-    "nonfinite": ("stop", "skip"),
-    "teacher_context": ("paper", "native"),
-    "teacher_dtype": ("auto", "float32", "bfloat16", "float16"),
+# fields whose choices programs may add to: what the tables hold when a value is checked counts
+REGISTRIES: dict[str, tuple[Collection[str], ...]] = {
+    "schedule": (SCHEDULES,),
+    "preset": (PRESETS,),
+    "divergence": (DIVERGENCES, (NO_DIVERGENCE,)),
 }
 # parameters of the divergences, as fields of TIDEConfig: {divergence}_{parameter}
 PARAMETERS = {f"{name}_{knob.name}": knob for name, cls in DIVERGENCES.items() for knob in fields(cls)}
@@ -63,17 +54,60 @@ def _knob(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
-def check_fields(config, choices: dict[str, tuple], ranges: dict[str, tuple[float, float, bool]]) -> None:
-    """Checks those fields of a configuration that it has; None passes a range.
+def choices_of(name: str) -> tuple[str, ...]:
+    """What the registries of a field, by `name`, hold at the moment; empty for a field without one."""
+    return tuple(chain(*REGISTRIES.get(name, ())))
+
+
+def declared_types(cls: type) -> dict[str, object]:
+    """The library's own fields of a configuration and their types as written in the class.
+
+    `dataclasses.fields` does not serve: HfArgumentParser overwrites the types there.
+
+    Args:
+        cls (`type`): a [`DiffusionTrainingArguments`] or a subclass.
+    """
+    declared = {}
+    for base in reversed(cls.__mro__):
+        if issubclass(base, DiffusionTrainingArguments):
+            declared |= {name: kind for name, kind in get_annotations(base).items() if name[0] != "_"}
+    return declared
+
+
+def check_types(config, declared: Mapping[str, object]) -> None:
+    """Checks that the fields of a configuration hold what they are declared to.
+
+    Args:
+        config: any object with these fields.
+        declared (`Mapping[str, object]`): field -> type; a `Literal` lists its choices, unless the field is one of
+            `REGISTRIES`.
 
     Raises:
-        ValueError: for an unknown choice or a number out of range, with what is allowed.
+        ValueError: naming the field, its value, and the choices or types that are allowed.
     """
-    for name, allowed in choices.items():
-        value = getattr(config, name, allowed[0])
-        if value not in allowed:
-            known = ", ".join(str(choice) for choice in allowed if choice is not None)
-            raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
+    for name, kind in declared.items():
+        value = getattr(config, name)
+        parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        choices = next((get_args(part) for part in parts if get_origin(part) is Literal), None)
+        if choices is not None:
+            choices = choices_of(name) or choices
+            if value not in choices and not (value is None and NoneType in parts):
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
+        elif not any(_is_of(value, part) for part in parts):
+            names = " or ".join("None" if part is NoneType else getattr(part, "__name__", str(part)) for part in parts)
+            raise ValueError(f"{name}={value!r} has the type {type(value).__name__}; expected {names}.")
+
+
+def check_ranges(config, ranges: Mapping[str, tuple[float, float, bool]]) -> None:
+    """Checks those numbers of a configuration that it has; None always passes.
+
+    Args:
+        config: any object with fields.
+        ranges (`Mapping[str, tuple]`): field -> smallest and largest value, and whether these two are allowed.
+
+    Raises:
+        ValueError: naming the field, its value and the range.
+    """
     for name, (low, high, closed) in ranges.items():
         value = getattr(config, name, None)
         if value is None:
@@ -82,26 +116,6 @@ def check_fields(config, choices: dict[str, tuple], ranges: dict[str, tuple[floa
         if not (inside and math.isfinite(value)):
             ends = "[]" if closed and high != float("inf") else "[)" if closed else "()"
             raise ValueError(f"{name}={value} is out of range; it must lie in {ends[0]}{low:g}, {high:g}{ends[1]}.")
-
-
-def check_types(config) -> None:
-    """Checks that the library's own fields of a configuration hold what they are declared to.
-
-    Raises:
-        ValueError: naming the field, its value and the declared type.
-    """
-    declared = {}
-    for cls in reversed(type(config).__mro__):
-        if issubclass(cls, DiffusionTrainingArguments):  # HfArgumentParser rewrites the types of dataclasses.fields
-            declared |= {name: kind for name, kind in get_annotations(cls).items() if name[0] != "_"}
-    for name, kind in declared.items():
-        value, is_union = getattr(config, name), get_origin(kind) in (Union, UnionType)
-        allowed = get_args(kind) if is_union else (kind,)
-        if not any(_is_of(value, part) for part in allowed):
-            names = " or ".join(
-                "None" if part is NoneType else getattr(part, "__name__", str(part)) for part in allowed
-            )
-            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {names}.")
 
 
 def _is_of(value, kind) -> bool:
@@ -114,49 +128,58 @@ def _is_of(value, kind) -> bool:
 
 @dataclass
 class DiffusionTrainingArguments(TrainingArguments):
-    """What every trainer of a diffusion LM is told: forward process, blocks, rows.
+    """What the trainers of diffusion LMs have in common: forward process, blocks, rows.
 
-    Everything of [`~transformers.TrainingArguments`], and the fields below.
+    Everything in [`~transformers.TrainingArguments`], and the fields below.
 
     Raises:
         ValueError: for an unknown choice or a number out of range, with what is allowed.
     """
 
-    schedule: str | None = _knob(
+    schedule: Literal[tuple(SCHEDULES)] | None = _knob(
         None,
-        "α(t), the probability that a position stays clean: linear 1−t or cosine; the student's own by default. A "
-        "given one is written into its config.",
+        "α(t), the probability that a position is still clean at diffusion time t: linear, 1−t, or cosine; by default "
+        "the student's own. A schedule given here is written into the student's config.",
     )
     time_epsilon: float = _knob(TIME_EPSILON, "Smallest diffusion time, in (0, 1).")
     block_size: int | None = _knob(
         None,
-        "Tokens per diffusion block; the student's own by default. Divides max_length. A given one is written into "
-        "its config and generation config.",
+        "Tokens per diffusion block, a divisor of max_length; by default the student's own. A size given here is "
+        "written into the student's config and generation config.",
     )
-    max_length: int = _knob(512, "Tokens of a student row; longer rows are cut.")
-    eos_fill: str = _knob(
-        "block", "What follows the last answer's end: none, EOS to the block's end (trained on), EOS to max_length."
+    max_length: int = _knob(512, "Maximum number of tokens in a student row; longer rows are truncated.")
+    eos_fill: Literal[EOS_FILLS] = _knob(
+        "block",
+        "EOS tokens after the last answer, trained on: none; block, to the end of its block; end, to max_length.",
     )
-    trained_turns: str = _knob("all", "Assistant turns of a conversation that are trained on: all, or the last alone.")
-    chat_template: str | None = _knob(None, "Chat template in place of the tokenizer's: a .jinja file or the text.")
+    trained_turns: Literal[TRAINED_TURNS] = _knob(
+        "all", "Assistant turns of a conversation that are trained on: all of them, or only the last."
+    )
+    chat_template: str | None = _knob(
+        None, "Chat template to use instead of the tokenizer's: a .jinja file or the template itself."
+    )
     chat_template_kwargs: dict | str | None = _knob(
-        None, "Settings of the chat templates (JSON on a command line); enable_thinking=false where one reads that."
+        None,
+        "Settings passed to the chat templates (JSON on a command line). By default those stored in the student's "
+        "template, else enable_thinking=false where a template reads it.",
     )
-    dataset_num_proc: int | None = _knob(None, "Processes that prepare the dataset.")
-    mask_token_id: int | None = _knob(None, "Student's [MASK]; from its config or tokenizer by default.")
-    nonfinite: str = _knob(
+    dataset_num_proc: int | None = _knob(None, "Number of processes that prepare the dataset.")
+    mask_token_id: int | None = _knob(None, "Id of the student's [MASK]; by default from its config or tokenizer.")
+    nonfinite: Literal["stop", "skip"] = _knob(
         "stop",
-        "A step whose loss or a gradient is NaN or infinite: stop the run before it is taken, or skip it and go on "
-        "(ten in a row stop the run). Either writes its batches to a file, nonfinite-step….pt.",
+        "What to do about a NaN or infinite loss or gradient: stop the run before the optimizer steps, or skip the "
+        "step (ten in a row stop the run). Either way the step's batches are written to nonfinite-step….pt.",
     )
     model_init_kwargs: dict | str | None = _knob(
-        None, "from_pretrained arguments of the student (JSON on a command line)."
+        None, "Arguments of from_pretrained for the student (JSON on a command line)."
     )
-    remove_unused_columns: bool | None = _knob(False, "Kept False: the step needs row_key and the chunk columns.")
+    remove_unused_columns: bool | None = _knob(
+        False, "Must stay False: a training step needs row_key and the chunk columns."
+    )
     logging_nan_inf_filter: bool = _knob(
         False,
-        "transformers': replaces a loss that is not finite in the log, and has the host wait for a GPU twice per "
-        "micro-batch to see it. Not needed here: see nonfinite.",
+        "transformers' filter, which hides a non-finite loss from the log and makes the host wait for the GPU twice "
+        "per micro-batch. Not needed here: see nonfinite.",
     )
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012  (transformers')
@@ -170,17 +193,24 @@ class DiffusionTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.check_own_fields()
+        for name in self._VALID_DICT_FIELDS:  # transformers reads this JSON too, and its error names no field
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}={value!r} is not valid JSON: {error}.") from None
         metric = self.metric_for_best_model
         if self.greater_is_better is None and metric is not None and OWN_METRIC.search(metric):
-            self.greater_is_better = False  # transformers takes what does not end in "loss" for a score
+            self.greater_is_better = False  # transformers' default is True unless the name ends in "loss"
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
-            # a streaming dataset is read by every process: noise is drawn on the host, nothing is broadcast
+            # every process reads a streaming dataset itself and draws noise on the host: nothing is broadcast
             self.accelerator_config.dispatch_batches = False
         self.check()
 
     def check(self) -> None:
-        """Checks all fields; trainers call it when they are made and when they begin, for fields can be assigned.
+        """Checks all fields. Trainers call it at construction and before training: fields can be assigned later.
 
         Raises:
             ValueError: naming the field, its value, and what is allowed.
@@ -190,14 +220,18 @@ class DiffusionTrainingArguments(TrainingArguments):
             value = getattr(self, name, None)
             if isinstance(value, str):
                 raise ValueError(
-                    f"{name}={value!r} is no dictionary; on a command line give JSON: '{{\"dtype\": …}}'."
+                    f"{name}={value!r} is not a dictionary; on a command line give JSON: '{{\"dtype\": …}}'."
                 )
         check_training_arguments(self, self.REFUSED)
 
     def check_own_fields(self) -> None:
-        """Checks the fields that transformers does not know."""
-        check_types(self)
-        check_fields(self, CHOICES, RANGES)
+        """Checks the fields that transformers does not know.
+
+        Raises:
+            ValueError: naming the field, its value, and what is allowed.
+        """
+        check_types(self, declared_types(type(self)))
+        check_ranges(self, RANGES)
         if self.block_size is not None:
             check_block_size(self.block_size, self.max_length)
         if self.remove_unused_columns:
@@ -207,7 +241,7 @@ class DiffusionTrainingArguments(TrainingArguments):
 _DivergenceParameters = make_dataclass(
     "_DivergenceParameters",
     [
-        (name, float | None, _knob(None, f"{knob.metadata['help']}. {knob.default:g}."))
+        (name, float | None, _knob(None, f"{knob.metadata['help']}. Preset value: {knob.default:g}."))
         for name, knob in PARAMETERS.items()
     ],
     bases=(DiffusionTrainingArguments,),
@@ -218,87 +252,112 @@ _DivergenceParameters = make_dataclass(
 class TIDEConfig(_DivergenceParameters):
     """Arguments of [`TIDETrainer`].
 
-    Everything of [`DiffusionTrainingArguments`], and the fields below. Those that default to None are filled from
+    Everything in [`DiffusionTrainingArguments`], and the fields below. Those that default to None are filled in from
     `preset` once both tokenizers are known (see `trainer.objective`); a given value always wins.
 
     Raises:
         ValueError: for an unknown choice or a number out of range, with what is allowed.
     """
 
-    preset: str | None = _knob(
+    preset: Literal[tuple(PRESETS)] | None = _knob(
         "tide-shared",
-        "Objective to start from: tide-shared (CE + TIDAL + CompDemo), tide-cross (CE + Reverse CALM; with a shared "
-        "tokenizer reverse KL), or a baseline: kl, reverse-kl, calm, ce (no teacher). SPEC: TIDE 2604.26951, table of "
-        "hyperparameters.",
+        "Objective to start from: tide-shared (CE + TIDAL + CompDemo), tide-cross (CE + Reverse CALM; with one shared "
+        "tokenizer reverse KL), or a baseline: kl, reverse-kl, calm, ce (no teacher). Source: TIDE (arXiv "
+        "2604.26951), table of hyperparameters.",
     )
-    alignment: str = _knob(
-        "auto", "token (one shared tokenizer), chunk (two tokenizers), or auto: decided from the two tokenizers."
+    alignment: Literal["auto", "token", "chunk"] = _knob(
+        "auto", "token (one shared tokenizer), chunk (two tokenizers), or auto: decided by comparing the tokenizers."
     )
-    divergence: str | None = _knob(
+    divergence: Literal[(*DIVERGENCES, NO_DIVERGENCE)] | None = _knob(
         None,
-        "; ".join(
+        "Divergence between student and teacher, "
+        + "; ".join(
             f"of {pairs}s: {', '.join(name for name, cls in DIVERGENCES.items() if cls.pairs == pairs)}"
             for pairs in ("token", "chunk")
         )
         + "; or none.",
     )
-    tidal: bool | None = _knob(None, "TIDAL: targets that move from the student's to the teacher's distribution.")
-    allow_reverse_tidal: bool = _knob(False, "Allow tidal with reverse_calm, an ablation of the paper's code.")
+    tidal: bool | None = _knob(
+        None, "TIDAL: the target moves from the student's own distribution to the teacher's as training progresses."
+    )
+    allow_reverse_tidal: bool = _knob(False, "Allow tidal with reverse_calm, an ablation in the paper's code.")
     comp_demo: bool | None = _knob(
         None, "CompDemo: the teacher predicts each half of the masked positions with the other half revealed."
     )
-    demo_ratio: float | None = _knob(None, "CompDemo: probability that a masked position is in the first half. 0.5.")
-    ce_weight: float | None = _knob(None, "Weight of the denoising loss on the data. 1.")
-    distill_weight: float | None = _knob(None, "Weight of the divergence or of TIDAL. 1.")
+    demo_ratio: float | None = _knob(
+        None, "CompDemo: probability that a masked position falls into the first half. Preset value: 0.5."
+    )
+    ce_weight: float | None = _knob(None, "Weight of the denoising loss on the data. Preset value: 1.")
+    distill_weight: float | None = _knob(None, "Weight of the divergence or of TIDAL. Preset value: 1.")
     temperature: float | None = _knob(
-        None, "T > 0 of both softmaxes, or root of the chunk probabilities. Token terms are multiplied by T². 2."
-    )
-    lambda_init: float | None = _knob(None, "TIDAL: λ at the start of training, in [0, 1]. 0.1.")
-    lambda_max: float | None = _knob(None, "TIDAL: λ at the end of training, in [0, 1]. 0.9.")
-    lambda_growth: str | None = _knob(None, "TIDAL: cosine or linear growth of λ over training. cosine.")
-    lambda_axes: str | None = _knob(None, "TIDAL: both λ(s)(1−t), progress λ(s), or time λ_max(1−t). both.")
-    timestep_weight: str | None = _knob(None, "TIDAL: ω(t), midrange exp(−(t−½)²/(2·0.15²)) or uniform. midrange.")
-    tidal_normalization: str | None = _knob(
         None,
-        "none (paper), or expected: divide TIDAL by its average strength against KL (0.0856 with the defaults), so "
-        "that distill_weight means the same for every objective. none.",
+        "Temperature T > 0 of both softmaxes, whose term is multiplied by T²; chunk probabilities are taken to the "
+        "power 1/T. Preset value: 2.",
     )
-    ce_weighting: str = _knob(
-        "schedule", "Weight of the denoising loss: schedule −α′/(1−α), 1/t if linear; or uniform."
+    lambda_init: float | None = _knob(
+        None, "TIDAL: λ, the teacher's share of the target, at the start of training, in [0, 1]. Preset value: 0.1."
     )
-    chunk_weighting: str = _knob(
+    lambda_max: float | None = _knob(None, "TIDAL: λ at the end of training, in [0, 1]. Preset value: 0.9.")
+    lambda_growth: Literal["linear", "cosine"] | None = _knob(
+        None, "TIDAL: how λ grows over training. Preset value: cosine."
+    )
+    lambda_axes: Literal["both", "progress", "time"] | None = _knob(
+        None,
+        "TIDAL: what λ depends on: both training progress s and diffusion time t, λ(s)(1−t); progress alone, λ(s); or "
+        "time alone, λ_max(1−t). Preset value: both.",
+    )
+    timestep_weight: Literal["midrange", "uniform"] | None = _knob(
+        None, "TIDAL: ω(t), midrange exp(−(t−½)²/(2·0.15²)) or uniform. Preset value: midrange."
+    )
+    tidal_normalization: Literal["none", "expected"] | None = _knob(
+        None,
+        "none (as in the paper), or expected: divide TIDAL by its average strength relative to KL (0.0856 with the "
+        "defaults), so that distill_weight means the same for every objective. Preset value: none.",
+    )
+    ce_weighting: Literal["schedule", "uniform"] = _knob(
+        "schedule",
+        "Weight of the denoising loss at time t: schedule, −α′/(1−α), which is 1/t for the linear schedule; or "
+        "uniform.",
+    )
+    chunk_weighting: Literal["paper", "exact"] = _knob(
         "exact",
-        "Two tokenizers: denoising weight of a position masked by completion of a chunk of k trained-on tokens: exact "
-        "−α′/(1−α^k), or paper, w(t), which weighs long chunks too much, since they are masked more often.",
+        "With two tokenizers, a chunk of k trained-on tokens is masked as a whole, so more often than a single token. "
+        "exact weights its denoising loss by −α′/(1−α^k); paper ignores this and gives long chunks too much weight.",
     )
-    loss_normalization: str = _knob(
+    loss_normalization: Literal["token", "sequence", "batch"] = _knob(
         "token",
-        "What the denoising sum is divided by: trained-on tokens of the global batch (token), those of each sequence "
-        "and the number of sequences (sequence), or the number of sequences (batch).",
+        "What the denoising loss is divided by: the trained-on tokens of the global batch (token), those of each "
+        "sequence and then the number of sequences (sequence), or only the number of sequences (batch).",
     )
-    teacher_max_length: int | None = _knob(None, "Tokens of a teacher row; as max_length by default.")
+    teacher_max_length: int | None = _knob(None, "Maximum number of tokens in a teacher row; by default max_length.")
     eval_noise_levels: list[float] | None = _knob(
         None, "Diffusion times at which evaluation also reports the negative log-likelihood per masked token, in nats."
     )
     teacher_mask_token_id: int | None = _knob(
-        None, "Teacher's [MASK]; from its config, tokenizer or family by default."
+        None, "Id of the teacher's [MASK]; by default from its config, tokenizer or model family."
     )
     shared_vocab_size: int | None = _knob(
-        None, "First ids that mean the same on both sides; found by comparing the tokenizers by default."
+        None, "Number of leading ids that mean the same on both sides; by default found by comparing the tokenizers."
     )
-    teacher_context: str = _knob(
+    teacher_context: Literal["paper", "native"] = _knob(
         "paper", "What the teacher sees: paper (as published TIDE fed it) or native (as it was trained)."
     )
-    teacher_dtype: str = _knob("auto", "Precision the teacher is loaded in: auto, float32, bfloat16, float16.")
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _knob(
+        "auto", "Precision to load the teacher in; auto is the checkpoint's own."
+    )
     teacher_load_in_4bit: bool = _knob(False, "Load the teacher in 4 bits (needs the quant extra).")
     teacher_model_init_kwargs: dict | str | None = _knob(
-        None, "from_pretrained arguments of the teacher (JSON on a command line)."
+        None, "Arguments of from_pretrained for the teacher (JSON on a command line)."
     )
 
     _VALID_DICT_FIELDS = [*DiffusionTrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]  # noqa: RUF012
 
     def check_own_fields(self) -> None:
-        """Also the noise levels of evaluation, of which each is reported under a name of its own."""
+        """As [`DiffusionTrainingArguments.check_own_fields`]; also the noise levels of evaluation.
+
+        Raises:
+            ValueError: also for levels out of range, or so close that they would be reported under one name.
+        """
         super().check_own_fields()
         levels = self.eval_noise_levels or []
         for level in levels:
@@ -306,4 +365,4 @@ class TIDEConfig(_DivergenceParameters):
                 raise ValueError(f"eval_noise_levels must lie in (0, 1], got {level}.")
         names = [f"nll_{level:g}" for level in levels]
         if len(set(names)) < len(names):
-            raise ValueError(f"eval_noise_levels={levels} would report two levels under one name, of {names}.")
+            raise ValueError(f"eval_noise_levels={levels} would report two levels under the same name: {names}.")

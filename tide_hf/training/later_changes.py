@@ -1,4 +1,4 @@
-"""What happens to arguments that are changed after a trainer was made: honoured, or refused by name."""
+"""Arguments that are changed after a trainer was made: honoured, or refused by name."""
 
 from dataclasses import fields
 
@@ -8,7 +8,7 @@ from transformers.utils import logging
 from .arguments import AT_CONSTRUCTION, BY_THE_HUB, BY_THE_OPTIMIZER, changed_since, refuse_changes, snapshot
 
 logger = logging.get_logger(__name__)
-# of one setting of activation checkpointing, transformers reads the second name
+# two names for one setting, of which transformers reads the second
 ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -16,19 +16,19 @@ ALIASES = {
 
 
 class LaterChangesMixin:
-    """Looks at `trainer.args` when training and evaluation begin; stands before `transformers.Trainer`.
+    """Compares `trainer.args` with its earlier state when training and evaluation begin; a base before `Trainer`.
 
-    Fields of `TrainingArguments` are honoured where Trainer reads them late, and refused where it has read them for
-    good. Of the library's own fields the sets below are honoured; a field in none of them is refused.
+    Changed fields of `TrainingArguments` are honoured if Trainer reads them late, and refused if it has already used
+    them. Of the library's own fields those in the sets below are honoured, and all others refused.
     """
 
     # own fields that are read while training and evaluating
     LIVE = frozenset({"dataset_num_proc"})
-    # own fields from which `_resolve_again` decides anew
+    # own fields that `_resolve_again` takes over
     RESOLVED = frozenset()
 
     def _honour_changes(self) -> None:
-        """Takes over what was changed in `args`.
+        """Takes over changes in `args`.
 
         Raises:
             ValueError: naming what was changed and cannot be honoured.
@@ -60,10 +60,10 @@ class LaterChangesMixin:
         self._args_before = snapshot(args)
 
     def _renew_optimizer(self, changed: set[str]) -> None:
-        """The next training makes its optimizer anew."""
+        """Makes the next training create its optimizer again."""
         if self.optimizer is not None and self._optimizer_is_given:
             refuse_changes(changed, self.args, self._args_before)
         self.optimizer = None
 
     def _resolve_again(self) -> None:
-        """Decides anew what follows from `RESOLVED`."""
+        """Decides again what follows from the fields in `RESOLVED`."""

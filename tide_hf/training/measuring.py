@@ -1,4 +1,4 @@
-"""What an evaluation measures of a noised batch, row by row, and the predictions it keeps.
+"""What evaluation measures in a noised batch, row by row, and the predictions it keeps.
 
 Shapes: B rows, L positions, N masked positions, H hidden, V vocabulary.
 """
@@ -13,25 +13,28 @@ from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 from ..diffusion import NoisedBatch
 
 IGNORED = -100
-# logits that exist at once where predictions are made
+# logits that are in memory at once when predictions are made
 SLICE_LOGITS = 2**25
 
 
 def without_chunks(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch as if no token had a chunk: masks are drawn token by token, and nothing is paired with a teacher."""
+    """The `batch` as if no token had a chunk: masks are drawn per token, and nothing is paired with a teacher."""
     chunks = {name: torch.full_like(batch[name], -1) for name in ("chunk_ids", "teacher_chunk_ids") if name in batch}
     return {**batch, **chunks}
 
 
 def fill_positions(labels_BL: torch.Tensor, valid_BL: torch.Tensor, eos_token_id: int | None) -> torch.Tensor:
-    """bool `(B, L)`: end-of-text tokens that fill a row behind its answer's end.
+    """Finds the EOS tokens that fill a row after its answer.
 
-    They are the trained-on EOS at the very end of a row, but for the first of them, which ends the answer.
+    They are the trained-on EOS tokens at the very end of a row, except for the first, which ends the answer.
 
     Args:
         labels_BL (`torch.LongTensor` of shape `(B, L)`): −100 where not trained on.
         valid_BL (`torch.BoolTensor` of shape `(B, L)`): False at padding, which stands at the end.
-        eos_token_id (`int`, *optional*): of the student's tokenizer; None: there is no fill.
+        eos_token_id (`int`, *optional*): of the student's tokenizer; without one there is no fill.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, L)`.
     """
     if eos_token_id is None:
         return torch.zeros_like(valid_BL)
@@ -46,7 +49,7 @@ def mark_fill(batch: NoisedBatch, fill_BL: torch.Tensor) -> NoisedBatch:
 
 
 def count_rows(rows: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
-    """How often each row number occurs, (B,)."""
+    """Counts how often each row number occurs in `rows`; `(B,)`, with dtype and device of `like_B`."""
     return torch.zeros_like(like_B).index_add_(0, rows, torch.ones_like(rows, dtype=like_B.dtype))
 
 
@@ -54,23 +57,29 @@ def count_rows(rows: torch.Tensor, like_B: torch.Tensor) -> torch.Tensor:
 def predict_masked(
     hidden_NH: torch.Tensor, weight_VH: torch.Tensor, targets_N: torch.Tensor, preprocess: Callable | None
 ) -> torch.Tensor:
-    """The likeliest token of each masked position `(N,)`, or what `preprocess` makes of the logits, `(N, …)`.
+    """Predicts the masked positions: the most probable token, or whatever `preprocess` makes of the logits.
 
     Args:
+        hidden_NH (`torch.Tensor` of shape `(N, H)`): hidden states before the head.
+        weight_VH (`torch.Tensor` of shape `(V, H)`): of the head.
+        targets_N (`torch.LongTensor` of shape `(N,)`): true tokens.
         preprocess (`Callable`, *optional*): `(logits (n, V), labels (n,)) -> (n, …)`, called for a slice of the
             positions at a time.
 
+    Returns:
+        `torch.Tensor` of shape `(N,)`, or `(N, …)` with `preprocess`.
+
     Raises:
-        ValueError: if it returns something else than a tensor with one entry per position.
+        ValueError: if `preprocess` returns anything but a tensor with one entry per position.
     """
     found, size = [], max(SLICE_LOGITS // len(weight_VH), 1)
-    for start in range(0, max(len(hidden_NH), 1), size):  # once where there is none, for the shape of an entry
+    for start in range(0, max(len(hidden_NH), 1), size):  # also without any position, for the shape of an entry
         logits, labels = hidden_NH[start : start + size] @ weight_VH.T, targets_N[start : start + size]
         result = logits.argmax(-1) if preprocess is None else preprocess(logits, labels)
         if not isinstance(result, torch.Tensor) or result.shape[:1] != labels.shape:
             shape = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
             raise ValueError(
-                f"preprocess_logits_for_metrics was given the logits {tuple(logits.shape)} and labels "
+                f"preprocess_logits_for_metrics was given logits {tuple(logits.shape)} and labels "
                 f"{tuple(labels.shape)} of {len(labels)} masked positions and returned {shape}; expected a tensor "
                 "with one entry per position."
             )
@@ -79,7 +88,16 @@ def predict_masked(
 
 
 def on_rows(values_N: torch.Tensor, batch: NoisedBatch, length: int) -> torch.Tensor:
-    """Values of the masked positions in their rows `(B, L, …)`, −100 elsewhere."""
+    """Puts values of masked positions into their rows.
+
+    Args:
+        values_N (`torch.Tensor` of shape `(N, …)`): of the masked positions.
+        batch (`NoisedBatch`): they belong to.
+        length (`int`): L of the rows.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L, …)`, −100 where nothing is masked.
+    """
     values_N = values_N.long() if values_N.dtype == torch.bool else values_N
     rows = values_N.new_full((len(batch.t), length, *values_N.shape[1:]), IGNORED)
     rows[batch.row, _positions(batch)] = values_N
@@ -92,13 +110,13 @@ def _positions(batch: NoisedBatch) -> torch.Tensor:
 
 
 class Predictions:
-    """What `compute_metrics` and `predict` are given, kept as transformers keeps it.
+    """Collects what `compute_metrics` and `predict` are given, in the way transformers does.
 
     Args:
         args (`TrainingArguments`): eval_do_concat_batches, eval_accumulation_steps, batch_eval_metrics and
             include_for_metrics are read.
         compute_metrics (`Callable`, *optional*): the user's.
-        keep (`bool`): whether predictions are asked for even if metrics are computed batch by batch.
+        keep (`bool`): whether to keep predictions even if metrics are computed batch by batch.
     """
 
     def __init__(self, args, compute_metrics: Callable | None, keep: bool):
@@ -113,7 +131,7 @@ class Predictions:
         self._num_batches = 0
 
     def add(self, **tensors: torch.Tensor) -> None:
-        """One batch's `predictions`, `label_ids` and, where they are asked for, `inputs`; rows of all processes."""
+        """Adds a batch: `predictions`, `label_ids` and, if asked for, `inputs`, with the rows of all processes."""
         if self.by_batch:
             if self._last is not None:
                 self._compute(self._last, compute_result=False)

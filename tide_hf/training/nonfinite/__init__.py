@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are not finite: caught, named, written down; never saved."""
+"""Non-finite losses, gradients and weights: caught, named and written to a file, but never saved in a model."""
 
 from .checks import NonFiniteError, gradient_norms, require_finite
 from .guard import StepGuard

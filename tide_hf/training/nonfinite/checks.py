@@ -1,24 +1,33 @@
-"""Which tensors hold NaN or infinity."""
+"""Which tensors contain NaN or infinity."""
 
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch.distributed.tensor import DTensor
 
-NAMED = 3  # rows or parameters that a sentence names
+NAMED = 3  # rows or parameters that a message names
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, gradient or weight that is not finite, with its name."""
+    """A loss, gradient or weight is not finite; the message names it."""
 
 
 def local(value: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor."""
+    """This process's part of a tensor, `value`, sharded or not."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def norms(tensors: Iterable[torch.Tensor], order: float, device: torch.device | None = None) -> torch.Tensor:
-    """One norm per tensor, float32 at least, on one device; 0 of a tensor without elements."""
+    """Computes one norm per tensor; 0 for a tensor without elements.
+
+    Args:
+        tensors (`Iterable[torch.Tensor]`): of any shapes, K of them.
+        order (`float`): of the norm, such as 2 or `torch.inf`.
+        device (`torch.device`, *optional*): of the result; the first tensor's by default.
+
+    Returns:
+        `torch.Tensor` of shape `(K,)`: float32, or float64 if any tensor is.
+    """
     tensors = [value if value.numel() else value.new_zeros(1) for value in tensors]
     if not tensors:
         return torch.zeros(0, device=device)
@@ -28,13 +37,13 @@ def norms(tensors: Iterable[torch.Tensor], order: float, device: torch.device | 
 
 
 def gradient_norms(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, float]:
-    """2-norms of this process's part of each gradient there is."""
+    """2-norm of this process's part of each gradient; `parameters` without one are left out."""
     named = {name: local(value.grad) for name, value in parameters.items() if value.grad is not None}
     return dict(zip(named, norms(named.values(), 2).tolist(), strict=True))
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity; other types than floats are passed over."""
+    """Names of those `tensors` that contain NaN or infinity; only floating-point ones can."""
     floats = {
         name: local(value.detach())
         for name, value in tensors.items()
@@ -45,7 +54,7 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def some(names: list[str]) -> str:
-    """The first of many names."""
+    """The first few of many `names`, as text."""
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
@@ -56,9 +65,9 @@ def require_finite(
 
     Args:
         tensors (`Mapping[str, torch.Tensor]`): by name, sharded or not.
-        what (`str`): what would be made of them.
-        anywhere (`Callable`, *optional*): whether something is so here -> whether it is on any process; where all of
-            them are here.
+        what (`str`): what would be written of them, for the message.
+        anywhere (`Callable`, *optional*): takes whether something holds on this process and returns whether it holds
+            on any; for sharded weights.
 
     Raises:
         NonFiniteError: with the first names.
@@ -67,5 +76,5 @@ def require_finite(
     if bool(bad) if anywhere is None else anywhere(bool(bad)):
         holder = some(bad) if bad else "a tensor of another process"
         raise NonFiniteError(
-            f"{what} is not written: {holder} holds NaN or infinity. Go on from a checkpoint that was written before."
+            f"{what} is not written: {holder} contains NaN or infinity. Continue from an earlier checkpoint."
         )

@@ -1,9 +1,9 @@
-"""The look at loss and gradients of each step before the optimizer takes it.
+"""Checks loss and gradients of each step before the optimizer takes it.
 
-It costs one norm per gradient and, with several processes, the sum of one number over them. On a GPU the host does not
-wait for it: the optimizer's kernel itself reads the flag and does nothing (`found_inf`, as under a `GradScaler`), and
-the host reads it when the next step is about to be taken, or logged. An optimizer without that (all but torch's fused
-ones), and another device, has the flag read by the host before every step.
+This costs one norm per gradient and, with several processes, an all-reduce of one number. On a GPU the host does not
+wait for it: the optimizer's kernel reads the flag and does nothing (`found_inf`, as under a `GradScaler`), and the
+host reads the flag before the next step or log. For optimizers without this (all but torch's fused ones) and on other
+devices the host reads the flag before every step.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from .checks import NonFiniteError, local, norms, not_finite, some
 from .report import Step, find_causes, write_step
 
 logger = logging.get_logger(__name__)
-MAX_IN_A_ROW = 10  # steps left out one behind the other: so many are no single bad batch
-MAX_FILES = 10  # of one process and network
+MAX_IN_A_ROW = 10  # consecutive skipped steps; that many are not due to a single bad batch
+MAX_FILES = 10  # per process and network
 
 
 class _Flag:
-    """A flag of a device on its way to the host; asking for it waits for no later work of the device."""
+    """A flag on its way from a device to the host; reading it does not wait for later work of the device."""
 
     def __init__(self, flag: torch.Tensor):
         self.value, self.event = flag, None
@@ -38,22 +38,22 @@ class _Flag:
 
 
 class StepGuard:
-    """Keeps one network's optimizer from steps whose loss or gradient is not finite.
+    """Keeps a network's optimizer from taking steps whose loss or gradients are not finite.
 
     Args:
         trainer ([`~transformers.Trainer`]): with `args.nonfinite`; its state, accelerator and tokenizer are used.
         network (`str`): `"student"` or `"fake"`.
-        parameters (`Mapping[str, Parameter]`): what is trained, as the optimizer has it.
+        parameters (`Mapping[str, Parameter]`): the trained ones, as the optimizer has them.
         optimizer (`torch.optim.Optimizer`): of the network, wrapped by accelerate or not.
-        terms_of (`Callable`): host batch -> each term by row, `dict[str, Tensor (B,)]`; asked after a failure alone,
-            on all processes together.
+        terms_of (`Callable`): takes a batch on the host and returns each term of the loss by row,
+            `dict[str, Tensor (B,)]`; called only after a failure, on all processes together.
 
     Attributes:
-        bad (`torch.Tensor`): whether the step decided on last is left out, on the device.
-        num_skipped (`int`): steps left out since training began or went on, as far as the host knows.
+        bad (`torch.Tensor`): whether the latest step is skipped, on the device.
+        num_skipped (`int`): skipped steps since training began or resumed, as far as the host knows.
 
     Raises:
-        ValueError: for an optimizer or engine that steps before anybody can look.
+        ValueError: for an optimizer or engine that steps before gradients can be checked.
     """
 
     def __init__(self, trainer, network: str, parameters: Mapping, optimizer, terms_of: Callable[[Record], dict]):
@@ -64,29 +64,30 @@ class StepGuard:
         self.is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         _refuse_early_steps(self.args, self.is_deepspeed)
         self.num_skipped = self._in_a_row = self._num_files = 0
-        self._since_log = [0, 0]  # steps, and how many of them were left out
+        self._since_log = [0, 0]  # steps, and how many of them were skipped
         self.bad = self._pending = self._shown = None
         self._seen = Step()
 
     @property
     def reads_late(self) -> bool:
-        """Whether the device itself leaves a bad step out, and the host is told afterwards."""
+        """Whether the device itself skips a bad step, and the host learns of it afterwards."""
         supported = self.scaler is not None or getattr(self.optimizer, "_step_supports_amp_scaling", False)
         return supported and self.accelerator.device.type == "cuda"
 
     def saw(self, batch: Record, loss: torch.Tensor, is_last: bool) -> torch.Tensor:
-        """Takes a micro-batch in; with the last of a step, when its gradients are there, decides on the step.
+        """Records a micro-batch after its backward pass; with the last one of a step, decides on the step.
 
         Args:
             batch (`Record`): as it was noised, on the host.
-            loss (`torch.Tensor`): scalar.
+            loss (`torch.Tensor`): of the micro-batch, a scalar.
+            is_last (`bool`): whether it is the last micro-batch of the step.
 
         Returns:
-            `torch.Tensor`: what the micro-batch adds to the logged loss; over a step that is left out it sums to 0.
+            `torch.Tensor`: what the micro-batch adds to the logged loss; over a skipped step it sums to 0.
 
         Raises:
-            NonFiniteError: on all processes, if a loss or gradient of any is not finite and `args.nonfinite` is
-                `"stop"`, or `MAX_IN_A_ROW` steps were left out, or the weights themselves are not finite.
+            NonFiniteError: on all processes, if a loss or gradient on any is not finite and `args.nonfinite` is
+                `"stop"`, or `MAX_IN_A_ROW` consecutive steps were skipped, or the weights are not finite.
         """
         loss = loss.detach()
         self._seen.batches.append(batch)
@@ -100,10 +101,13 @@ class StepGuard:
         return torch.where(self.bad, 0.0 if before is None else -before, shown)
 
     def before_backward(self, batch: Record, loss: torch.Tensor) -> None:
-        """Looks at the loss alone where the backward pass steps, under DeepSpeed; elsewhere does nothing.
+        """Checks only the loss, under DeepSpeed, where the backward pass takes the step; otherwise does nothing.
+
+        Args:
+            batch (`Record`), loss (`torch.Tensor`): as in `saw`.
 
         Raises:
-            NonFiniteError: as `saw`.
+            NonFiniteError: as in `saw`.
         """
         if self.is_deepspeed and bool(self._anywhere(~loss.detach().isfinite())):
             self._seen.batches.append(batch)
@@ -111,10 +115,10 @@ class StepGuard:
             self._report(self._close())
 
     def settle(self) -> int:
-        """Reads what the device has decided; on all processes together.
+        """Reads what the device has decided; called on all processes together.
 
         Returns:
-            `int`: steps left out since `pop_counts` was called last.
+            `int`: steps skipped since the last call of `pop_counts`.
         """
         if self._pending is not None:
             (step, flag), self._pending = self._pending, None
@@ -122,17 +126,17 @@ class StepGuard:
         return self._since_log[1]
 
     def pop_counts(self) -> tuple[int, int]:
-        """Steps since the last call, and how many of them were left out."""
+        """Number of steps since the last call, and how many of them were skipped."""
         self.settle()
         counts, self._since_log = tuple(self._since_log), [0, 0]
         return counts
 
     def anywhere(self, here: bool) -> bool:
-        """Whether something is so on any process; on all of them together."""
+        """Whether something that is so `here` or not is so on any process; called on all together."""
         return bool(self._anywhere(torch.tensor(here, device=self.accelerator.device)))
 
     def _decide(self) -> torch.Tensor:
-        """Whether the step is bad on any process; it is prevented then."""
+        """Whether the step is bad on any process, in which case it is prevented."""
         self.settle()
         step = self._close()
         named = {name: local(value.grad) for name, value in self.parameters.items() if value.grad is not None}
@@ -144,7 +148,7 @@ class StepGuard:
             return bad
         if self.scaler is None:
             self.optimizer.found_inf = bad.float()
-        elif named:  # the scaler looks for what is not finite, and leaves the step out
+        elif named:  # the scaler finds the NaN and skips the step
             torch._foreach_mul_(list(named.values()), torch.where(bad, torch.nan, 1.0))
         self._pending = step, _Flag(bad)
         return bad
@@ -152,11 +156,11 @@ class StepGuard:
     def _gradients_are_bad(self, gradient_norms: torch.Tensor) -> torch.Tensor:
         bad = ~torch.linalg.vector_norm(gradient_norms).isfinite()
         if self.scaler is not None:
-            # a scaler tries scales that are too large, on purpose; from 1 on there is nothing left to lower
+            # a scaler tries too large scales on purpose; at 1 or below, its scale is not the cause
             return bad & (self.scaler._get_scale_async() <= 1)
         if self.is_deepspeed and not self.args.fp16:
             norm = self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm()
-            # −1 is what DeepSpeed calls a norm that is not finite
+            # DeepSpeed reports a norm that is not finite as −1
             return bad | (norm is not None and not 0 <= norm < float("inf"))
         return bad
 
@@ -166,23 +170,23 @@ class StepGuard:
         return step
 
     def _anywhere(self, here: torch.Tensor) -> torch.Tensor:
-        """Of all processes: they go on or stop together."""
+        """Whether it is so on any process, since they continue or stop together."""
         if self.accelerator.num_processes == 1:
             return here
         return self.accelerator.reduce(here.float(), reduction="sum") > 0
 
     def _conclude(self, step: Step, bad: bool) -> None:
-        """Counts the step and, if it is bad, leaves it out or raises."""
+        """Counts the step and, if it is bad, skips it or raises."""
         if not bad:
             self._in_a_row = 0
             return
         self._report(step)
         if not self.reads_late:
             for parameter in self.parameters.values():
-                parameter.grad = None  # what has no gradient is passed over: neither weights nor moments move
+                parameter.grad = None  # without a gradient neither weights nor moments change
 
     def _report(self, step: Step) -> None:
-        """Names what is not finite and writes the batches down; then counts, or raises."""
+        """Names what is not finite, writes the batches to a file, and raises unless the step may be skipped."""
         self.num_skipped += 1
         self._in_a_row += 1
         self._since_log[1] += 1
@@ -197,25 +201,25 @@ class StepGuard:
         broken, terms, gradients, paths = (
             list(dict.fromkeys(item for part in parts for item in part)) for parts in zip(*reports, strict=True)
         )
-        found = terms or gradients  # of a term that is not finite no gradient is
+        found = terms or gradients  # a non-finite term makes all gradients non-finite
         if broken:
-            found.insert(0, f"the weights of the {self.network} are not finite themselves ({some(broken)})")
+            found.insert(0, f"the weights of the {self.network} themselves are not finite ({some(broken)})")
         number = f"Step {step.number}" + ("" if self.network == "student" else f", update of the {self.network}")
         done = "DeepSpeed may have taken it" if self.is_deepspeed else "The optimizer did not take it"
         message = f"{number}: {'; '.join(found) or 'the gradient norm is not finite'}. {done}"
         if paths:
             message += f"; its batches are in {', '.join(paths)}, for tide_hf.training.nonfinite.replay"
         if broken:
-            raise NonFiniteError(f"{message}. Go on from a checkpoint that was written before.")
+            raise NonFiniteError(f"{message}. Continue from an earlier checkpoint.")
         if self.args.nonfinite == "stop":
-            raise NonFiniteError(f"{message}. --nonfinite skip leaves such steps out.")
+            raise NonFiniteError(f"{message}. To skip such steps, set --nonfinite skip.")
         if self._in_a_row >= MAX_IN_A_ROW:
-            raise NonFiniteError(f"{message}. It is number {self._in_a_row} in a row: this is no single bad batch.")
-        logger.warning(f"{message}. It is left out, as --nonfinite skip says.")
+            raise NonFiniteError(f"{message}. It is number {self._in_a_row} in a row, so not a single bad batch.")
+        logger.warning(f"{message}. It is skipped, as set by --nonfinite skip.")
 
 
 def _refuse_early_steps(args, is_deepspeed: bool) -> None:
-    """Says where nobody can look before the optimizer steps."""
+    """Refuses optimizers and engines that step before gradients can be checked."""
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
         raise ValueError(
@@ -224,6 +228,6 @@ def _refuse_early_steps(args, is_deepspeed: bool) -> None:
         )
     if is_deepspeed and args.nonfinite == "skip":
         raise ValueError(
-            "nonfinite='skip' cannot leave a step out under DeepSpeed, whose engine steps inside the backward pass: "
+            "nonfinite='skip' cannot skip a step under DeepSpeed, whose engine steps inside the backward pass: "
             "use nonfinite='stop', or FSDP (fsdp_version: 2)."
         )

@@ -1,4 +1,4 @@
-"""What is said of a step that is not finite, the file that holds its batches, and the way to run them again."""
+"""Reports of steps that are not finite, the file with their batches, and how to run these again."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,17 +10,17 @@ from torch.distributed.fsdp import FSDPModule
 from ...diffusion import Record
 from .checks import NAMED, gradient_norms, some
 
-TEXT_LENGTH = 80  # characters of a row that a sentence quotes
+TEXT_LENGTH = 80  # characters of a row that a message quotes
 
 
 @dataclass
 class Step:
-    """What one process has seen of one optimizer step.
+    """What a process has seen of an optimizer step.
 
     Args:
         number (`int`): counted from 1.
         batches (`list[Record]`): noised micro-batches, on the host.
-        losses (`list[torch.Tensor]`): of each.
+        losses (`list[torch.Tensor]`): one of each micro-batch, scalars.
         names (`list[str]`), norms (`torch.Tensor`, *optional*): of the gradients.
     """
 
@@ -33,7 +33,16 @@ class Step:
 
 @torch.no_grad()
 def find_causes(step: Step, trainer, terms_of) -> tuple[list[str], list[str]]:
-    """Clauses that name terms with their rows, and gradients, of this process; on all processes together."""
+    """Finds what is not finite on this process; called on all processes together.
+
+    Args:
+        step ([`Step`]): what the process has seen.
+        trainer ([`~transformers.Trainer`]): of the run.
+        terms_of (`Callable`): as in [`StepGuard`].
+
+    Returns:
+        clauses that name terms of the loss with their rows, and clauses that name gradients.
+    """
     process, found = f"process {trainer.accelerator.process_index}", []
     with at_step(trainer, step.number - 1):
         for index, (batch, loss) in enumerate(zip(step.batches, step.losses, strict=True)):
@@ -45,7 +54,7 @@ def find_causes(step: Step, trainer, terms_of) -> tuple[list[str], list[str]]:
                     more = [f"{len(rows) - NAMED} more"] if len(rows) > NAMED else []
                     found.append(f"{name} is {float(term_B[rows[0]])} in {', '.join(quoted + more)} ({where})")
             if len(found) == before and not bool(loss.isfinite()):
-                found.append(f"the loss of {where} was {float(loss)}, and is finite when computed once more")
+                found.append(f"the loss of {where} was {float(loss)}, but finite when computed again")
     _reshard(trainer.model_wrapped, getattr(trainer, "fake", None))
     bad = [] if step.norms is None else (~step.norms.isfinite()).nonzero().flatten().tolist()
     if not bad:
@@ -55,7 +64,7 @@ def find_causes(step: Step, trainer, terms_of) -> tuple[list[str], list[str]]:
 
 
 def _reshard(*networks) -> None:
-    """A forward without a backward leaves gathered weights, which the next optimizer step would not reach."""
+    """Reshards weights that a forward without a backward leaves gathered, out of the optimizer's reach."""
     for network in networks:
         for module in [] if network is None else network.modules():
             if isinstance(module, FSDPModule):
@@ -63,7 +72,17 @@ def _reshard(*networks) -> None:
 
 
 def write_step(step: Step, trainer, network: str, found: list[str]) -> str:
-    """Writes what `replay` needs into the output folder; returns the path."""
+    """Writes a file for [`replay`] into the output folder.
+
+    Args:
+        step ([`Step`]): what this process has seen.
+        trainer ([`~transformers.Trainer`]): of the run.
+        network (`str`): `"student"` or `"fake"`.
+        found (`list[str]`): clauses about what is not finite.
+
+    Returns:
+        `str`: the path.
+    """
     args, accelerator = trainer.args, trainer.accelerator
     of_network = "" if network == "student" else f"-{network}"
     stem, number = f"nonfinite-step{step.number}{of_network}-rank{accelerator.process_index}", 1
@@ -88,13 +107,13 @@ def write_step(step: Step, trainer, network: str, found: list[str]) -> str:
 
 
 def replay(trainer, path: str | Path) -> tuple[list[float], dict[str, float]]:
-    """Runs the micro-batches of a step that was not finite again, under the weights that the trainer has.
+    """Runs the micro-batches of a non-finite step again, with the weights that the trainer has.
 
-    Those that the step met are in the interrupted trainer, or come from training up to the step before. Dropout is
-    drawn anew.
+    The weights of that step are in the interrupted trainer, or result from training up to the step before. Dropout is
+    drawn again.
 
     Args:
-        trainer ([`TIDETrainer`] or [`IDLMTrainer`]): of the settings and networks of the run.
+        trainer ([`TIDETrainer`] or [`IDLMTrainer`]): with the settings and networks of the run.
         path (`str` or `Path`): a `nonfinite-step….pt` of the run.
 
     Returns:
@@ -129,7 +148,13 @@ def _kinds(cls: type = Record) -> dict[str, type]:
 
 @contextmanager
 def at_step(trainer, global_step: int, max_steps: int | None = None):
-    """Inside, the trainer's state says so many steps done (and to do): what λ(s) depends on."""
+    """Inside, the trainer's state is that of another step, on which λ(s) depends.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): whose state is changed and restored.
+        global_step (`int`): number of steps that are done.
+        max_steps (`int`, *optional*): number of all steps; by default unchanged.
+    """
     state = trainer.state
     kept = state.global_step, state.max_steps
     state.global_step = global_step
