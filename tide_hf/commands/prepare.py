@@ -10,13 +10,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig
 
-from ..alignment import resolve_alignment
 from ..data import PreparationRecord, RowPreparation, write_prepared
 from ..data.loading import MixtureConfig, load_mixture
 from ..hub import dataset_card, find_source
 from ..hub.sources import PERMISSIVE, Source, resolve_license
-from ..teachers import resolve_mask_token_id
 from ..training.config import RANGES, TIDEConfig, check_ranges, check_types, declared_types
+from ..training.plan import resolve_plan
 from .distill import DistillArguments, check_available, load_named
 from .parsing import RecipeParser
 from .refusals import refusing
@@ -179,20 +178,10 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
             f"The student {model.model_name_or_path} (model_type={config.model_type!r}) is not a diffusion LM of "
             "this library: name a tide_qwen3 or a2d-qwen3 checkpoint, or convert it with recipes/convert_ar.py."
         )
-    block_size = run.block_size or config.block_size
-    if config.diffusion_type == "block" and run.max_length % block_size:
-        sys.exit(
-            f"block_size={block_size} does not fit max_length={run.max_length}: choose a multiple of it as "
-            "--max_length, or set --block_size."
-        )
-    student = tokenizer, resolve_mask_token_id(run.mask_token_id, config, tokenizer, "student")
     if teacher is None:
-        return RowPreparation.for_run(run, block_size, "token", student, None)
-    teacher_config = AutoConfig.from_pretrained(teacher)
-    teacher_tokenizer = AutoTokenizer.from_pretrained(teacher)
-    mask = resolve_mask_token_id(run.teacher_mask_token_id, teacher_config, teacher_tokenizer, "teacher")
-    alignment, _ = resolve_alignment(run.alignment, tokenizer, teacher_tokenizer)
-    return RowPreparation.for_run(run, block_size, alignment, student, (teacher_tokenizer, mask))
+        return resolve_plan(run, config, tokenizer).preparation
+    settings, teacher_tokenizer = AutoConfig.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
+    return resolve_plan(run, config, tokenizer, teacher_tokenizer, lambda: settings).preparation
 
 
 def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
