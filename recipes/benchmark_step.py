@@ -88,9 +88,10 @@ class Bench:
         student = build_model(case, case.hidden, case.layers, "block")
         # LLaDA2 as published TIDE feeds it sees the noised row alone, from both sides
         teacher = build_model(case, case.teacher_hidden, case.teacher_layers, "block" if shared else "full")
+        self.teacher = teacher.to(getattr(torch, case.teacher_dtype))
         self.trainer = TIDETrainer(
             model=student,
-            teacher=teacher.to(getattr(torch, case.teacher_dtype)),
+            teacher=self.teacher,
             args=TIDEConfig(
                 output_dir=self.output.name,
                 preset="tide-shared" if shared else "tide-cross",
@@ -105,7 +106,7 @@ class Bench:
             processing_class=tokenizers[0],
             teacher_processing_class=tokenizers[1],
         )
-        self.student, self.teacher = self.trainer.model, self.trainer.teacher.model
+        self.student = self.trainer.model
         self.trainer.state.max_steps, self.trainer.state.global_step = 10, 3
         self.batch = token_rows(case)
 

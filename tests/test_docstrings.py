@@ -38,7 +38,10 @@ class Record:
 class Bare:
     x: int
 
-class Planted:
+    def overridden(self, y):
+        """Says what it does with y."""
+
+class Planted(Bare):
     """A class that is made of x and y.
 
     Args:
@@ -58,6 +61,9 @@ class Planted:
     @property
     def silent(self):
         return self.x
+
+    def overridden(self, y):
+        pass
 
     def _private(self, z):
         pass
@@ -91,13 +97,18 @@ def public_parts(module: ModuleType) -> list[tuple[str, object]]:
 
 
 def methods(cls: type) -> list[tuple[str, object]]:
-    """(name, function) of the public methods written in a class, without those that override another library's."""
+    """(name, function) of the public methods written in a class.
+
+    Left out are those that override another library's, and those that inherit the docstring of what they override.
+    """
     found = []
     for name, value in vars(cls).items():
         function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
         if name.startswith("_") or not inspect.isfunction(function) or function.__module__ != cls.__module__:
             continue
         bases = [base for base in cls.__mro__[1:] if name in vars(base)]
+        if function.__doc__ is None and any(vars(base)[name].__doc__ for base in bases):
+            continue
         if all(base.__module__.partition(".")[0] == cls.__module__.partition(".")[0] for base in bases):
             found.append((f"{cls.__name__}.{name}", function))
     return found

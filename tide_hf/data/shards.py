@@ -67,14 +67,8 @@ def write_prepared(
     _open_work(work, {**plan, "rows_per_part": rows_per_part})
     parts, reports = {}, {}
     for name, rows in splits.items():
-        if is_prepared(rows):
-            raise ValueError(f"The split {name!r} is prepared already: give raw rows of messages, completion or text.")
         found = list(_parts(rows, name, preparation, work, num_proc, rows_per_part))
-        reports[name] = PreparationReport.total(report for _, report in found)
-        parts[name] = [part for part, _ in found if part is not None]
-        if not parts[name]:
-            raise DataError(f"No row of the split {name!r} is left to train on: {reports[name]}")
-        reports[name].refuse_nothing_aligned()
+        parts[name], reports[name] = _checked(name, found)
     record = PreparationRecord(settings, reports)
     whole = DatasetDict({name: _joined(parts[name], name, record) for name in parts})
     staging = work / "whole"
@@ -85,6 +79,16 @@ def write_prepared(
     os.replace(staging, output)
     shutil.rmtree(work)
     return load_from_disk(output)
+
+
+def _checked(name: str, found: list[tuple[Path | None, PreparationReport]]) -> tuple[list[Path], PreparationReport]:
+    """Folders and report of a whole split, refused if it cannot be trained on."""
+    report = PreparationReport.total(part for _, part in found)
+    folders = [folder for folder, _ in found if folder is not None]
+    if not folders:
+        raise DataError(f"No row of the split {name!r} is left to train on: {report}")
+    report.refuse_nothing_aligned()
+    return folders, report
 
 
 def _require_same_plan(folder: Path, plan: dict) -> None:
@@ -129,6 +133,8 @@ def _parts(
     rows_per_part: int,
 ) -> Iterator[tuple[Path | None, PreparationReport]]:
     """Folder (None if no row is left) and report of each part of a split, those of earlier runs first."""
+    if is_prepared(rows):
+        raise ValueError(f"The split {name!r} is prepared already: give raw rows of messages, completion or text.")
     folders = (work / f"{name}-{index:05d}" for index in count())
     done = 0
     total = len(rows) if isinstance(rows, Dataset) else None
