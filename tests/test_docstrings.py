@@ -4,7 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -114,9 +114,14 @@ def methods(cls: type) -> list[tuple[str, object]]:
     return found
 
 
+def is_dataclass_itself(value) -> bool:
+    """Whether a class is a dataclass, rather than derived from one."""
+    return inspect.isclass(value) and "__dataclass_params__" in vars(value)
+
+
 def parameters(value) -> list[str]:
     """What a caller gives: to a function, to a class's own constructor, or as the fields of a dataclass."""
-    if is_dataclass(value):
+    if is_dataclass_itself(value):
         # a field with a help text is explained there
         own = inspect.get_annotations(value)
         return [part.name for part in fields(value) if part.init and part.name in own and "help" not in part.metadata]
@@ -136,7 +141,7 @@ def problems(module: ModuleType) -> list[str]:
     found = []
     for name, value in public_parts(module):
         text = (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
-        if is_dataclass(value) and text.startswith(f"{name}("):  # written by `dataclass` itself
+        if is_dataclass_itself(value) and text.startswith(f"{name}("):  # written by `dataclass` itself
             text = ""
         if inspect.isclass(value):
             text += getattr(vars(value).get("__init__"), "__doc__", None) or ""
