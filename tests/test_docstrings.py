@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +21,9 @@ FILES = sorted(
     for path in folder.rglob("*")
     if path.suffix in (".py", ".md", ".yaml")
 )
-# "Arguments as in [`x`]", "As [`x`], …": the other docstring says the rest
-REFERS = re.compile(r"\bas (?:in )?\[`[~\w.]+`\]", re.IGNORECASE)
+# "Arguments as in [`x`]", "As [`x`], …": the other docstring says the rest. "Other fields as in [`x`]" does not excuse
+# a class's own fields, and only those are looked for
+REFERS = re.compile(r"(?<!\bother fields )\bas (?:in )?\[`[~\w.]+`\]", re.IGNORECASE)
 FORWARDED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 PLANTED = '''
 from dataclasses import dataclass, field
@@ -33,6 +35,13 @@ class Record:
     told: int
     untold: int
     helped: int = field(default=0, metadata={"help": "Says it itself."})
+
+@dataclass
+class Wider(Record):
+    """Has an `own` field. Other fields as in [`Record`]."""
+
+    own: int = 0
+    owned: int = 0
 
 @dataclass
 class Bare:
@@ -60,6 +69,15 @@ class Planted:
         return self.x
 
     def _private(self, z):
+        pass
+
+class Child(Planted):
+    """Does it another way."""
+
+    def method(self, said, more):
+        pass
+
+    def silent(self):
         pass
 
 def bare(x):
@@ -124,7 +142,8 @@ def problems(module: ModuleType) -> list[str]:
     """What the docstrings of a module leave out."""
     found = []
     for name, value in public_parts(module):
-        text = (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__) or ""
+        # a method inherits the docstring of what it overrides; a class has its own
+        text = (vars(value).get("__doc__") if inspect.isclass(value) else inspect.getdoc(value)) or ""
         if is_dataclass(value) and text.startswith(f"{name}("):  # written by `dataclass` itself
             text = ""
         if inspect.isclass(value):
@@ -137,17 +156,21 @@ def problems(module: ModuleType) -> list[str]:
     return found
 
 
-def test_the_walk_finds_what_is_missing():
+def test_the_walk_finds_what_is_missing(monkeypatch):
     """Catches a walk that passes over methods, constructors, dataclasses or parameters, and so finds nothing."""
     module = ModuleType("planted")
+    monkeypatch.setitem(sys.modules, "planted", module)  # inspect looks for inherited docstrings there
     exec(PLANTED, vars(module))
     assert problems(module) == [
         "Record says nothing of untold",
+        "Wider says nothing of owned",
         "Bare has no docstring",
         "Planted says nothing of why",
         "Planted.method says nothing of unsaid",
         "Planted.make says nothing of z",
         "Planted.silent has no docstring",
+        "Child.method says nothing of more",
+        "Child.silent has no docstring",
         "bare has no docstring",
         "sees says nothing of x",
     ]
@@ -164,5 +187,5 @@ def test_everything_public_is_documented(name):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
 def test_what_is_cited_can_be_read(path):
-    """Catches a source that readers do not have: the project's own notes in place of the paper."""
+    """Catches a source that readers do not have: the project's own notes instead of the paper."""
     assert not re.search(r"\bSPEC\b", path.read_text(encoding="utf-8"))
