@@ -603,7 +603,7 @@ def test_adapters_equal_whole_networks_with_their_weights(tmp_path):
         ({"save_weights": "fake"}, "save_weights='fake' is not known; choose one of ema, student"),
         ({"student_times": "log"}, "student_times='log' is not known"),
         ({"max_length": 18}, "block_size=4 does not fit max_length=18"),
-        ({"fp16": True}, "fp16=True would scale the losses of two optimizers"),
+        ({"fp16": True}, "fp16=True would use one loss scaler for two optimizers"),
         ({"schedule": "sine"}, "schedule='sine' is not known"),
         ({"remove_unused_columns": True}, "leave it False"),
     ],

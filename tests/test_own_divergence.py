@@ -103,10 +103,10 @@ class _Total(Divergence):
     [
         ("forward_kl", {}, "chosen by name, with divergence="),
         (Hellinger, {}, "is not a tide_hf.losses.Divergence: give an instance"),
-        (Hellinger(), {"divergence": "jsd"}, "and divergence='jsd' both say what is compared"),
+        (Hellinger(), {"divergence": "jsd"}, "and divergence='jsd' both choose the divergence"),
         (Hellinger(), {"alignment": "chunk"}, "'Hellinger' compares token distributions"),
         (_Total(), {}, "'_Total' was given log-probabilities of shape .* and returned"),
-        (Divergence(), {}, r"defines no values\(log_student, log_target\)"),
+        (Divergence(), {}, r"does not define values\(log_student, log_target\)"),
     ],
 )
 def test_what_cannot_train_is_refused(tmp_path, objective, options, message):

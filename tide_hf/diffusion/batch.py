@@ -12,10 +12,10 @@ from ..models.masked_diffusion import PADDING_STREAM, STREAMS_PER_ROW
 
 
 class Record:
-    """A dataclass of tensors and of records of them."""
+    """A dataclass of tensors and of other records."""
 
     def to(self, device: torch.device):
-        """The same with every tensor on a `device`."""
+        """A copy with every tensor on a `device`."""
         return type(self)(**{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
 
     def to_dict(self) -> dict:
@@ -28,7 +28,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Record":
-        """The record that `to_dict` made these `values` of."""
+        """The record whose `to_dict` returned these `values`."""
         kinds = get_type_hints(cls)
         return cls(**{name: _made(kinds[name], value) for name, value in values.items()})
 
@@ -55,7 +55,7 @@ def _made(kind, value):
 
 
 class Counts(NamedTuple):
-    """What divides the terms of a step: of one micro-batch, or summed over the global batch. Scalar tensors.
+    """Divisors of the terms of a step, of one micro-batch or summed over the global batch; scalar tensors.
 
     Args:
         tokens (`torch.Tensor`): trained-on tokens.
@@ -95,10 +95,10 @@ class PackedInputs(Record):
         return self.stream != PADDING_STREAM
 
     def row_ids(self, columns: torch.Tensor) -> torch.Tensor:
-        """Token ids of the row that some flat `columns` lie in: of block students its clean copy, then the noised."""
+        """Token ids of the row that flat `columns` lie in; for block students its clean copy, then the noised one."""
         if not len(columns):
             return columns
-        # several rows stand on a line
+        # a line holds several rows
         line, column = divmod(int(columns[0]), self.stream.shape[1])
         stream = self.stream[line]
         own = (stream // STREAMS_PER_ROW == stream[column] // STREAMS_PER_ROW) & self.is_real[line]
@@ -107,7 +107,7 @@ class PackedInputs(Record):
 
 @dataclass
 class NetworkInputs(PackedInputs):
-    """What one network is run on, and where it is asked.
+    """What one network is run on, and the positions at which it is asked for predictions.
 
     Args:
         asked (`torch.LongTensor` of shape `(N,)`): flat columns whose hidden states go through the head.
@@ -126,7 +126,7 @@ class Pairs(Record):
         student_chunk (`torch.LongTensor` of shape `(M,)`), teacher_chunk (`torch.LongTensor` of shape `(M_T,)`): the
             chunk, 0 … C−1 in order, of the first M asked positions of the student and of all those of the teacher.
         chunk_row (`torch.LongTensor` of shape `(C,)`): the row of each chunk.
-        chunk_ends (`list[int]`): on the host, the position after each chunk's last one, of the student's.
+        chunk_ends (`list[int]`): on the host, for each chunk the student position after its last one.
     """
 
     student_chunk: torch.Tensor
@@ -148,7 +148,7 @@ class NoisedBatch(Record):
         row_key (`torch.LongTensor` of shape `(B,)`): what the noise was keyed by.
         row (`torch.LongTensor` of shape `(N,)`): row of each masked position.
         chunk_tokens (`torch.LongTensor` of shape `(N,)`): trained-on tokens of its chunk.
-        counts ([`Counts`]): of this micro-batch, until the trainer puts those of the global batch there.
+        counts ([`Counts`]): of this micro-batch, until the trainer replaces them by those of the global batch.
         is_fill (`torch.BoolTensor` of shape `(N,)`, *optional*): masked positions that hold EOS fill, in evaluation.
     """
 

@@ -32,7 +32,7 @@ class Noising:
     Args:
         student (`LayoutSpec`), teacher (`LayoutSpec`, *optional*): how each network is fed; without a teacher no pairs
             are made.
-        schedule (`str`): α(t), `"linear"` or `"cosine"`.
+        schedule (`str`): α(t), a name in [`~tide_hf.models.SCHEDULES`].
         time_epsilon (`float`): smallest t.
         comp_demo (`bool`), demo_ratio (`float`): CompDemo's two teacher views and the share of the first.
         pack (`bool`): leave out blocks that carry no loss; False is the textbook layout, for comparison.
@@ -68,7 +68,7 @@ class Noising:
         time_B, mask_BL, demo_BL = uniforms
         ids, labels, chunk_ids = batch["input_ids"], batch["labels"], batch["chunk_ids"]
         if self.teacher is None:
-            # chunks are for the teacher's sake: rows that were aligned with one train alone as if they were not
+            # only a teacher needs chunks: without one, aligned rows train as if they were not aligned
             chunk_ids = torch.full_like(chunk_ids, -1)
         t_B = diffusion_time(time_B, self.time_epsilon) if t is None else torch.full_like(time_B, t)
         masked = mask_positions(mask_BL, t_B, labels, self.schedule)

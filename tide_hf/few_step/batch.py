@@ -12,7 +12,7 @@ from ..diffusion import PackedInputs, Record
 
 @dataclass
 class Drawn(Record):
-    """Where the tokens that are drawn from the student's predictions go.
+    """Tokens to draw from the student's predictions, and where they go.
 
     Args:
         column (`torch.LongTensor` of shape `(S,)`): flat column of x_t.
@@ -43,7 +43,7 @@ class Positions(Record):
     target: torch.Tensor
 
     def of_row(self, row: int) -> "Positions":
-        """Those of one `row`."""
+        """The positions of one `row`."""
         selected = self.row == row
         return Positions(*(tensor[selected] for tensor in (self.column, self.row, self.weight, self.target)))
 
@@ -61,8 +61,8 @@ class InverseBatch(Record):
         soft ([`Positions`]): M positions that the student predicted, `target` an index into its predictions.
         seen ([`Positions`]): K positions whose token it saw, `target` that token.
         row_key (`torch.LongTensor` of shape `(B,)`): what the noise was keyed by.
-        num_rows (`torch.Tensor`): rows that divide the loss: of this micro-batch, until the trainer puts those of the
-            global batch there.
+        num_rows (`torch.Tensor`): the loss's divisor: rows of this micro-batch, until the trainer replaces it by those
+            of the global batch.
     """
 
     shown: PackedInputs
@@ -80,6 +80,6 @@ class InverseBatch(Record):
         return self.shown
 
     def row_ids(self, row: int) -> torch.Tensor:
-        """Token ids of a `row` as teacher and fake are given them, before any is drawn."""
+        """Token ids of a `row` as teacher and fake are given them, before any token is drawn."""
         columns = [positions.of_row(row).column for positions in (self.soft, self.seen)]
         return self.noised.row_ids(torch.cat(columns))

@@ -1,4 +1,4 @@
-"""The fake network's training, which transformers.Trainer knows nothing of."""
+"""The training of the fake network, which transformers.Trainer does not know about."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ class FakeTraining:
     Attributes:
         wrapped (`torch.nn.Module`): the network as accelerate prepared it; before that the network itself.
         optimizer, scheduler: from `prepare` on.
-        guard ([`~tide_hf.training.nonfinite.StepGuard`]): of its updates; set by the trainer before the first one.
+        guard ([`~tide_hf.training.nonfinite.StepGuard`]): checks its updates; set by the trainer before the first one.
     """
 
     def __init__(self, network: PreTrainedModel, args: IDLMConfig):
@@ -33,9 +33,10 @@ class FakeTraining:
         self._reset_sums()
 
     def prepare(self, accelerator: Accelerator, max_steps: int, decayed: set[str]) -> None:
-        """Makes what training needs; a second call makes a new schedule alone.
+        """Makes optimizer and schedule; a second call makes only a new schedule.
 
         Args:
+            accelerator (`Accelerator`): the trainer's; wraps the network and its optimizer.
             max_steps (`int`): steps of the student.
             decayed (`set[str]`): names of the parameters that weight decay applies to.
         """
@@ -72,6 +73,7 @@ class FakeTraining:
         """One optimizer step over all micro-batches.
 
         Args:
+            batches (`list`): noised micro-batches, as `loss_of` takes them.
             loss_of (`Callable`): a micro-batch -> its share of the loss, already divided by global counts.
         """
         accelerator = self.accelerator
@@ -99,7 +101,7 @@ class FakeTraining:
 
     def pop_logs(self) -> dict[str, float]:
         """Loss and gradient norm, means over the updates taken since the last call; the learning rate; and how many
-        updates of the run were left out. On all processes together. Nothing without an update."""
+        updates of the run were left out. Empty without an update. All processes must call it together."""
         num_updates, num_skipped = self.guard.pop_counts() if self.guard is not None else (0, 0)
         if not num_updates:
             return {}
@@ -119,7 +121,7 @@ class FakeTraining:
         self._loss, self._norm = 0.0, 0.0
 
     def state_dict(self) -> dict:
-        """Everything to go on from, whole and on the host; on all processes together."""
+        """Everything needed to resume, unsharded on the host. All processes must call it together."""
         return {
             "fake": whole(trained(self.accelerator.unwrap_model(self.wrapped))),
             "fake_optimizer": whole(self.optimizer.state_dict()),
@@ -127,10 +129,13 @@ class FakeTraining:
         }
 
     def load_state_dict(self, saved: dict) -> None:
-        """Goes on from a `state_dict`.
+        """Resumes from what `state_dict` returned.
+
+        Args:
+            saved (`dict`): that state.
 
         Raises:
-            ValueError: if it is of another network.
+            ValueError: if it belongs to another network.
         """
         restore(trained(self.accelerator.unwrap_model(self.wrapped)), saved["fake"], "fake")
         state = saved["fake_optimizer"]

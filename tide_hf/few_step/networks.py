@@ -18,23 +18,22 @@ def three_networks(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | PeftModel, PreTrainedModel]:
     """Student, fake and frozen teacher, all three computing what `model` does.
 
-    With an adapter the three share the tensors of one base, which is frozen and the teacher: they cost about as much
-    memory as one. Without, student and fake are whole.
+    With an adapter the three share the tensors of one frozen base, which is the teacher: together they take about
+    as much memory as one network. Without an adapter they are three whole networks.
 
     Args:
-        model (`PreTrainedModel`): the start; it becomes the student.
-        peft_config (`PeftConfig`, *optional*): see [`~tide_hf.training.prepare_adapter`]; one adapter for the student
-            and one,
-            as large, for the fake.
+        model (`PreTrainedModel`): the initial weights; it becomes the student.
+        peft_config (`PeftConfig`, *optional*): see [`~tide_hf.training.prepare_adapter`]; student and fake each get
+            such an adapter.
         revision (`str`, *optional*): of the base on the Hub, for the adapter's configuration.
-        seed (`int`): of the adapters' first weights, of which LoRA draws half.
+        seed (`int`): of the adapters' initial weights, half of which LoRA draws at random.
 
     Raises:
-        ValueError: for a model that carries an adapter already, or an adapter that trains more than itself.
+        ValueError: for a model that already carries an adapter, or an adapter that also trains modules of the base.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
-            "Inverse distillation makes teacher, fake and student of one plain model, and this one carries an "
+            "Inverse distillation makes teacher, fake and student from one plain model, but this one carries an "
             "adapter: merge it first (model.merge_and_unload()); to train new ones give peft_config."
         )
     if peft_config is None:
@@ -59,16 +58,16 @@ def _sharing(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def total_weight(model: torch.nn.Module) -> float:
-    """Σ|w| over all parameters, in float64: the same for equal networks, and hardly for others."""
+    """Σ|w| over all parameters of `model`, in float64: the same for equal networks, and almost never for others."""
     norms = [torch.linalg.vector_norm(value.detach(), 1, dtype=torch.float64) for value in model.parameters()]
     return float(torch.stack(norms).sum())
 
 
 class WeightAverage:
-    """Exponential moving average of a network's trained weights, in float32 at least, sharded as they are.
+    """Exponential moving average of a network's trained weights, in float32 or higher, sharded as they are.
 
     Args:
-        model (`torch.nn.Module`): whose weights are averaged; the average starts at what they are.
+        model (`torch.nn.Module`): whose weights are averaged; the average starts at their current values.
         decay (`float`): in [0, 1]: after each step average ← decay · average + (1 − decay) · weights.
     """
 
@@ -78,7 +77,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, left_out: torch.Tensor | bool = False) -> None:
-        """Takes one step's weights in; nothing of a step that was left out, a flag `()` on the weights' device."""
+        """Adds the weights after one step, unless it was `left_out`: a flag, or a boolean `()` on their device."""
         taken = 1 - torch.as_tensor(left_out, dtype=torch.float64)
         for name, average in self.average.items():
             share = ((1 - self.decay) * taken).to(average.device, average.dtype)
@@ -87,7 +86,7 @@ class WeightAverage:
     @contextmanager
     @torch.no_grad()
     def applied(self):
-        """The average stands in the network inside, the weights themselves again outside."""
+        """Inside, the network holds the average; afterwards, its own weights again."""
         kept = {name: value.clone() for name, value in self.weights.items()}
         self._write(self.average)
         try:
@@ -114,7 +113,7 @@ def _full_precision(value: torch.Tensor) -> torch.Tensor:
 
 
 def whole(value):
-    """A tensor, or a nest of mappings, lists and tensors, unsharded and on the host; on all processes together."""
+    """A `value`, tensor or nested tensors, unsharded on the host. All processes must call it together."""
     if isinstance(value, DTensor):
         value = value.full_tensor()
     if isinstance(value, torch.Tensor):
@@ -128,20 +127,25 @@ def whole(value):
 def restore(targets: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], what: str) -> None:
     """Writes whole tensors into (sharded) ones of the same names.
 
+    Args:
+        targets (`dict[str, torch.Tensor]`): tensors to overwrite, by name.
+        saved (`dict[str, torch.Tensor]`): whole tensors of the same names and shapes.
+        what (`str`): which part of the checkpoint they are, for the message.
+
     Raises:
         ValueError: if the names differ.
     """
     if targets.keys() != saved.keys():
         odd = sorted(targets.keys() ^ saved.keys())
         raise ValueError(
-            f"The checkpoint's {what} is of another network: {len(odd)} tensors are on one side only, {odd[0]} first. "
-            "Resume with the model and the adapter settings of the interrupted run."
+            f"The checkpoint's {what} belongs to another network: {len(odd)} tensors are on one side only, {odd[0]} "
+            "first. Resume with the model and the adapter settings of the interrupted run."
         )
     for name, target in targets.items():
         target.copy_(like(saved[name], target))
 
 
 def like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on the device of another, and sharded as that is."""
+    """A whole tensor `value` on the device of `target`, and sharded like it."""
     value = value.to(target.device)
     return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value

@@ -42,7 +42,12 @@ def stratified_times(uniform_B: torch.Tensor) -> torch.Tensor:
 
 
 class ByRow:
-    """Values found by row key; rows that weigh nothing get 0, which no loss reads."""
+    """Values looked up by row key; rows without weight have none and get 0, which no loss reads.
+
+    Args:
+        row_keys (`list[int]`): the key of each row, R of them.
+        values (`torch.Tensor` of shape `(R,)`): its value.
+    """
 
     def __init__(self, row_keys: list[int], values: torch.Tensor):
         self.index = {key: index for index, key in enumerate(row_keys)}
@@ -69,7 +74,13 @@ class Draws:
 
     @classmethod
     def of_rows(cls, seed: int, epoch: int | None, row_keys: Sequence[int], length: int, update: int) -> "Draws":
-        """Keyed by (seed, epoch, row, update of the step): see [`~tide_hf.diffusion.row_uniforms`]."""
+        """Draws that depend on nothing but their key: (seed, epoch, row, update).
+
+        Args:
+            seed (`int`), epoch (`int`, *optional*), row_keys (`Sequence[int]` of B), length (`int`, L): see
+                [`~tide_hf.diffusion.row_uniforms`].
+            update (`int`): number of the update within the step.
+        """
         student_time, student_mask, token = row_uniforms(seed, epoch, row_keys, length, stream=2 * update)
         time, mask, _ = row_uniforms(seed, epoch, row_keys, length, stream=2 * update + 1)
         return cls(student_time, time, student_mask, mask, token)
@@ -81,7 +92,7 @@ class InverseNoising:
 
     Args:
         spec ([`~tide_hf.diffusion.LayoutSpec`]): how the three networks, which are alike, are fed.
-        schedule (`str`): α(t), `"linear"` or `"cosine"`.
+        schedule (`str`): α(t), a name in [`~tide_hf.models.SCHEDULES`].
         time_epsilon (`float`): smallest t, and smallest t′ where no grid is given.
         student_grid (`int`, *optional*): S, t′ from 1/S, 2/S, …, 1; None: from [ε, 1).
         pack (`bool`): leave out blocks that carry no loss; False is the textbook layout, for comparison.

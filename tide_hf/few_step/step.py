@@ -28,7 +28,7 @@ from .batch import InverseBatch, Positions
 
 
 class InverseStep:
-    """What is the same in every update.
+    """The two losses of a micro-batch; the object holds what is the same in every update.
 
     Args:
         mask_token_id (`int`): id of [MASK].
@@ -39,13 +39,13 @@ class InverseStep:
         self.mask_token_id, self.slice_rows = mask_token_id, slice_rows
 
     def fake_loss(self, student: Callable, fake: Callable, batch: InverseBatch, by_row: bool = False) -> torch.Tensor:
-        """L(f, q) with gradient through the fake alone: at positions the student predicted on its soft predictions,
-        at those it saw on the seen tokens.
+        """L(f, q) with gradient through the fake alone: q is the student's prediction at positions it predicted, and
+        the one-hot of the token at positions it saw.
 
         Args:
             student, fake (`Callable`): networks, wrapped or not.
             batch ([`InverseBatch`]): on the networks' device.
-            by_row (`bool`): one loss per row `(B,)` rather than their sum.
+            by_row (`bool`): returns one loss per row `(B,)` instead of their sum.
 
         Returns:
             `torch.Tensor`: scalar or `(B,)`, nats.
@@ -82,13 +82,13 @@ class InverseStep:
     ) -> torch.Tensor:
         """L(f*, q) − L(f, q) with gradient through the student's predictions alone.
 
-        Where the student saw the token q is its one-hot: these positions are a constant of the value. The teacher runs
-        in the precision of the fake, autocast's too: where the two are equal the loss is 0.
+        Where the student saw the token, q is its one-hot: these positions only add a constant. The teacher runs in the
+        precision of the fake, autocast included: where the two are equal the loss is 0.
 
         Args:
             student, teacher, fake (`Callable`): networks, wrapped or not.
             batch ([`InverseBatch`]): on the networks' device.
-            by_row (`bool`): one loss per row `(B,)` rather than their sum.
+            by_row (`bool`): returns one loss per row `(B,)` instead of their sum.
 
         Returns:
             `torch.Tensor`: scalar or `(B,)`, nats.

@@ -39,17 +39,17 @@ class IDLMTrainer(DiffusionTrainer):
 
     Full-sequence and block students; prompts stay clean, the loss is over answer positions, and a block's prefix is
     the row's own text. What is saved is the moving average of the student, or the student (`save_weights`); its
-    generation config decodes as the student was made for: `num_steps` calls, random order, temperature 1.
+    generation config decodes as the student was trained to: `num_steps` calls, random order, temperature 1.
 
     Args:
         model (`str` or `PreTrainedModel`): the diffusion LM that becomes teacher, fake and student: an instance, a Hub
             name or a folder.
-        args ([`IDLMConfig`], *optional*): every knob.
+        args ([`IDLMConfig`], *optional*): all settings.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows as [`TIDETrainer`] takes them.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the tokenizer; from `model` by default.
         peft_config (`peft.PeftConfig`, *optional*): trains two adapters over one frozen base, which is the teacher.
-        kwargs: callbacks; other arguments of [`~transformers.Trainer`] would reach one of the two networks, or nobody,
-            and are refused.
+        kwargs: callbacks; other arguments of [`~transformers.Trainer`] would reach only one of the two networks, or
+            neither, and are refused.
 
     Attributes:
         teacher, fake (`PreTrainedModel`): the other two networks; `model` is the student.
@@ -121,7 +121,7 @@ class IDLMTrainer(DiffusionTrainer):
         self.add_callback(_AverageWeights(self))
 
     def _configure_student(self, model, args, tokenizer, plan: RunPlan) -> None:
-        """Also decodes as the student is made for."""
+        """Also lets it decode as it is trained to."""
         super()._configure_student(model, args, tokenizer, plan)
         settings = model.generation_config
         settings.steps_per_block, settings.remasking = args.num_steps, "random"
@@ -135,7 +135,7 @@ class IDLMTrainer(DiffusionTrainer):
         return InverseObjective(schedule=schedule, **{name: getattr(args, name) for name in names})
 
     def _resolve_again(self) -> None:
-        """Plan, noise and step that changed arguments make."""
+        """Makes plan, noise and step again from changed arguments."""
         config = self.accelerator.unwrap_model(self.model).config
         refuse_unread(self.args, self.UNREAD, type(self).__name__)
         schedule = self.args.schedule or self.plan.schedule
@@ -154,25 +154,25 @@ class IDLMTrainer(DiffusionTrainer):
             self._announce()
 
     def _make_step(self, config, args) -> tuple[InverseNoising, InverseStep]:
-        """What noises a micro-batch, and what makes the two losses of it."""
+        """What noises a micro-batch, and what computes its two losses."""
         grid = args.num_steps if args.student_times == "grid" else None
         noising = InverseNoising(self.plan.student, self.plan.schedule, args.time_epsilon, grid)
         return noising, InverseStep(config.mask_token_id, args.head_slice_size)
 
     def _refuse_engines(self) -> None:
-        """Says which engines two optimizers do not run under here."""
+        """Refuses engines that cannot run two optimizers here."""
         kind, plugin = self.accelerator.distributed_type, getattr(self.accelerator.state, "fsdp_plugin", None)
         if kind == DistributedType.DEEPSPEED:
             raise ValueError(
-                "DeepSpeed runs one network and one optimizer per engine, and inverse distillation trains two: use "
+                "DeepSpeed runs one network and one optimizer per engine, but inverse distillation trains two: use "
                 "FSDP (fsdp_version: 2) to shard, or plain data parallelism."
             )
         if kind == DistributedType.FSDP and plugin.fsdp_version != 2:
             raise ValueError("Inverse distillation shards with FSDP2: set fsdp_version: 2 in the accelerate config.")
         if kind == DistributedType.FSDP and isinstance(self.fake, PeftModel):
             raise ValueError(
-                "Two adapters and the teacher share the tensors of one base, which FSDP would shard for one of them "
-                "alone: train adapters with plain data parallelism, or whole networks (no peft_config) with FSDP."
+                "Two adapters and the teacher share the tensors of one base, which FSDP would shard for only one of "
+                "them: train adapters with plain data parallelism, or whole networks (no peft_config) with FSDP."
             )
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class IDLMTrainer(DiffusionTrainer):
         return self.noising(batch, draws)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Noises all micro-batches of a step, for the fake's updates and the student's, the last."""
+        """Noises all micro-batches of a step, for the fake's updates and last for the student's."""
         batches = self._next_batches(epoch_iterator, num_batches)
         if not batches:
             return [], None
@@ -202,13 +202,13 @@ class IDLMTrainer(DiffusionTrainer):
         return student_batches, len(everywhere)
 
     def _times(self, epoch: int, row_keys: list[int], update: int) -> dict:
-        """Times of the rows of a global batch, spread evenly."""
+        """Evenly spread times for the rows of a global batch."""
         names = ("student_time", "time")
         draws = [row_uniforms(self.args.seed, epoch, row_keys, 0, stream=2 * update + i)[0] for i in range(2)]
         return {name: ByRow(row_keys, stratified_times(uniform)) for name, uniform in zip(names, draws, strict=True)}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """The fake's updates before the first micro-batch of a step; then the student's share."""
+        """Updates the fake before the first micro-batch of a step; then trains the student."""
         updates, self._fake_batches = self._fake_batches, []
         for batches in updates:
             model.train()
@@ -216,25 +216,25 @@ class IDLMTrainer(DiffusionTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _fake_loss(self, model, batch) -> torch.Tensor:
-        """L(f, q), the sum over the rows of a micro-batch over the number of rows everywhere."""
+        """L(f, q): the sum over the rows of a micro-batch, divided by the number of rows of the global batch."""
         batch = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
             return self.inverse.fake_loss(model, self.fake_training.wrapped, batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """L(f*, q) − L(f, q), the sum over the rows here over the number of rows everywhere."""
+        """L(f*, q) − L(f, q): the sum over these rows, divided by the number of rows of the global batch."""
         loss = self.inverse.student_loss(model, self.teacher, self.fake_training.wrapped, inputs)
         loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
     def _row_terms(self, batch):
-        """L(f*, q) − L(f, q) by row."""
+        """L(f*, q) − L(f, q) per row."""
         batch = self._prepare_inputs(batch)
         networks = self.model_wrapped, self.teacher, self.fake_training.wrapped
         return {"loss": self.inverse.student_loss(*networks, batch, by_row=True)}
 
     def _fake_row_terms(self, batch):
-        """L(f, q) by row."""
+        """L(f, q) per row."""
         batch = self._prepare_inputs(batch)
         networks = self.model_wrapped, self.fake_training.wrapped
         return {"fake_loss": self.inverse.fake_loss(*networks, batch, by_row=True)}
@@ -275,7 +275,7 @@ class IDLMTrainer(DiffusionTrainer):
         enable(kwargs or None, **parts)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        """Also what Trainer does not know of: fake, its optimizer and schedule, the student and its average."""
+        """Also saves what Trainer does not: fake, its optimizer and schedule, the student and its average."""
         super()._save_optimizer_and_scheduler(output_dir)
         state = {
             "teacher_weight": total_weight(self.teacher),
@@ -287,15 +287,15 @@ class IDLMTrainer(DiffusionTrainer):
             torch.save(state, Path(output_dir) / STATE_FILE)
 
     def _load_state(self, path: Path) -> None:
-        """Goes on where a checkpoint was written.
+        """Resumes where a checkpoint was written.
 
         Raises:
-            ValueError: if there is none of this trainer's, or it is of other networks.
+            ValueError: if the checkpoint was not written by this trainer, or belongs to other networks.
         """
         if not path.is_file():
             raise ValueError(
-                f"{path.parent} holds no {path.name}, so fake, student and average cannot go on: it was written by "
-                "another trainer, or with save_only_model=True. Give a checkpoint of IDLMTrainer."
+                f"{path.parent} holds no {path.name}, so fake, student and average cannot be resumed: it was written "
+                "by another trainer, or with save_only_model=True. Give a checkpoint of IDLMTrainer."
             )
         saved = torch.load(path, map_location="cpu", weights_only=True)
         weight = total_weight(self.teacher)
@@ -312,7 +312,7 @@ class IDLMTrainer(DiffusionTrainer):
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def _saved_weights(self):
-        """Inside, the student holds the weights that are saved and evaluated."""
+        """Inside, the student holds the weights to be saved and evaluated."""
         averaged = self.ema is not None and self.args.save_weights == "ema"
         return self.ema.applied() if averaged else nullcontext()
 
@@ -322,14 +322,14 @@ class IDLMTrainer(DiffusionTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self):
-        """The best checkpoint holds what is saved already."""
+        """Drops the average: the best checkpoint already holds the weights to be saved."""
         super()._load_best_model()
         self.ema = None
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def predict(self, *args, **kwargs):
-        """Refused: losses between networks are no predictions."""
+        """Refused: there are only losses, no predictions."""
         raise ValueError(
             "IDLMTrainer evaluates losses between three networks and has no predictions: evaluate(rows) gives the "
             "losses of any rows, and model.generate writes answers."
@@ -339,7 +339,7 @@ class IDLMTrainer(DiffusionTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """Means over rows, in nats, under noise that is the same at every evaluation, of the weights that are saved.
+        """Means over rows, in nats, for the weights that are saved, under the same noise at every evaluation.
 
         Metrics: `loss`, L(f*, q) − L(f, q): 0 where the student's distribution is the teacher's, as far as the fake
         knows it; and `fake_loss`, L(f, q).
@@ -353,7 +353,7 @@ class IDLMTrainer(DiffusionTrainer):
             for network, _ in modes:
                 network.eval()
             for batch in self._evaluation_batches(dataloader):
-                # a row that fills a batch up, or stands in for one, trains on nothing
+                # a row that only fills a batch, or stands in for a missing one, has no trained-on token
                 counts_B = (batch["labels"] != -100).any(1).to(self.args.device)
                 noised = replace(self._noise(batch, None, 0), num_rows=torch.ones(()))
                 noised = self._prepare_inputs(noised)
@@ -372,7 +372,7 @@ class IDLMTrainer(DiffusionTrainer):
 
 
 class _AverageWeights(TrainerCallback):
-    """Takes the weights of each optimizer step of the student into its average."""
+    """Adds the student's weights after each optimizer step to their average."""
 
     def __init__(self, trainer: IDLMTrainer):
         self.trainer = trainer

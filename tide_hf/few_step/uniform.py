@@ -33,7 +33,7 @@ class UniformBatch(Record):
         student_alpha, alpha (`torch.Tensor` of shape `(B,)`): α of the student's noise, and of x_t's.
         noise_key (`torch.LongTensor` of shape `(B,)`): of the Gaussian noise.
         row_key (`torch.LongTensor` of shape `(B,)`): of the row.
-        num_rows (`torch.Tensor`): rows that divide the loss; see [`~tide_hf.few_step.batch.InverseBatch`].
+        num_rows (`torch.Tensor`): the loss's divisor; see [`~tide_hf.few_step.batch.InverseBatch`].
     """
 
     input_ids: torch.Tensor
@@ -72,7 +72,7 @@ class UniformNoising:
     student_grid: int | None = None
 
     def __call__(self, batch: Mapping[str, torch.Tensor], draws: Draws) -> UniformBatch:
-        """A collated `batch` with the noise that its `draws` make."""
+        """A collated `batch` with the noise of its `draws`."""
         student_t = _within(draws.student_time)
         if self.student_grid is not None:
             student_t = ((draws.student_time * self.student_grid).floor() + 1) / self.student_grid
@@ -104,7 +104,10 @@ class UniformStep:
         self.schedule = gaussian_schedule(num_tokens)
 
     def fake_loss(self, student: Callable, fake: Callable, batch: UniformBatch, by_row: bool = False):
-        """L(f, q): Σ over trained-on positions, over the number of rows; the gradient is the fake's alone."""
+        """L(f, q): Σ over trained-on positions / number of rows, with gradient through the fake alone.
+
+        Arguments and result as in [`~tide_hf.few_step.step.InverseStep.fake_loss`], the batch a [`UniformBatch`].
+        """
         with torch.no_grad():
             clean_BLV, soft_BLV, noised_BL = self._generated(student, batch)
         values_BL = self._values(fake, clean_BLV, soft_BLV, noised_BL, batch)
@@ -113,7 +116,10 @@ class UniformStep:
     def student_loss(
         self, student: Callable, teacher: Callable, fake: Callable, batch: UniformBatch, by_row: bool = False
     ):
-        """L(f*, q) − L(f, q): the gradient is the student's alone, through q, and through x_t into both networks."""
+        """L(f*, q) − L(f, q), with gradient through the student alone: through q, and through x_t in both networks.
+
+        Arguments and result as in [`~tide_hf.few_step.step.InverseStep.student_loss`], the batch a [`UniformBatch`].
+        """
         clean_BLV, soft_BLV, noised_BL = self._generated(student, batch)
         fake = getattr(fake, "module", fake)  # without DDP's hooks, which would wait for gradients of the fake
         with _frozen(fake):
@@ -170,7 +176,7 @@ class UniformStep:
 class UniformIDLMTrainer(IDLMTrainer):
     """[`IDLMTrainer`] for uniform-state diffusion LMs ([`~tide_hf.models.TIDEUniformQwen3ForDiffusion`]).
 
-    All of `V` probabilities of every position exist at once in each network, and x_t carries a gradient: it needs more
+    All `V` probabilities of every position exist at once in each network, and x_t carries a gradient, so it needs more
     memory than the masked case. FSDP is refused.
     """
 
@@ -196,7 +202,7 @@ class UniformIDLMTrainer(IDLMTrainer):
             raise ValueError("UniformIDLMTrainer does not shard: use plain data parallelism.")
 
     def _make_step(self, config, args: IDLMConfig) -> tuple[UniformNoising, UniformStep]:
-        """As of the masked case, with its own noise and losses."""
+        """As in the masked case, with its own noise and losses."""
         grid = args.num_steps if args.student_times == "grid" else None
         return UniformNoising(grid), UniformStep(config.vocab_size, args.input_temperature)
 

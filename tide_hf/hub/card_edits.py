@@ -64,7 +64,7 @@ def adopt_edits(card: str, other: str, given: tuple[str, ...] = ()) -> str:
 
 
 def held_metadata(other: str, given: tuple[str, ...]) -> dict:
-    """Language and licence that another version of the card states, except the `given` keys."""
+    """Language and licence that an `other` version of the card states, except the `given` keys."""
     return _held(split_card(other)[2], given)
 
 

@@ -33,7 +33,7 @@ def chunk_log_likelihood(log_probs_N: torch.Tensor, chunk_ids_N: torch.Tensor, n
     Args:
         log_probs_N (`torch.Tensor` of shape `(N,)`): log-probability of each true token.
         chunk_ids_N (`torch.LongTensor` of shape `(N,)`): chunk of each token, −1 for none. Tokens in no chunk are left
-            out before the sum, so a NaN there stays there.
+            out before the sum, so a NaN there does not spread.
         num_chunks (`int`): C.
 
     Returns:

@@ -41,7 +41,7 @@ def as_full_precision(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def weighted_sum(values_N: torch.Tensor, num_items: torch.Tensor | float | None) -> torch.Tensor:
-    """Σ `values_N` / max(`num_items`, 1); a number, or one divisor per value; None leaves the values alone."""
+    """Σ `values_N` / max(`num_items`, 1), where `num_items` is a number or one per value; None: no sum, the values."""
     if num_items is None:
         return values_N
     if isinstance(num_items, torch.Tensor):

@@ -1,8 +1,8 @@
-"""What a divergence is, and how it is taken of two networks' logits or chunk likelihoods.
+"""What a divergence is, and how it is computed from two networks' logits or chunk likelihoods.
 
-A divergence is one class in one file of `divergences/`: its values from log-probabilities, its parameters, and what it
-needs. Everything else follows from it: fields of `TIDEConfig`, `--help`, the checks, and the slices in which training
-computes it.
+A divergence is one class in one file of `divergences/`: its values from log-probabilities, its parameters, and what
+it compares. Everything else follows from it: fields of `TIDEConfig`, `--help`, the checks, and the slices in which
+training computes it.
 
 Shapes: N positions that are masked and aligned, V student vocabulary, U teacher vocabulary, S ids that mean the same
 on both sides, C chunks.
@@ -22,7 +22,7 @@ def parameter(default: float, text: str, low: float = 0.0, high: float = float("
     """A parameter of a divergence: a float in the open interval `(low, high)`, with a default and a help text.
 
     Args:
-        default (`float`): its value where none is given.
+        default (`float`): its value if none is given.
         text (`str`): what it is, for `--help`.
         low, high (`float`): the ends of the interval, which are not allowed themselves.
     """
@@ -69,7 +69,7 @@ class Divergence:
         Returns:
             `torch.Tensor` of shape `(N,)` or `(C,)`.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no values(log_student, log_target).")
+        raise NotImplementedError(f"{type(self).__name__} does not define values(log_student, log_target).")
 
     def to_dict(self) -> dict[str, float]:
         """Parameters under the names of their fields in a configuration: `{name}_{parameter}`."""
@@ -148,12 +148,12 @@ def chunk_divergence(
 
 
 def _values(divergence: Divergence, log_student: torch.Tensor, log_target: torch.Tensor) -> torch.Tensor:
-    """One value per position or chunk; says so where a user's own divergence gives something else."""
+    """One value per position or chunk; refuses a user's own divergence that returns something else."""
     values = divergence.values(log_student, log_target)
     if values.shape != log_student.shape[:1]:
         raise ValueError(
             f"The divergence {divergence.name!r} was given log-probabilities of shape {tuple(log_student.shape)} and "
-            f"returned {tuple(values.shape)}: values must return one number for each of the first dimension."
+            f"returned {tuple(values.shape)}: values must return one number per entry of the first dimension."
         )
     return values
 

@@ -1,12 +1,13 @@
 """Inverse distillation to few steps, masked diffusion (IDLM 2602.19066).
 
 The student predicts clean tokens q at the masks of x_t′; x_t is drawn from q and masked anew; the fake network f
-learns to denoise what the student makes, and the student moves q to where the teacher f* is likelier than the fake.
+learns to denoise what the student produces, and the student moves q towards tokens that the teacher f* finds likelier
+than the fake.
 
 `L(f, q) = Σ_i w_i · (−⟨q_i, log f_i⟩) / num_items` over positions i masked in x_t. Where i is not masked in x_t′,
 q_i is the one-hot of the seen token: for the fake that is [`denoising_loss`], for the student a constant.
 
-[MASK] is no clean token: where `mask_token_id` is given, its logit counts as −∞ in all three networks.
+[MASK] is not a clean token: if `mask_token_id` is given, its logit counts as −∞ in all three networks.
 
 Shapes: N positions masked in x_t and in x_t′, V vocabulary.
 """
@@ -17,7 +18,7 @@ from .denoising import as_full_precision, weighted_sum
 
 
 def without_mask_token(logits_NV: torch.Tensor, mask_token_id: int | None) -> torch.Tensor:
-    """Logits `(N, V)` in full precision, that of `mask_token_id` −∞; without an id as they are (`logits_NV`)."""
+    """`logits_NV` `(N, V)` in float32 at least, with that of `mask_token_id`, if given, set to −∞."""
     logits_NV = as_full_precision(logits_NV)
     if mask_token_id is None:
         return logits_NV
@@ -25,7 +26,7 @@ def without_mask_token(logits_NV: torch.Tensor, mask_token_id: int | None) -> to
 
 
 def clean_token_probabilities(logits_NV: torch.Tensor, mask_token_id: int | None = None) -> torch.Tensor:
-    """q = softmax of the student's `logits_NV`, `mask_token_id` with probability 0; `(N, V)`, float32 at least."""
+    """q = softmax of the student's `logits_NV`, with probability 0 for `mask_token_id`; `(N, V)`, float32 at least."""
     return without_mask_token(logits_NV, mask_token_id).softmax(-1)
 
 
@@ -94,7 +95,7 @@ def inverse_distillation_loss(
 
 
 def sample_tokens(probabilities_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
-    """One token per position from its distribution, by inverting the cumulative one; `(N,)`, no gradient.
+    """One token per position from its distribution, by inverting the cumulative distribution; `(N,)`, no gradient.
 
     The same draw gives the same token on any machine and in any batch. A token of probability 0 is never drawn.
 

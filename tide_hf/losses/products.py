@@ -1,9 +1,10 @@
 """Matrix products of a head and of its two gradients, in the precision of the inputs or of autocast.
 
-The gradient of a loss by its logits is formed before anybody can scale the loss: a `GradScaler`'s factor only comes in
-the backward pass. float16 has no room for it then: of a vocabulary of 32,000 and a batch of 1,000 tokens a flat
-softmax leaves 3e-8 per logit, which is the smallest float16 there is. So each of its rows is multiplied by a power of
-two of its own before it is rounded, and the product divided by it in float32. bfloat16 has float32's exponents.
+The gradient of a loss with respect to its logits is formed before the loss can be scaled: a `GradScaler`'s factor only
+arrives in the backward pass. By then float16 may have underflowed: with a vocabulary of 32,000 and a batch of 1,000
+tokens, a flat softmax leaves 3e-8 per logit, half the smallest number that float16 has. So each row is multiplied by a
+power of two of its own before it is rounded, and the product is divided by it in float32. bfloat16 has float32's
+exponents.
 
 Shapes: M × K times K × N.
 """
@@ -14,7 +15,7 @@ LARGEST_PRODUCT = 2.0**15  # half of what float16 holds
 
 
 def product_dtype(weight: torch.Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's precision where it is on, as for a plain `hidden @ weight.T`."""
+    """The dtype of matrix products with `weight`: autocast's if it is on, as for a plain `hidden @ weight.T`."""
     device = weight.device.type
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -22,12 +23,12 @@ def product_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient is kept in until the outer one is known: float32 where `dtype` is float16, else `dtype`."""
+    """The dtype a gradient is kept in until the outer one is known: float32 for float16, otherwise `dtype` itself."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def gradient_product(gradient_MK: torch.Tensor, right_KN: torch.Tensor) -> torch.Tensor:
-    """`gradient @ right`, `(M, N)` in `gradient_dtype` of the right side's.
+    """`gradient @ right`, `(M, N)`, in the [`gradient_dtype`] of the right side.
 
     Args:
         gradient_MK (`torch.Tensor`): float32 where the right side is float16, else of its dtype.

@@ -33,8 +33,8 @@ class Segment:
         rows (`slice`): start and stop among the N positions.
         loss (`Callable`): `(logits (r, V), positions, *frozen logits (r, U)) -> scalar`, differentiable in the first;
             `positions` is the slice of the N positions that the r rows are. It is called for a few rows at a time.
-        frozen (`Sequence[Callable]`): each `(positions) -> (r, U)`: what else the loss is given of other networks,
-            without gradient and called for a slice at a time.
+        frozen (`Sequence[Callable]`): each `(positions) -> (r, U)`: further inputs of the loss, from other networks,
+            without gradient; called for a slice at a time.
         ends (`Sequence[int]`, *optional*): where the positions may be cut, in ascending order up to `rows.stop`; by
             default anywhere.
     """
@@ -55,7 +55,7 @@ def sliced_loss(
     """The sum of the segments' losses of `logits = hidden · weightᵀ`.
 
     Args:
-        hidden_NH (`torch.Tensor` of shape `(N, H)`): hidden states in front of the head.
+        hidden_NH (`torch.Tensor` of shape `(N, H)`): hidden states, inputs of the head.
         weight_VH (`torch.Tensor` of shape `(V, H)`): the head's weight.
         segments (`Sequence[Segment]`): they cover the positions that count, without overlap.
         slice_rows (`int`, *optional*): positions whose logits exist at once; from `SLICE_BYTES` by default. A slice is
@@ -63,7 +63,7 @@ def sliced_loss(
 
     Returns:
         `torch.Tensor`: scalar, differentiable once in `hidden_NH` and `weight_VH`; float32, float64 for float64 input.
-        Without positions zero, with a graph. Matrix products run in the inputs' precision, or in autocast's.
+        Zero, with a graph, if there are no positions. Matrix products run in the inputs' precision, or in autocast's.
     """
     slice_rows = slice_rows or default_slice_rows(weight_VH.device, len(weight_VH))
     return _SlicedLoss.apply(hidden_NH, weight_VH, segments, slice_rows, torch.is_grad_enabled())
@@ -121,8 +121,8 @@ class _SlicedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if ctx.gradients is None:
             raise RuntimeError(
-                "The gradients of sliced_loss are freed by the first backward pass through it: call it again for "
-                "another one."
+                "The gradients of sliced_loss are freed by the first backward pass through it: call sliced_loss again "
+                "for another one."
             )
         gradients, ctx.gradients = zip(ctx.gradients, ctx.dtypes, strict=True), None
         # float16 is made here: only the outer gradient, a scaler's, lifts these into its range
@@ -201,7 +201,7 @@ def _within(rows: slice, part: slice) -> slice:
 
 
 def _cached_rows(device: torch.device, vocab_size: int) -> int:
-    """Rows that elementwise operations take together; on a GPU all of a slice."""
+    """Rows that elementwise operations process together; on a GPU a whole slice."""
     if device.type != "cpu":
         return default_slice_rows(device, vocab_size)
     return max(torch.get_num_threads(), CACHED_LOGITS // vocab_size)

@@ -1,6 +1,6 @@
 """TIDAL: distillation strength over training progress and diffusion time (TIDE 2604.26951 §2.1).
 
-It is a transformation of the target, which any forward divergence takes: see `token_divergence`, `chunk_divergence`.
+It transforms the target of any forward divergence: see `token_divergence`, `chunk_divergence`.
 
 Shapes: B rows, N positions, S ids that mean the same on both sides, C chunks.
 """
@@ -37,7 +37,7 @@ def lambda_schedule(
     Source: TIDE 2604.26951 eq. 3; TAID 2501.16937.
     """
     if max_steps <= 0:
-        raise ValueError(f"lambda_schedule needs max_steps > 0, got {max_steps}: training progress has no end.")
+        raise ValueError(f"lambda_schedule needs max_steps > 0, got {max_steps}: progress needs an end.")
     progress = min(max(global_step / max_steps, 0.0), 1.0)
     if growth == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))
@@ -68,7 +68,7 @@ def tidal_lambda(lambda_progress: float, lambda_max: float, t: torch.Tensor, axe
 
 
 def timestep_weight(t: torch.Tensor, kind: str = "midrange") -> torch.Tensor:
-    """ω(t), of the shape of `t`: 1 if `kind` is `"uniform"`, `exp(−(t−½)² / (2·0.15²))` if it is `"midrange"`.
+    """ω(t), with the shape of `t`: 1 if `kind` is `"uniform"`, `exp(−(t−½)² / (2·0.15²))` if it is `"midrange"`.
 
     Source: TIDE 2604.26951 §2.1.
     """
@@ -123,10 +123,10 @@ def expected_tidal_strength(
     time_epsilon: float = 1e-3,
     num_points: int = 4001,
 ) -> float:
-    """TIDAL's gradient over that of plain KL, to first order, averaged over progress and masked positions.
+    """Ratio of TIDAL's gradient to that of plain KL, to first order, averaged over progress and masked positions.
 
     `∫ λ(s, t) ω(t) (1 − α(t)) dt ds / ∫ (1 − α(t)) dt` over s in [0, 1], t in [time_epsilon, 1]; 0.0856 with the
-    defaults and the linear schedule. Dividing TIDAL by it gives a weight of 1 the meaning it has for KL.
+    defaults and the linear schedule. After division by it, a distillation weight of 1 means the same as for KL.
 
     Args:
         masked_probability (`Callable`): 1 − α(t), the probability that a trained-on position is masked.

@@ -50,7 +50,7 @@ class TeacherFamily:
     mask_token_id: int | None = None
 
     def view(self, context: str) -> TeacherView:
-        """The view of a `teacher_context`, `"paper"` or `"native"`."""
+        """How to feed it in a `context`, `"paper"` or `"native"` (the `teacher_context` of a run)."""
         return self.paper if context == "paper" and self.paper is not None else self.native
 
 

@@ -14,9 +14,10 @@ from .refusals import NotYetAStudent
 
 @strict
 class DreamConfig(PublishedConfig, Qwen2Config):
-    """[`~transformers.Qwen2Config`] of Dream.
+    """Configuration of Dream. Other fields as in [`~transformers.Qwen2Config`].
 
     Args:
+        is_causal (`bool`): False: without a 4-D mask every position sees every other.
         mask_token_id (`int`, *optional*): id of [MASK].
     """
 

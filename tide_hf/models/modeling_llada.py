@@ -17,10 +17,15 @@ from .refusals import NotYetAStudent
 
 @strict
 class LLaDAConfig(PublishedConfig, LlamaConfig):
-    """[`~transformers.LlamaConfig`] of the dense LLaDA; a LLaDA-MoE's config.json gives a [`LLaDAMoEConfig`].
+    """Configuration of the dense LLaDA; a LLaDA-MoE's config.json gives a [`LLaDAMoEConfig`].
+
+    Other fields as in [`~transformers.LlamaConfig`].
 
     Args:
+        is_causal (`bool`): False: without a 4-D mask every position sees every other.
         mask_token_id (`int`, *optional*): id of [MASK].
+        num_key_value_heads (`int`, *optional*): key and value heads; `num_attention_heads` by default.
+        bos_token_id, eos_token_id (`int`, *optional*): ids of the first and the last token of a text.
 
     Raises:
         ValueError: for an option of the code's ancestry (OLMo) that no published LLaDA uses.
@@ -97,9 +102,10 @@ class LLaDAModelLM(NotYetAStudent, LlamaForCausalLM):
 
 @strict
 class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
-    """[`~transformers.Qwen3MoeConfig`] of LLaDA-MoE.
+    """Configuration of LLaDA-MoE. Other fields as in [`~transformers.Qwen3MoeConfig`].
 
     Args:
+        is_causal (`bool`): False: without a 4-D mask every position sees every other.
         mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
         head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
 

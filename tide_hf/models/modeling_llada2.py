@@ -18,11 +18,15 @@ from .published import MERGED, PublishedConfig, merged_experts, packed_experts, 
 
 @strict
 class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
-    """[`~transformers.Glm4MoeConfig`] of LLaDA2; its further fields are [`DiffusionConfig`]'s.
+    """Configuration of LLaDA2. Other fields as in [`DiffusionConfig`] and [`~transformers.Glm4MoeConfig`].
 
     Args:
         head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
         use_qk_norm (`bool`): published configurations leave it out, and every model has the norms.
+        rms_norm_eps (`float`): ε of the RMS norms.
+        n_group, topk_group (`int`): groups of experts, and how many of them the experts of a token come from.
+        routed_scaling_factor (`float`): multiplies the weights of the routed experts.
+        num_mtp_layers (`int`): layers that predict further tokens; LLaDA2 has none.
 
     Raises:
         ValueError: for a router, bias or rotary size that no published LLaDA2 has.
@@ -91,7 +95,11 @@ class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
 
 
 class LLaDA2MoeModelLM(MaskedDiffusionMixin, Glm4MoeForCausalLM):
-    """LLaDA2, trained and generating like a student; the class name is the one its checkpoints carry."""
+    """LLaDA2, trained and generating like a student; the class name is the one its checkpoints carry.
+
+    Args:
+        config ([`LLaDA2MoeConfig`]): of the model.
+    """
 
     config_class = LLaDA2MoeConfig
     config: LLaDA2MoeConfig

@@ -18,9 +18,10 @@ FAMILY = TeacherFamily(TeacherView("own"), mask_token_id=151_669)  # mask id: Je
 
 @strict
 class SDARConfig(PublishedConfig, Qwen3Config):
-    """[`~transformers.Qwen3Config`] of SDAR.
+    """Configuration of SDAR. Other fields as in [`~transformers.Qwen3Config`].
 
     Args:
+        is_causal (`bool`): False: without a 4-D mask every position sees every other.
         mask_token_id (`int`, *optional*): id of [MASK]; some published configurations leave it out.
         block_size (`int`): tokens per diffusion block, counted from absolute position 0.
     """
@@ -43,10 +44,10 @@ class SDARForCausalLM(NotYetAStudent, Qwen3ForCausalLM):
 
 @strict
 class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
-    """[`~transformers.Qwen3MoeConfig`] of SDAR-MoE.
+    """Configuration of SDAR-MoE. Other fields as in [`~transformers.Qwen3MoeConfig`].
 
     Args:
-        mask_token_id (`int`, *optional*), block_size (`int`): as in [`SDARConfig`].
+        is_causal (`bool`), mask_token_id (`int`, *optional*), block_size (`int`): as in [`SDARConfig`].
         head_dim (`int`): of each attention head.
         norm_topk_prob (`bool`): whether the chosen experts' weights sum to 1.
     """

@@ -50,7 +50,10 @@ class MaskedDiffusionOutput(CausalLMOutputWithPast):
 
 
 class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMixin):
-    """`forward` and `generate` of a student; stands before a transformers `…ForCausalLM` in the bases.
+    """`forward` and `generate` of a student; comes before a transformers `…ForCausalLM` in the bases.
+
+    Args:
+        config ([`DiffusionConfig`]): of the student.
 
     Attributes:
         eval_num_times (`int`): noise levels at which `forward(labels=…)` runs each row in eval mode, one drawn from

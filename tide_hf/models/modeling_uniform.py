@@ -26,6 +26,9 @@ NUM_NOISE_FEATURES = 16
 class TIDEUniformQwen3ForDiffusion(RefusesNextTokenTrainers, Qwen3ForCausalLM):
     """Qwen3 as a uniform-state diffusion LM over the full sequence.
 
+    Args:
+        config ([`TIDEUniformQwen3Config`]): of the model.
+
     Attributes:
         eval_num_times (`int`): noise levels at which `forward(labels=…)` runs each row in eval mode, one drawn from
             each of as many equal parts of [0, 1]; each takes a forward.

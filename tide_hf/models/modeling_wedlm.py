@@ -15,7 +15,7 @@ from .refusals import NotYetAStudent
 
 @strict
 class WeDLMConfig(PublishedConfig, Qwen3Config):
-    """[`~transformers.Qwen3Config`] of WeDLM.
+    """Configuration of WeDLM. Other fields as in [`~transformers.Qwen3Config`].
 
     Args:
         mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
@@ -48,6 +48,9 @@ class WeDLMForCausalLM(NotYetAStudent, Qwen3ForCausalLM):
 
     A 7 B model is Qwen2.5: it has no query and key norms. The output projection of the attention has no bias, even
     where query, key and value have theirs.
+
+    Args:
+        config ([`WeDLMConfig`]): of the model.
     """
 
     config_class = WeDLMConfig

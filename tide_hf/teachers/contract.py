@@ -20,7 +20,7 @@ REFUSED = {
 
 
 def family_of(config) -> TeacherFamily | None:
-    """The family of a configuration, from its class; None for an unknown one."""
+    """The family of a model, from the class of its `config`; None for an unknown one."""
     return getattr(type(config), "teacher_family", None)
 
 

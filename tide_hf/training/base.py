@@ -1,4 +1,4 @@
-"""What every trainer of a diffusion LM does alike: load, configure, prepare rows, keep batches on the host, save.
+"""What all trainers of diffusion LMs share: loading, configuring, preparing rows, keeping batches on the host, saving.
 
 The batch of a step is noised on the host, before any network runs.
 """
@@ -41,9 +41,17 @@ logger = logging.get_logger(__name__)
 
 
 class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trainer):
-    """`transformers.Trainer` for diffusion LMs; subclasses say what a step is.
+    """`transformers.Trainer` for diffusion LMs; subclasses define what a step is.
 
-    What of `transformers` is read and what is refused stands in [`~tide_hf.training.arguments`].
+    [`~tide_hf.training.arguments`] lists which arguments of `transformers` are used and which are refused.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the network that is trained.
+        args ([`DiffusionTrainingArguments`]): all settings.
+        plan ([`~tide_hf.training.plan.RunPlan`]): see below.
+        train_dataset, eval_dataset (`Dataset`, `IterableDataset` or, for evaluation, a `dict` of them, *optional*):
+            raw or prepared rows.
+        kwargs: further arguments of [`~transformers.Trainer`].
 
     Attributes:
         plan ([`~tide_hf.training.plan.RunPlan`]): what the run feeds its networks, resolved once.
@@ -51,7 +59,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
     """
 
     loss_is_scaled_for_ga = True
-    guard: StepGuard | None = None  # of the student's steps; made with its optimizer
+    guard: StepGuard | None = None  # checks the student's steps; made with its optimizer
     # what `config.diffusion_type` of a model may be
     DIFFUSION_TYPES = ("block", "full")
     CONFIG = DiffusionTrainingArguments
@@ -77,15 +85,15 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         who = type(self).__name__
         if not isinstance(args, self.CONFIG):
             raise ValueError(
-                f"{who} takes args of {self.CONFIG.__name__}, which has every field of TrainingArguments, got a "
-                f"{type(args).__name__}."
+                f"{who} expects args to be a {self.CONFIG.__name__}, which has every field of TrainingArguments; got "
+                f"a {type(args).__name__}."
             )
         args.check()
         refuse_unread(args, self.UNREAD, who)
         refuse_data_parallel(args)
         check_trainer_arguments(kwargs, self.REFUSED_ARGUMENTS, who)
         for name in [name for name, value in kwargs.items() if value is None]:
-            del kwargs[name]  # one that is refused may be given as not given
+            del kwargs[name]  # None means not given, for a refused argument too
         require_rows("train_dataset", train_dataset)
         for name, rows in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
             require_rows(f"eval_dataset{name and f'[{name!r}]'}", rows)
@@ -94,12 +102,12 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
             asked += ["eval_on_start=True"] if args.eval_on_start else []
             if asked or eval_dataset is not None:
                 raise ValueError(
-                    f"{' and '.join(asked) or 'eval_dataset={}'} asks for evaluation, and there is no eval_dataset: "
+                    f"{' and '.join(asked) or 'eval_dataset={}'} asks for evaluation, but there is no eval_dataset: "
                     "give one, or set eval_strategy='no'."
                 )
 
     def _refuse_other_optimizer(self) -> None:
-        """An optimizer of the caller's must hold what is trained: an adapter, made after it, would stand still."""
+        """A given optimizer must hold what is trained: an adapter, made after it, would never be updated."""
         if self.optimizer is None:
             return
         learned = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
@@ -107,30 +115,29 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         foreign = sum(id(parameter) not in learned for parameter in held)
         if foreign:
             raise ValueError(
-                f"{foreign} of the {len(held)} parameters of the optimizer are none that this run trains (those of "
-                "another model, or of an adapter's frozen base): give optimizer_cls_and_kwargs in place of "
-                "optimizers, or make it from the model that is trained."
+                f"{foreign} of the optimizer's {len(held)} parameters are not trained by this run (they belong to "
+                "another model, or to an adapter's frozen base): give optimizer_cls_and_kwargs instead of optimizers, "
+                "or make the optimizer from the model that is trained."
             )
 
     def _refuse_other_diffusion_types(self, model) -> None:
-        """Says which models this trainer does not know the noise of."""
+        """Refuses models whose kind of noise this trainer does not know."""
         diffusion_type = getattr(model.config, "diffusion_type", None)
         if diffusion_type is None:
             raise ValueError(
-                f"The student is a {type(model).__name__} (model_type={model.config.model_type!r}), which is no "
-                "diffusion LM of this library. Load a tide_… or a2d-… checkpoint, or make one with "
-                "convert_to_diffusion."
+                f"The student, a {type(model).__name__} (model_type={model.config.model_type!r}), is not a diffusion "
+                "LM of this library. Load a tide_… or a2d-… checkpoint, or make one with convert_to_diffusion."
             )
         if diffusion_type not in self.DIFFUSION_TYPES:
             raise ValueError(
                 f"{type(self).__name__} trains diffusion LMs of diffusion_type {' or '.join(self.DIFFUSION_TYPES)}, "
-                f"got {diffusion_type!r}. Uniform-state models go with UniformIDLMTrainer or, without a teacher, with "
-                "transformers.Trainer; masked ones with TIDETrainer and IDLMTrainer."
+                f"got {diffusion_type!r}. Train uniform-state models with UniformIDLMTrainer or, without a teacher, "
+                "with transformers.Trainer, and masked ones with TIDETrainer or IDLMTrainer."
             )
 
     @property
     def objective(self):
-        """What the run optimises, every field decided."""
+        """What the run optimises, with every field decided."""
         return self.plan.objective
 
     def _announce(self) -> None:
@@ -156,7 +163,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
     # -- training and evaluating --------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        """As [`~tide_hf.hub.HubTrainerMixin`] trains; what was changed in `args` meanwhile is honoured, or refused."""
+        """As [`~tide_hf.hub.HubTrainerMixin`] does; changes made to `args` in the meantime are applied, or refused."""
         check_method_arguments({"trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval})
         self._honour_changes()
         try:
@@ -170,7 +177,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         Args:
             eval_dataset (`Dataset`, `IterableDataset`, `dict` of them, or `str`, *optional*): rows as the constructor
                 takes them, raw or prepared; several under their names; or the name of one given to the constructor.
-            metric_key_prefix (`str`): stands before each metric's name.
+            metric_key_prefix (`str`): prefix of each metric's name.
         """
         check_method_arguments({"ignore_keys": ignore_keys})
         if not self.is_in_train:
@@ -182,7 +189,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         return super().evaluate(eval_dataset, None, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
-        """As [`~transformers.Trainer.predict`], of rows as the constructor takes them, raw or prepared."""
+        """As [`~transformers.Trainer.predict`], for rows as the constructor takes them, raw or prepared."""
         check_method_arguments({"ignore_keys": ignore_keys})
         if not self.is_in_train:
             self._honour_changes()
@@ -191,7 +198,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
     def hyperparameter_search(self, *args, **kwargs):
         """Refused: it makes a new model for each trial."""
         raise ValueError(
-            "hyperparameter_search needs model_init, and these trainers are made from a model: make one trainer for "
+            "hyperparameter_search needs model_init, but these trainers are made from a model: make one trainer for "
             "each trial, for example inside the objective of an optuna study."
         )
 
@@ -200,11 +207,11 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         return inputs.to(self.args.device)
 
     def floating_point_ops(self, inputs) -> int:
-        """As [`~transformers.Trainer.floating_point_ops`], of the columns that the student is run on."""
+        """As [`~transformers.Trainer.floating_point_ops`], counted over the columns that the student is run on."""
         return super().floating_point_ops({"input_ids": inputs.inputs.input_ids})
 
     def _track_num_input_tokens(self, inputs) -> None:
-        """Counts the columns that the student is run on: of packed layouts noised and clean copies."""
+        """Counts the columns that the student is run on: in packed layouts the noised and the clean copies."""
         if self.args.include_num_input_tokens_seen == "no":
             return
         is_real = inputs.inputs.is_real
@@ -212,10 +219,10 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         count = torch.as_tensor(count, device=self.args.device, dtype=torch.int64)
         self.state.num_input_tokens_seen += self.accelerator.gather(count).sum().item()
 
-    # -- what is not finite is neither stepped on nor saved nor best ------------------------------------------------
+    # -- values that are not finite are never stepped on, saved or best -----------------------------------------------
 
     def _row_terms(self, batch: Record) -> dict[str, torch.Tensor]:
-        """The loss's terms by row of one micro-batch on the host."""
+        """The terms of the loss for each row of one micro-batch on the host."""
         raise NotImplementedError
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -225,7 +232,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         return prepared
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Also decides, behind a step's last micro-batch, whether the optimizer may take it."""
+        """Also decides, after a step's last micro-batch, whether the optimizer may take it."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         return self.guard.saw(inputs, loss, is_last=self.accelerator.sync_gradients)
 
@@ -244,7 +251,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         super().log(logs, start_time)
 
     def _weights_of_checkpoint(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of this process, by name."""
+        """The weights that a checkpoint holds of this process, by name."""
         return trained_parameters(self.accelerator.unwrap_model(self.model))
 
     def _save_checkpoint(self, model, trial):
@@ -253,7 +260,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Beside an adapter also the generation settings of the run, which its base may not have."""
+        """With an adapter, also saves the run's generation settings, which its base may not have."""
         weights = state_dict
         if weights is None:
             weights = trained_parameters(self.model) if isinstance(self.model, PeftModel) else self.model.state_dict()
@@ -285,7 +292,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         )
 
     def create_model_card(self, *args, **kwargs):
-        """See [`~tide_hf.hub.HubTrainerMixin.create_model_card`]; none of weights that are not finite."""
+        """See [`~tide_hf.hub.HubTrainerMixin.create_model_card`]; refused if weights are not finite."""
         require_finite(trained_parameters(self.accelerator.unwrap_model(self.model)), "The model card")
         super().create_model_card(*args, **kwargs)
 
@@ -304,21 +311,27 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
 def load_student(
     model: str | PreTrainedModel, args, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
-    """Model, tokenizer and the revision that was asked for, from instances or names.
+    """Model, tokenizer and the requested revision, from instances or names.
+
+    Args:
+        model (`str` or `PreTrainedModel`): an instance, a Hub name or a folder.
+        args ([`DiffusionTrainingArguments`]): read for `model_init_kwargs`, which loading by name uses.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): the tokenizer; by default the one saved with `model`.
 
     Raises:
-        ValueError: for something that is no model, or no tokenizer.
+        ValueError: if `model` is not a model or `processing_class` not a tokenizer, and for `model_init_kwargs` with
+            an instance.
     """
     require_tokenizer("processing_class", processing_class)
     if isinstance(model, PathLike):
         model = str(model)
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise ValueError(
-            f"model is a {type(model).__name__}; expected a name, a folder, or a model as from_pretrained gives it."
+            f"model is a {type(model).__name__}; expected a name, a folder, or a model as from_pretrained returns it."
         )
     if not isinstance(model, str) and args.model_init_kwargs is not None:
         raise ValueError(
-            "model_init_kwargs are arguments of from_pretrained, and the model is given as an instance: load it with "
+            "model_init_kwargs are arguments of from_pretrained, but the model is given as an instance: load it with "
             "them, or give its name."
         )
     if processing_class is None:
@@ -330,7 +343,7 @@ def load_student(
 
 
 def run_packed(network, inputs: PackedInputs, head_fn: Callable):
-    """A (wrapped) student's forward on a packed layout, `head_fn` instead of its head.
+    """A (wrapped) student's forward on a packed layout, with `head_fn` instead of its head.
 
     Args:
         network (`Callable`): a student of this library, wrapped by accelerate or not.
@@ -348,7 +361,7 @@ def run_packed(network, inputs: PackedInputs, head_fn: Callable):
 
 
 def trained_parameters(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """The parameters of a `network` that are trained, by name."""
     return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 

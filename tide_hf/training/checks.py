@@ -16,7 +16,7 @@ def require_rows(name: str, dataset) -> None:
     """Refuses anything but a table or stream of the datasets library.
 
     Args:
-        name (`str`): the argument's, for the message.
+        name (`str`): the argument's name, for the message.
         dataset: what was given; None passes.
 
     Raises:
@@ -39,7 +39,7 @@ def require_tokenizer(name: str, tokenizer) -> None:
     """Refuses anything but a tokenizer.
 
     Args:
-        name (`str`): the argument's, for the message.
+        name (`str`): the argument's name, for the message.
         tokenizer: what was given; None passes.
 
     Raises:
@@ -61,7 +61,7 @@ def require_vocabulary(who: str, tokenizer, config) -> None:
 
     Args:
         who (`str`): `"student"` or `"teacher"`, for the message.
-        tokenizer (`PreTrainedTokenizerBase`): of the rows.
+        tokenizer (`PreTrainedTokenizerBase`): encodes the rows.
         config (`PreTrainedConfig`): of the network.
 
     Raises:
@@ -143,7 +143,7 @@ def refuse_own_teacher(model, teacher, adapts: bool) -> None:
 
 
 def refuse_loading_arguments(args) -> None:
-    """Refuses arguments about loading the teacher if it is given as an instance.
+    """Refuses arguments for loading a teacher that is given as an instance.
 
     Args:
         args ([`TIDEConfig`]): of the run.

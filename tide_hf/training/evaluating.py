@@ -14,24 +14,26 @@ from .measuring import Predictions, count_rows, fill_positions, mark_fill, on_ro
 
 
 class EvaluationMixin:
-    """The evaluation of [`~tide_hf.TIDETrainer`]; stands before its base."""
+    """The evaluation of [`~tide_hf.TIDETrainer`]; comes before its base."""
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Gathered sums over gathered counts, under noise that is the same at every evaluation.
 
-        Metrics, in nats, all of the same masks for the same student, with a teacher or without:
+        Arguments as in [`~transformers.Trainer.evaluation_loop`].
+
+        Metrics, in nats; the same student is measured under the same masks, with a teacher or without:
 
         - `ce`: the denoising loss, as the run weighs and normalises it; masks are drawn token by token.
-        - `ce_answer`: the same over answer tokens alone, per answer token: of the trained-on EOS at a row's end only
-          the first is counted, the others are fill, which is easy and flatters.
-        - `distill`: the divergence to the teacher, under masks that complete chunks. Of TIDAL its value at λ = 1,
-          ω = 1 and no scale (forward KL or CALM): the training term moves with λ while the weights stand still.
+        - `ce_answer`: the same over answer tokens only, per answer token: of the trained-on EOS at a row's end only
+          the first counts; the others are fill, which is easy to predict and would flatter the student.
+        - `distill`: the divergence to the teacher, under masks that complete chunks. For TIDAL it is taken at λ = 1,
+          ω = 1 and without the scale (forward KL or CALM): the training term changes with λ even at fixed weights.
         - `loss`: ce_weight · ce + distill_weight · distill.
-        - `nll_t` for each of `args.eval_noise_levels`: mean of a masked token at that diffusion time.
+        - `nll_t` for each t of `args.eval_noise_levels`: mean negative log-likelihood of a masked token at that time.
 
-        Predictions, made where `compute_metrics` or `predict` ask for them, are `(rows, L)`, padded with −100: at the
+        Predictions, made when `compute_metrics` or `predict` asks for them, are `(rows, L)`, padded with −100: at the
         positions masked by the noise of `ce` the likeliest token, or what
         `preprocess_logits_for_metrics(logits (n, V), labels (n,)) -> (n, …)` makes of a slice of them at a time;
         `label_ids` are the true tokens there; −100 elsewhere. `include_for_metrics=["inputs"]` adds the rows'
@@ -46,7 +48,7 @@ class EvaluationMixin:
         for batch in self._evaluation_batches(dataloader):
             sums, predicted = self._measure(model, batch, predicts=not loss_only)
             names, device = list(sums), self.args.device
-            # a row that fills a batch up, or stands in for one, trains on nothing
+            # a row that only fills a batch, or stands in for a missing one, has no trained-on token
             counts_R = self.accelerator.gather((batch["labels"] != -100).any(1).to(device))
             rows = self.accelerator.gather(torch.stack(list(sums.values()), 1))[counts_R]
             totals = totals + rows.double().sum(0)
@@ -86,7 +88,7 @@ class EvaluationMixin:
         """Sums and counts of each row `(B,)`, by name; and, if asked for, predictions and their labels.
 
         `rows`; `tokens`, `answer_tokens` and `compared` (pairs of tokens, or active chunks), which divide `ce`,
-        `ce_answer` and `distill`; `mean_ce`, the row's own mean; and of each noise level t `masked_t` and `nll_t`.
+        `ce_answer` and `distill`; `mean_ce`, the row's own mean; and `masked_t` and `nll_t` for each noise level t.
         """
         objective = self.objective.evaluated
         likelihood = replace(objective, divergence=None, loss_normalization="token", chunk_weighting="paper")
@@ -136,7 +138,7 @@ class EvaluationMixin:
         return {name: on_rows(values_N, batch, length) for name, values_N in values.items()}
 
     def _metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """Metrics from the totals of `_measure`'s sums; of no rows they are 0."""
+        """Metrics from the totals of `_measure`'s sums; 0 without rows."""
         objective, of = self.objective, defaultdict(float, totals)
         ce = of["mean_ce"] if objective.loss_normalization == "sequence" else of["ce"]
         divisor = of["tokens"] if objective.loss_normalization == "token" else of["rows"]

@@ -1,4 +1,4 @@
-"""What a run optimises: one frozen record, whose call is the loss of a micro-batch.
+"""What a run optimises: one frozen record; calling it gives the loss of a micro-batch.
 
 Shapes: B rows, N masked student positions, the first M of them paired with M_T of the teacher's, C chunks, H and K
 hidden sizes, V and U vocabularies.
@@ -30,12 +30,12 @@ NO_DIVERGENCE = "none"
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What the teacher says of a batch.
+    """What the teacher provides for a batch.
 
     Args:
         hidden (`torch.Tensor` of shape `(M_T, K)`): its hidden states at its asked positions.
         head (`Callable`): hidden states `(R, K)` to logits `(R, U)`, without gradient.
-        shared_vocab_size (`int`): ids that mean the same on both sides; read where tokens are compared.
+        shared_vocab_size (`int`): ids that mean the same on both sides; used where tokens are compared.
     """
 
     hidden: torch.Tensor
@@ -45,10 +45,10 @@ class TeacherStates:
 
 @dataclass(frozen=True)
 class Objective:
-    """What one run optimises, every field decided. Field meanings: [`TIDEConfig`].
+    """What one run optimises, with every field decided.
 
-    `divergence` is None where nothing is distilled. `tidal_scale` is what TIDAL's loss is multiplied by: 1, or one
-    over its expected strength.
+    Fields as in [`~tide_hf.TIDEConfig`]; but `divergence` is None where nothing is distilled, and TIDAL's loss is
+    multiplied by `tidal_scale`: 1, or the reciprocal of its expected strength.
     """
 
     preset: str | None
@@ -84,12 +84,12 @@ class Objective:
 
     @property
     def evaluated(self) -> "Objective":
-        """What evaluation reports: TIDAL at λ = 1, ω = 1 and no scale is its divergence to the teacher, which does not
-        move while the weights stand still."""
+        """What evaluation reports: with TIDAL, the divergence to the teacher itself (λ = 1, ω = 1, no scale), which
+        does not change at fixed weights."""
         return replace(self, tidal=False, tidal_scale=1.0)
 
     def to_dict(self) -> dict:
-        """Plain values, for logs and cards; of a divergence its name and parameters."""
+        """Plain values, for logs and cards; a divergence as its name and parameters."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["divergence"] = NO_DIVERGENCE if self.divergence is None else self.divergence.name
         return values if self.divergence is None else {**values, **self.divergence.to_dict()}
@@ -102,14 +102,14 @@ class Objective:
         lambda_progress: float,
         teacher: TeacherStates | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of one micro-batch, each term its local sum over its global count.
+        """The loss of one micro-batch: each term is its local sum divided by its global count.
 
         Args:
             hidden_NH (`torch.Tensor` of shape `(N, H)`): the student's hidden states at the masked positions.
             weight_VH (`torch.Tensor` of shape `(V, H)`): its head's weight.
             batch ([`~tide_hf.diffusion.NoisedBatch`]): with the counts of the global batch.
             lambda_progress (`float`): λ(s) at this step.
-            teacher ([`TeacherStates`], *optional*): where the objective distils.
+            teacher ([`TeacherStates`], *optional*): needed if the objective distils.
 
         Returns:
             the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`; where the batch
@@ -147,12 +147,12 @@ class Objective:
         return loss, terms
 
     def compared_rows(self, batch: NoisedBatch) -> torch.Tensor:
-        """The row of each thing that is compared in a `batch`: of pairs of tokens `(M,)`, of active chunks `(C,)`."""
+        """The row of each compared pair of tokens `(M,)`, or of each active chunk `(C,)`, of a `batch`."""
         pairs = batch.pairs
         return batch.row[: len(pairs.student_chunk)] if self.by_token else pairs.chunk_row
 
     def _denoising_weights(self, batch: NoisedBatch) -> torch.Tensor:
-        """Weights of the masked positions under the run's weighting, over what divides their sum, (N,)."""
+        """Weights of the masked positions under the run's weighting, each divided by the divisor of the loss, (N,)."""
         t_N, counts = batch.t[batch.row], batch.counts
         weights_N = torch.ones_like(t_N)
         if self.ce_weighting == "schedule" and self.chunk_weighting == "exact":
@@ -166,10 +166,10 @@ class Objective:
 
 
 class _Compared:
-    """What a batch compares with the teacher's: pairs of tokens, or active chunks, and each one's value as it is made.
+    """The pairs of tokens, or active chunks, that are compared with the teacher, and each one's value once computed.
 
     Attributes:
-        rows, weights, values (`torch.Tensor` of shape `(M,)` or `(C,)`): row; ω(t) over the global count; divergence.
+        rows, weights, values (`torch.Tensor` of shape `(M,)` or `(C,)`): row; ω(t) / global count; divergence.
         frozen, ends: of the [`~tide_hf.losses.Segment`] of the paired positions.
     """
 
@@ -196,7 +196,7 @@ class _Compared:
     def weighted(
         self, logits: torch.Tensor, log_probs: torch.Tensor, rows: slice, *teacher_logits: torch.Tensor
     ) -> torch.Tensor:
-        """Σ ω · D / count over some positions, scalar; notes each value. `log_probs` are those of the true tokens."""
+        """Σ ω · D / count over some positions, scalar; records each value. `log_probs` are the true tokens'."""
         if self.by_token:
             which = rows
             values = token_divergence(

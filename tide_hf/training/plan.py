@@ -19,14 +19,13 @@ class RunPlan:
     Args:
         alignment (`str`): `"token"` (one shared tokenizer) or `"chunk"` (two).
         shared_vocab_size (`int`): first ids that mean the same on both sides.
-        block_size (`int`): tokens per block of the student, 1 where it has none.
+        block_size (`int`): tokens per block of the student, 1 if it has no blocks.
         schedule (`str`): α(t) of the run.
         student ([`~tide_hf.diffusion.LayoutSpec`], *optional*): how it is fed; None for uniform-state models, which
             have no mask token and are run on whole rows.
-        teacher ([`~tide_hf.diffusion.LayoutSpec`], *optional*): how it is fed, where one is run.
-        preparation ([`~tide_hf.data.RowPreparation`]): what rows become.
-        objective (*optional*): what is optimised ([`~tide_hf.Objective`], or IDLM's); None where rows are prepared
-            alone.
+        teacher ([`~tide_hf.diffusion.LayoutSpec`], *optional*): how it is fed, if there is one.
+        preparation ([`~tide_hf.data.RowPreparation`]): how rows are prepared.
+        objective (*optional*): what is optimised ([`~tide_hf.Objective`], or IDLM's); None if rows are only prepared.
     """
 
     alignment: str
@@ -39,7 +38,7 @@ class RunPlan:
     objective: object | None = None
 
     def to_dict(self) -> dict:
-        """Plain values, for logs and cards, without the objective, which is shown by itself."""
+        """Plain values, for logs and cards, without the objective, which is shown separately."""
         settings = PreparationRecord.of(self.preparation).settings
         rows = {name: value for name, value in settings.items() if value is not None and not isinstance(value, dict)}
         layouts = {"student": self.student, "teacher": self.teacher}
@@ -62,17 +61,17 @@ def resolve_plan(
     """Decides what a run feeds its networks.
 
     Args:
-        args ([`DiffusionTrainingArguments`]): or anything else with the fields that rows are prepared by.
+        args ([`DiffusionTrainingArguments`]): or any object with the fields that the preparation of rows reads.
         config (`PreTrainedConfig`), tokenizer (`PreTrainedTokenizerBase`): the student's. What the run decides about
             chat templates is written into the tokenizers.
         teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*): the student's by default.
-        teacher_config (`Callable`, *optional*): gives the teacher's configuration; asked only where the objective
-            needs a teacher, since weights may be loaded for it.
+        teacher_config (`Callable`, *optional*): returns the teacher's configuration; called only if the objective
+            needs a teacher, since it may load weights.
         decide (`Callable`, *optional*): `(alignment, schedule) -> objective`.
 
     Raises:
         ValueError: for a block size that does not divide the row length, tokenizers that do not belong to their
-            models, an alignment they do not allow, a missing mask token, and an objective without its teacher.
+            models, an alignment they do not allow, a missing mask token, or an objective without its teacher.
     """
     require_vocabulary("student", tokenizer, config)
     has_mask, schedule = config.diffusion_type != "uniform", getattr(config, "noise_schedule", "linear")
@@ -116,7 +115,7 @@ def _block_size(args, config: PreTrainedConfig) -> int:
 
 
 def _shared_vocab_size(given: int | None, found: int, num_ids: int) -> int:
-    """At most what the smaller network has, which may be less than the tokenizers have."""
+    """At most the ids of the smaller network, which may have fewer than the tokenizers."""
     if given is not None and given > num_ids:
         raise ValueError(f"shared_vocab_size={given} is more than the {num_ids} ids of a network.")
     return min(given or found, num_ids)

@@ -1,7 +1,7 @@
 """Presets, and how a configuration becomes the one frozen record of what a run optimises.
 
-A preset means different divergences in the two pipelines, and only the two tokenizers tell which one it is: fields of
-TIDEConfig that are None are filled here, once both tokenizers are known.
+A preset stands for a different divergence in each of the two pipelines, and the two tokenizers decide which pipeline
+it is: fields of TIDEConfig that are None are filled in here, once both tokenizers are known.
 """
 
 from dataclasses import fields, replace
@@ -46,14 +46,14 @@ PRESET_DEFAULTS = {
 
 
 def resolve_objective(config, alignment: str, schedule: str = "linear", given: Divergence | None = None) -> Objective:
-    """Fills every None of a configuration from its preset, for one pipeline.
+    """Fills in every None of a configuration from its preset, for one pipeline.
 
     Args:
         config ([`TIDEConfig`]): given fields win over the preset's.
         alignment (`str`): `"token"` (shared tokenizer) or `"chunk"` (two tokenizers).
-        schedule (`str`): the student's own `noise_schedule`, where the configuration gives none.
-        given ([`~tide_hf.losses.Divergence`], *optional*): a divergence of the user's. It replaces the preset's, and
-            TIDAL then has to be asked for.
+        schedule (`str`): the student's own `noise_schedule`, used if the configuration gives none.
+        given ([`~tide_hf.losses.Divergence`], *optional*): the user's own divergence. It replaces the preset's, and
+            TIDAL is then off unless the configuration asks for it.
 
     Raises:
         ValueError: for fields that do not go together, with the reason.
@@ -95,7 +95,7 @@ def resolve_objective(config, alignment: str, schedule: str = "linear", given: D
 
 
 def _divergence(config, alignment: str, name: str | None, given: Divergence | None) -> Divergence | None:
-    """The divergence of a run with its parameters; None for none.
+    """The divergence of a run with its parameters; None if nothing is distilled.
 
     Raises:
         ValueError: if there is none to choose, it does not suit the pipeline, or two are given.
@@ -111,7 +111,7 @@ def _divergence(config, alignment: str, name: str | None, given: Divergence | No
         )
     if given is not None and config.divergence is not None:
         raise ValueError(
-            f"objective={given} and divergence={config.divergence!r} both say what is compared: give one of them."
+            f"objective={given} and divergence={config.divergence!r} both choose the divergence: give only one."
         )
     if name == NO_DIVERGENCE:
         return None
@@ -128,7 +128,7 @@ def _divergence(config, alignment: str, name: str | None, given: Divergence | No
 
 
 def _warn_about_unread(config, objective: Objective) -> None:
-    """Says which fields were given and play no part in this objective."""
+    """Warns of fields that were given but that this objective does not use."""
     parameters = {f"{name}_{field.name}": name for name, cls in DIVERGENCES.items() for field in fields(cls)}
     used = objective.divergence.name if objective.divergence is not None else NO_DIVERGENCE
     read = {
@@ -142,7 +142,7 @@ def _warn_about_unread(config, objective: Objective) -> None:
     unread = [text for text in unread if not text.endswith(("=None", "=False"))]
     if unread:
         logger.warning(
-            f"These fields are given and not read, because the objective has no such part (divergence={used!r}, "
+            f"These fields are given but not used, because the objective has no such part (divergence={used!r}, "
             f"distill_weight={objective.distill_weight}, tidal={objective.tidal}, comp_demo={objective.comp_demo}): "
             f"{', '.join(unread)}."
         )
@@ -155,13 +155,13 @@ def _check_weights(objective: Objective) -> None:
     if objective.distills and objective.tidal and is_still:
         raise ValueError(
             f"lambda_init={objective.lambda_init} and lambda_max=0 with lambda_axes={axes!r} make TIDAL's target the "
-            "student itself at every step, so that the teacher would teach nothing: raise lambda_max."
+            "student itself at every step, so the teacher would have no effect: raise lambda_max."
         )
     if objective.ce_weight == 0 and not objective.distills:
         name = NO_DIVERGENCE if objective.divergence is None else objective.divergence.name
         raise ValueError(
             f"ce_weight=0 and no distillation term (divergence={name!r}, distill_weight={objective.distill_weight}) "
-            "leave nothing to train on: set one of the weights."
+            "leave nothing to train: set one of the weights."
         )
 
 
@@ -172,6 +172,6 @@ def _check_tidal(divergence: Divergence, allow_reverse: bool) -> None:
     raise ValueError(
         f"tidal=True goes with forward divergences only, and {divergence.name!r} is {divergence.direction}: late in "
         "training and at large t the (1−λ) share of the target suppresses the self-selection that reverse divergences "
-        "live on. Use divergence='forward_kl' (shared tokenizer) or 'calm' (two tokenizers)"
+        "rely on. Use divergence='forward_kl' (shared tokenizer) or 'calm' (two tokenizers)"
         + (", or allow_reverse_tidal=True for the ablation." if divergence.name == "reverse_calm" else ".")
     )

@@ -1,7 +1,7 @@
 """From datasets to the batches of a step: rows prepared, read as tables or streams, each counted once in a pass.
 
 Batches stay on the host, where they are noised. A row that is repeated to fill a batch, or stands in where a process
-has none left, weighs nothing: all its labels are −100.
+has none left, has no weight: all its labels are −100.
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from .checks import require_rows
 
 
 class RowReadingMixin:
-    """How a trainer of diffusion LMs reads its rows; stands before `transformers.Trainer`."""
+    """How a trainer of diffusion LMs reads its rows; comes before `transformers.Trainer` in the bases."""
 
     _train_stream: StreamLoader | None = None  # what training reads, if that is a stream
     _pass = 0  # over the training rows
 
     def _prepare_datasets(self, train_dataset, eval_dataset, args) -> tuple:
-        """Both prepared, and what became of their rows noted."""
+        """Prepares both, and records what became of their rows."""
         self.preparation_reports = {}
         train_dataset = self._prepare("train", train_dataset, args, self.preparation_reports)
         if not isinstance(eval_dataset, dict):
@@ -70,8 +70,8 @@ class RowReadingMixin:
         return self._prepare(name, rows, self.args, {})
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """As [`~transformers.Trainer.get_eval_dataloader`], which with persistent workers takes any rows given later
-        for those it met first."""
+        """As [`~transformers.Trainer.get_eval_dataloader`], which with persistent workers would go on reading the rows
+        it was given first."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         kept = getattr(self, "_eval_dataloaders", {}).pop("eval", None)
@@ -134,14 +134,14 @@ class RowReadingMixin:
     # -- which rows a step sees ---------------------------------------------------------------------------------------
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
-        """Where to go on: a stream is read up to there, since nobody knows how long its passes are."""
+        """Where to resume: a stream is read up to that point, since the length of its passes is unknown."""
         epoch, num_batches = super()._init_training_state(*args, **kwargs)
         if self._train_stream is None or self.args.ignore_data_skip:
             return epoch, num_batches
         return self._train_stream.seek(self.state.global_step)[0], 0
 
     def _run_epoch(self, **kwargs):
-        """Counts the pass: `state.epoch` lags behind it on streams and after an epoch that was cut short."""
+        """Notes the pass: `state.epoch` lags behind it on streams and after an epoch that was cut short."""
         self._pass = kwargs["epoch"]
         return super()._run_epoch(**kwargs)
 
@@ -156,7 +156,7 @@ class RowReadingMixin:
         return [self._counted_once(batch, state.end_of_dataloader, dataset) for batch in batches]
 
     def _counted_once(self, batch: dict[str, torch.Tensor], is_last: bool, dataset) -> dict[str, torch.Tensor]:
-        """The batch in which rows that accelerate repeated, to fill the last one of a table, weigh nothing."""
+        """The batch, without weight on rows that accelerate repeated to fill the last batch of a table."""
         num_rows, num_processes = len(batch["row_key"]), self.accelerator.num_processes
         num_new = len(dataset) % (num_rows * num_processes)
         if num_processes == 1 or not is_last or not num_new:
@@ -173,7 +173,11 @@ class RowReadingMixin:
 
 
 class StreamEpoch(TrainerCallback):
-    """Says how far a stream is as an uninterrupted run would: Trainer counts the steps since the last resume."""
+    """Sets `state.epoch` on streams to what an uninterrupted run has: Trainer counts from the last resume.
+
+    Args:
+        trainer ([`RowReadingMixin`]): whose stream is read.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer

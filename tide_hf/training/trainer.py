@@ -37,7 +37,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
     Args:
         model (`str` or `PreTrainedModel`): the student: an instance, a Hub name or a folder.
         teacher (`str` or `PreTrainedModel`, *optional*): the teacher; None only with `preset="ce"`.
-        args ([`TIDEConfig`], *optional*): every knob.
+        args ([`TIDEConfig`], *optional*): all settings.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` + `completion` or
             `text`, or rows already prepared, for the same tokenizers and settings, by
             [`~tide_hf.data.prepare_dataset`] or recipes/prepare_data.py.
@@ -48,10 +48,10 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
             [`~tide_hf.training.prepare_adapter`]).
         objective ([`~tide_hf.losses.Divergence`], *optional*): a divergence of your own, instead of the preset's.
         kwargs: further arguments of [`~transformers.Trainer`]: callbacks, optimizers, compute_metrics and
-            preprocess_logits_for_metrics (see `evaluation_loop`); those of `training.arguments` are refused.
+            preprocess_logits_for_metrics (see `evaluation_loop`). [`~tide_hf.training.arguments`] lists refused ones.
 
     Attributes:
-        teacher (`PreTrainedModel`, *optional*): the frozen model; None where the objective needs none.
+        teacher (`PreTrainedModel`, *optional*): the frozen model; None if the objective needs none.
         plan ([`~tide_hf.training.plan.RunPlan`]): what the run feeds its networks, and its objective, all decided.
         preparation_reports (`dict`): what became of the rows of each dataset.
 
@@ -86,7 +86,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
     ):
         if isinstance(teacher, TrainingArguments):
             raise ValueError(
-                "TIDETrainer's second argument is the teacher, and it was given training arguments: the order is "
+                "TIDETrainer's second argument is the teacher, but training arguments were given there: the order is "
                 "model, teacher, args, train_dataset, eval_dataset, processing_class. Give args=…."
             )
         args = TIDEConfig() if args is None else args
@@ -135,7 +135,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def _load_teacher(self, teacher, args) -> PreTrainedModel:
-        """The model itself; called where the objective needs one."""
+        """The teacher's model; called only if the objective needs one."""
         if teacher is None:
             raise ValueError(f"preset={args.preset!r} distils and needs a teacher; preset='ce' trains without one.")
         if not isinstance(teacher, str):
@@ -153,7 +153,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
         return resolve_plan(args, model.config, tokenizer, teacher_tokenizer, teacher_config, decide)
 
     def _take(self, plan: RunPlan, args: TIDEConfig) -> None:
-        """Makes what a step needs of a plan."""
+        """Makes from a plan what a step needs."""
         self.plan, objective = plan, plan.objective
         if plan.teacher is not None:
             self.signal = Teacher(self.teacher, plan.teacher)
@@ -168,25 +168,25 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
         self._announce()
 
     def _resolve_again(self) -> None:
-        """The objective and the noise that changed arguments make."""
+        """Makes objective and noise again from changed arguments."""
         config = self.accelerator.unwrap_model(self.model).config
         schedule = self.args.schedule or config.noise_schedule
         objective = resolve_objective(self.args, self.plan.alignment, schedule, self._given_divergence)
         if objective.distills and self.teacher is None:
             raise ValueError(
-                "The changed arguments ask for distillation, and this trainer was made without a teacher: make a new "
+                "The changed arguments ask for distillation, but this trainer was made without a teacher: make a new "
                 "one with teacher=…."
             )
         config.noise_schedule = schedule
         self._take(replace(self.plan, objective=objective, schedule=schedule), self.args)
 
     def _inner_training_loop(self, *args, **kwargs):
-        """Begins with empty logs, also where a run was interrupted or starts anew with smaller batches."""
+        """Starts with empty logs, also after an interruption or a restart with smaller batches."""
         self._reset_terms()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _reset_terms(self) -> None:
-        """Sums of each term over the step that is being made, over the steps since the last log, and those steps."""
+        """Clears each term's sums over the current step and since the last log, and the number of steps since then."""
         self._step_sums: dict[str, torch.Tensor] = {}
         self._term_sums: dict[str, torch.Tensor] = {}
         self._term_steps = 0
@@ -209,7 +209,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
         return [replace(batch, counts=counts) for batch in batches], counts.tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Weighted sum of the objective's terms, each over its global count."""
+        """Weighted sum of the objective's terms, each divided by its global count."""
         outputs = self._run_student(model, inputs, self.objective)
         # DDP averages gradients over processes; the terms are already divided by global counts
         loss = outputs.loss * self.accelerator.num_processes
@@ -230,11 +230,11 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
         return loss
 
     def _row_terms(self, batch):
-        """Each term by row."""
+        """Each term per row."""
         return self._run_student(self.model_wrapped, self._prepare_inputs(batch), self.objective).terms
 
     def _run_student(self, model, batch: NoisedBatch, objective: Objective, predicts: bool = False):
-        """The student's wrapped forward on a packed layout, the objective instead of its head."""
+        """The student's wrapped forward on a packed layout, with the objective instead of its head."""
         states = None
         if objective.distills:
             states = TeacherStates(self.signal.hidden(batch.teacher), self.signal.logits, self.plan.shared_vocab_size)
@@ -261,7 +261,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
         )
 
     def log(self, logs, start_time=None):
-        """Adds each term, mean over the optimizer steps since the last log, over all processes."""
+        """Adds the mean of each term over the optimizer steps since the last log, summed over all processes."""
         if "loss" in logs and self._term_sums:
             names = sorted(self._term_sums)
             num_steps = self._term_steps - self.guard.settle() or math.nan

@@ -1,4 +1,4 @@
-"""Every divergence of the library, one class in one file: a file that is put here is a divergence of the library."""
+"""Every divergence of the library, one class in one file: a file added here adds a divergence."""
 
 from importlib import import_module
 from pkgutil import iter_modules
