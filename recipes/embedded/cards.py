@@ -1,7 +1,7 @@
 """The card of one network of an embedded comparison, for which no trainer writes one.
 
-`model_cards/` holds two of them, which `python tests/test_model_cards.py` writes anew. Any other network of a report
-gets its card by
+`model_cards/` holds two of them, which `PYTHONPATH=recipes python tests/test_model_cards.py` writes anew. Any other
+network of a report gets its card by
 
     cd recipes && python -m embedded.cards reports/sorting.json kl > card.md
 """
