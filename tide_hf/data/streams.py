@@ -1,6 +1,6 @@
 """Streams: rows that are read as they are needed, and train like a table of the same rows in the same order.
 
-Every process reads the whole stream, prepares every n-th chunk of it, and sends the result to the others. So all of
+Every process reads the whole stream, prepares every n-th portion of it, and sends the result to the others. So all of
 them know the order of the rows, whatever the number of shards, workers and processes, and each takes its share of
 every optimizer step.
 """
@@ -22,7 +22,7 @@ from .preparation import COLUMNS, COVERAGE, STATUS, RowPreparation
 from .report import DataError, PreparationReport
 
 logger = logging.get_logger(__name__)
-PREFETCH = 2  # chunks per worker that are prepared ahead by default, as in torch's DataLoader
+PREFETCH = 2  # portions per worker that are prepared ahead by default, as in torch's DataLoader
 
 
 class RowStream(torch.utils.data.IterableDataset):
@@ -72,7 +72,7 @@ class RowStream(torch.utils.data.IterableDataset):
             vars(self.report).update(vars(PreparationReport()))
 
     def take_in(self, part: PreparationReport) -> None:
-        """Counts `part`, the report of a chunk; see [`~tide_hf.data.dataset.take_in`]."""
+        """Counts `part`, the report of a portion; see [`~tide_hf.data.dataset.take_in`]."""
         if self.preparation is not None and not self._is_counted:
             take_in(self.report, part)
 
@@ -106,7 +106,7 @@ class StreamLoader:
         gather (`Callable`): takes a list on each process and returns all of them concatenated in process order.
         drop_last (`bool`): leave out rows at the end of a pass that do not fill a batch on every process.
         num_workers (`int`): processes that prepare rows ahead; 0 prepares in this one.
-        prefetch_factor (`int`, *optional*): chunks per worker that are prepared ahead; 2 by default.
+        prefetch_factor (`int`, *optional*): portions per worker that are prepared ahead; 2 by default.
         start_method (`str`, *optional*): how workers are started, as in `multiprocessing`.
         persistent_workers (`bool`): keep the workers between passes.
 
@@ -184,11 +184,11 @@ class StreamLoader:
         size = step * self.num_batches
         self.dataset.set_epoch(epoch)
         self.dataset.begin_pass()
-        chunks, rows, ended = self._chunks(self.num_batches * self.batch_size), [], False
+        portions, rows, ended = self._portions(self.num_batches * self.batch_size), [], False
         found = Counter()  # of keys; some hundred bytes per distinct row of a pass
         while True:
             while len(rows) < size and not ended:
-                for part in self.gather([_next_or_error(chunks)]):
+                for part in self.gather([_next_or_error(portions)]):
                     if isinstance(part, Exception):
                         raise part  # on all processes, so that none waits for the others forever
                     ended |= part is None
@@ -204,20 +204,20 @@ class StreamLoader:
                 yield window
         self.dataset.end_pass()
 
-    def _chunks(self, size: int) -> Iterator[tuple[list[dict], PreparationReport]]:
-        """Every n-th chunk of the stream, which this process prepares: its rows that are kept, and the report."""
+    def _portions(self, size: int) -> Iterator[tuple[list[dict], PreparationReport]]:
+        """Every n-th portion of the stream, which this process prepares: its rows that are kept, and the report."""
         preparation = self.dataset.preparation
-        raw = self._raw_chunks(size)
+        raw = self._raw_portions(size)
         if preparation is None or not self.num_workers:
-            yield from (prepare_rows(preparation, chunk) for chunk in raw)
+            yield from (prepare_rows(preparation, portion) for portion in raw)
             return
         if self._pool is None:
             context = multiprocessing.get_context(self.start_method)
             self._pool = ProcessPoolExecutor(self.num_workers, context, _hold_preparation, (preparation,))
         ahead = deque()
         try:
-            for chunk in raw:
-                ahead.append(self._pool.submit(_prepare_in_worker, chunk))
+            for portion in raw:
+                ahead.append(self._pool.submit(_prepare_in_worker, portion))
                 if len(ahead) > self.num_workers * self.prefetch_factor:
                     yield ahead.popleft().result()
             while ahead:
@@ -229,14 +229,14 @@ class StreamLoader:
                 self._pool.shutdown()
                 self._pool = None
 
-    def _raw_chunks(self, size: int) -> Iterator[list[dict]]:
+    def _raw_portions(self, size: int) -> Iterator[list[dict]]:
         rows = iter(self.dataset.dataset)
         for number in count():
-            chunk = list(islice(rows, size))
-            if not chunk:
+            portion = list(islice(rows, size))
+            if not portion:
                 return
             if number % self.num_processes == self.process_index:
-                yield chunk
+                yield portion
 
 
 def prepare_rows(preparation: RowPreparation | None, rows: list[dict]) -> tuple[list[dict], PreparationReport]:
@@ -244,7 +244,7 @@ def prepare_rows(preparation: RowPreparation | None, rows: list[dict]) -> tuple[
 
     Args:
         preparation ([`RowPreparation`], *optional*): what to do with them; None if they are prepared already.
-        rows (`list[dict]`): of one chunk.
+        rows (`list[dict]`): of one portion.
 
     Returns:
         those that are kept, with the columns `COLUMNS`, and the report on all.
@@ -271,10 +271,10 @@ def _has_random_order(dataset: IterableDataset) -> bool:
     return False
 
 
-def _next_or_error(chunks: Iterator):
-    """The next chunk, None at the end, or the error, which is sent to all processes."""
+def _next_or_error(portions: Iterator):
+    """The next portion, None at the end, or the error, which is sent to all processes."""
     try:
-        return next(chunks, None)
+        return next(portions, None)
     except Exception as error:
         return error
 
