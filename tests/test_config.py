@@ -136,7 +136,7 @@ def test_fields_without_a_part_in_the_objective_are_named(config, monkeypatch):
     resolve_objective(config(preset="kl", temperature=3.0, tidal=False), "token")
     assert not heard
     resolve_objective(config(preset="kl", lambda_init=0.5, jsd_beta=0.3, demo_ratio=0.1), "token")
-    assert all(text in heard[0] for text in ("lambda_init=0.5", "jsd_beta=0.3", "demo_ratio=0.1", "not read"))
+    assert all(text in heard[0] for text in ("lambda_init=0.5", "jsd_beta=0.3", "demo_ratio=0.1", "not used"))
     resolve_objective(config(preset="ce", tidal=True, temperature=3.0), "token")
     assert "tidal=True" in heard[1] and "temperature=3.0" in heard[1]
 
