@@ -301,8 +301,8 @@ def test_checkpoint_prompts_as_it_was_trained(tmp_path, given):
     expected = bare.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
     assert loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
     again = tiny_trainer(tmp_path / "b", trainer_kwargs={"processing_class": loaded})
-    assert again._preparation.chat_template_kwargs == settings, "a run that goes on from it keeps them"
-    assert PreparationRecord.of(again._preparation).differences(PreparationRecord.of(trainer._preparation)) == []
+    assert again.plan.preparation.chat_template_kwargs == settings, "a run that goes on from it keeps them"
+    assert PreparationRecord.of(again.plan.preparation).differences(PreparationRecord.of(trainer.plan.preparation)) == []
 
 
 def test_rows_of_other_settings_are_refused(tmp_path):
@@ -338,7 +338,7 @@ def test_template_by_flag(tmp_path, form):
     assert AutoTokenizer.from_pretrained(tmp_path / "with").chat_template == CHAT_TEMPLATE
     whole = tiny_trainer(tmp_path / "own")
     assert trainer.train_dataset["input_ids"][:] == whole.train_dataset["input_ids"][:]
-    assert PreparationRecord.of(trainer._preparation).settings == PreparationRecord.of(whole._preparation).settings
+    assert PreparationRecord.of(trainer.plan.preparation).settings == PreparationRecord.of(whole.plan.preparation).settings
     for wrong, said in (("nowhere.jinja", "neither a file nor a template"), ("{{ text }}", "never reads 'messages'")):
         with pytest.raises(ValueError, match=said):
             tiny_trainer(tmp_path / "wrong", chat_template=wrong)
