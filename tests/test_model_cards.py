@@ -1,6 +1,7 @@
 """The committed cards: what the library writes of the committed reports, and nothing else.
 
-`PYTHONPATH=recipes python tests/test_model_cards.py` writes them anew; `embedded.cards` says how the card of any other network is made.
+`PYTHONPATH=recipes python tests/test_model_cards.py` writes them anew; `embedded.cards` says how the card of any other
+network is made.
 """
 
 import json

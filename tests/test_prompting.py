@@ -302,7 +302,8 @@ def test_checkpoint_prompts_as_it_was_trained(tmp_path, given):
     assert loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
     again = tiny_trainer(tmp_path / "b", trainer_kwargs={"processing_class": loaded})
     assert again.plan.preparation.chat_template_kwargs == settings, "a run that goes on from it keeps them"
-    assert PreparationRecord.of(again.plan.preparation).differences(PreparationRecord.of(trainer.plan.preparation)) == []
+    records = [PreparationRecord.of(run.plan.preparation) for run in (again, trainer)]
+    assert records[0].differences(records[1]) == []
 
 
 def test_rows_of_other_settings_are_refused(tmp_path):
@@ -338,7 +339,8 @@ def test_template_by_flag(tmp_path, form):
     assert AutoTokenizer.from_pretrained(tmp_path / "with").chat_template == CHAT_TEMPLATE
     whole = tiny_trainer(tmp_path / "own")
     assert trainer.train_dataset["input_ids"][:] == whole.train_dataset["input_ids"][:]
-    assert PreparationRecord.of(trainer.plan.preparation).settings == PreparationRecord.of(whole.plan.preparation).settings
+    records = [PreparationRecord.of(run.plan.preparation) for run in (trainer, whole)]
+    assert records[0].settings == records[1].settings
     for wrong, said in (("nowhere.jinja", "neither a file nor a template"), ("{{ text }}", "never reads 'messages'")):
         with pytest.raises(ValueError, match=said):
             tiny_trainer(tmp_path / "wrong", chat_template=wrong)

@@ -99,8 +99,7 @@ class _SlicedLoss(torch.autograd.Function):
         hidden, weight = hidden_NH.to(dtype), weight_VH.to(dtype)
         # positions that are in no segment stay 0
         grad_hidden = torch.zeros_like(hidden, dtype=gradient_dtype(dtype)) if wants_hidden else None
-        # half precisions would lose the small shares of single slices
-        grad_weight = as_full_precision(torch.zeros_like(weight)) if wants_weight else None
+        grad_weight = None  # made by the first slice: filling it with zeros would be a pass over (V, H)
         slices = _Slices(hidden, weight, wants_hidden or wants_weight)
         for segment in segments:
             for rows in _cuts(segment.rows, slice_rows, segment.ends):
@@ -108,7 +107,9 @@ class _SlicedLoss(torch.autograd.Function):
                 if wants_hidden:
                     grad_hidden[rows] = gradient_product(gradient, weight)
                 if wants_weight:
-                    _add_product(grad_weight, gradient.T, hidden[rows])
+                    grad_weight = _plus_product(grad_weight, gradient.T, hidden[rows])
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
         ctx.gradients = [
             None if gradient is None else gradient.to(gradient_dtype(given))
@@ -175,12 +176,13 @@ class _Slices:
                 logits.zero_()
 
 
-def _add_product(total_VH, gradient_VR, hidden_RH) -> None:
-    """total += gradient · hidden."""
+def _plus_product(total_VH: torch.Tensor | None, gradient_VR, hidden_RH) -> torch.Tensor:
+    """total + gradient · hidden, in place and in full precision: half would lose the small shares of single slices."""
+    if total_VH is None:
+        return as_full_precision(gradient_product(gradient_VR, hidden_RH))
     if total_VH.dtype == hidden_RH.dtype:
-        total_VH.addmm_(gradient_VR, hidden_RH)
-    else:
-        total_VH.add_(gradient_product(gradient_VR, hidden_RH))
+        return total_VH.addmm_(gradient_VR, hidden_RH)
+    return total_VH.add_(gradient_product(gradient_VR, hidden_RH))
 
 
 def _cuts(rows: slice, size: int, ends: Sequence[int] | None = None) -> Iterator[slice]:
