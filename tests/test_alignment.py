@@ -153,6 +153,7 @@ def random_text(generator: random.Random) -> str:
 # -- chunks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("student", "teacher"), PAIRS, ids=[" - ".join(pair) for pair in PAIRS])
 def test_chunks_of_random_text_have_equal_bytes(student, teacher):
     """Catches chunks of different text, too long ones, and tokens out of order, for every kind of tokenizer."""

@@ -355,6 +355,7 @@ def test_rows_given_later_are_evaluated_with_persistent_workers_too(tmp_path):
     assert found == [plain[0], plain[1], plain[0], plain[1], plain[0]]
 
 
+@pytest.mark.slow
 def test_streams_evaluate_like_tables(tmp_path):
     """Catches predictions or counts that need a length."""
     trainer = trainer_with_rows(tmp_path, trainer_kwargs={"compute_metrics": accuracy}, per_device_eval_batch_size=4)

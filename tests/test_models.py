@@ -425,6 +425,7 @@ def sorting_features(dataset):
     return features
 
 
+@pytest.mark.slow
 def test_plain_trainer_learns_to_sort(tmp_path):
     """Catches a loss without a learning signal: [MASK] read at the wrong position, or prompt and answer cut apart."""
     tokenizer = build_tokenizer()
