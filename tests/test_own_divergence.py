@@ -182,7 +182,9 @@ def test_a_new_divergence_is_one_file(tmp_path):
     (tmp_path / "tide_hf" / "losses" / "divergences" / "alpha.py").write_text(NEW_FILE)
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    # where the script runs comes first on its path
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "run")], env=environment, capture_output=True, text=True
-    )
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "run")],
+        env=environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
