@@ -97,10 +97,9 @@ class IDLMTrainer(DiffusionTrainer):
         model, processing_class, revision = load_student(model, args, processing_class)
         self._refuse_other_diffusion_types(model)
         config, decide = model.config, partial(self._decide_objective, args)
-        self.plan = resolve_plan(args, config, processing_class, decide=decide)
-        self._announce()
-        self._configure_student(model, args, processing_class, self.plan)
-        self.noising, self.inverse = self._make_step(config, args)
+        plan = resolve_plan(args, config, processing_class, decide=decide)
+        self._configure_student(model, args, processing_class, plan)
+        self.noising, self.inverse = self._make_step(plan, config, args)
         model, self.fake, self.teacher = three_networks(model, peft_config, revision, args.seed)
         self.fake_training, self.ema = FakeTraining(self.fake, args), None
         self._fake_batches = []  # noised, one list of micro-batches per update
@@ -108,7 +107,7 @@ class IDLMTrainer(DiffusionTrainer):
         super().__init__(
             model,
             args,
-            self.plan,
+            plan,
             train_dataset,
             eval_dataset,
             data_collator=DistillationCollator(pad_token_id(processing_class), vocab_size=config.vocab_size),
@@ -136,12 +135,11 @@ class IDLMTrainer(DiffusionTrainer):
 
     def _resolve_again(self) -> None:
         """Makes plan, noise and step again from changed arguments."""
-        config = self.accelerator.unwrap_model(self.model).config
+        model = self.accelerator.unwrap_model(self.model)
         refuse_unread(self.args, self.UNREAD, type(self).__name__)
-        schedule = self.args.schedule or self.plan.schedule
-        self.plan = replace(self.plan, schedule=schedule)
-        self._configure_student(self.accelerator.unwrap_model(self.model), self.args, self.processing_class, self.plan)
-        self.noising, self.inverse = self._make_step(config, self.args)
+        self.plan = replace(self.plan, schedule=self.args.schedule or self.plan.schedule)
+        self._configure_student(model, self.args, self.processing_class, self.plan)
+        self.noising, self.inverse = self._make_step(self.plan, model.config, self.args)
 
     def _honour_changes(self) -> None:
         changed = changed_since(self.args, self._args_before)
@@ -150,13 +148,12 @@ class IDLMTrainer(DiffusionTrainer):
         super()._honour_changes()
         if changed:
             objective = self._decide_objective(self.args, self.plan.alignment, self.plan.schedule)
-            self.plan = replace(self.plan, objective=objective)
-            self._announce()
+            self._take(replace(self.plan, objective=objective), self.args)
 
-    def _make_step(self, config, args) -> tuple[InverseNoising, InverseStep]:
+    def _make_step(self, plan: RunPlan, config, args) -> tuple[InverseNoising, InverseStep]:
         """What noises a micro-batch, and what computes its two losses."""
         grid = args.num_steps if args.student_times == "grid" else None
-        noising = InverseNoising(self.plan.student, self.plan.schedule, args.time_epsilon, grid)
+        noising = InverseNoising(plan.student, plan.schedule, args.time_epsilon, grid)
         return noising, InverseStep(config.mask_token_id, args.head_slice_size)
 
     def _refuse_engines(self) -> None:

@@ -201,7 +201,7 @@ class UniformIDLMTrainer(IDLMTrainer):
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("UniformIDLMTrainer does not shard: use plain data parallelism.")
 
-    def _make_step(self, config, args: IDLMConfig) -> tuple[UniformNoising, UniformStep]:
+    def _make_step(self, plan, config, args: IDLMConfig) -> tuple[UniformNoising, UniformStep]:
         """As in the masked case, with its own noise and losses."""
         grid = args.num_steps if args.student_times == "grid" else None
         return UniformNoising(grid), UniformStep(config.vocab_size, args.input_temperature)

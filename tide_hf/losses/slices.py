@@ -3,7 +3,7 @@
 Each slice's rows of hidden states go through the head, the loss of the slice is differentiated while its logits are
 there, and only its share of the two gradients that are asked for is kept, `(N, H)` and `(V, H)`. Losses are plain
 functions of logits; autograd differentiates them. Analytic gradients written beside them were measured and dropped:
-they saved 4 to 20 % of the head's time on a CPU (recipes/README.md, costs).
+they saved 2 to 20 % of the head's time on a CPU (recipes/README.md, costs).
 
 Shapes: N positions, H student hidden, V vocabulary, R rows of a slice.
 """

@@ -68,7 +68,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
     UNREAD = {}  # noqa: RUF012
 
     def __init__(self, model, args, plan: RunPlan, train_dataset=None, eval_dataset=None, **kwargs):
-        self.plan = plan
+        self._take(plan, args)
         train_dataset, eval_dataset = self._prepare_datasets(train_dataset, eval_dataset, args)
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -140,8 +140,9 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         """What the run optimises, with every field decided."""
         return self.plan.objective
 
-    def _announce(self) -> None:
-        """Logs what was decided."""
+    def _take(self, plan: RunPlan, args) -> None:
+        """Makes a plan that of the run, at construction or after a change of its arguments, and logs it."""
+        self.plan = plan
         for what, values in (("Plan", self.plan.to_dict()), ("Objective", self.objective.to_dict())):
             logger.info(f"{what}: {json.dumps(values)}")
 

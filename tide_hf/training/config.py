@@ -13,6 +13,7 @@ from typing import Literal, Union, get_args, get_origin
 
 from transformers import TrainingArguments
 
+from ..alignment import ALIGNMENTS
 from ..data import EOS_FILLS, TRAINED_TURNS
 from ..losses import DIVERGENCES
 from ..models.masked_diffusion import SCHEDULES, TIME_EPSILON
@@ -241,7 +242,7 @@ class DiffusionTrainingArguments(TrainingArguments):
 _DivergenceParameters = make_dataclass(
     "_DivergenceParameters",
     [
-        (name, float | None, _knob(None, f"{knob.metadata['help']}. Preset value: {knob.default:g}."))
+        (name, float | None, _knob(None, f"{knob.metadata['help']}. By default {knob.default:g}."))
         for name, knob in PARAMETERS.items()
     ],
     bases=(DiffusionTrainingArguments,),
@@ -265,7 +266,7 @@ class TIDEConfig(_DivergenceParameters):
         "tokenizer reverse KL), or a baseline: kl, reverse-kl, calm, ce (no teacher). Source: TIDE (arXiv "
         "2604.26951), table of hyperparameters.",
     )
-    alignment: Literal["auto", "token", "chunk"] = _knob(
+    alignment: Literal[("auto", *ALIGNMENTS)] = _knob(
         "auto", "token (one shared tokenizer), chunk (two tokenizers), or auto: decided by comparing the tokenizers."
     )
     divergence: Literal[(*DIVERGENCES, NO_DIVERGENCE)] | None = _knob(

@@ -108,7 +108,6 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
             return self.teacher.config
 
         plan = self._resolve(model, args, processing_class, teacher_processing_class, teacher_config)
-        self._take(plan, args)
         if self.teacher is None and teacher is not None:
             logger.info("The objective has no distillation term: the teacher is not used.")
         self._configure_student(model, args, processing_class, plan)
@@ -153,8 +152,9 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
         return resolve_plan(args, model.config, tokenizer, teacher_tokenizer, teacher_config, decide)
 
     def _take(self, plan: RunPlan, args: TIDEConfig) -> None:
-        """Makes from a plan what a step needs."""
-        self.plan, objective = plan, plan.objective
+        """Also makes from it what a step needs."""
+        super()._take(plan, args)
+        objective = plan.objective
         if plan.teacher is not None:
             self.signal = Teacher(self.teacher, plan.teacher)
         self.noising = Noising(
@@ -165,7 +165,6 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
             comp_demo=objective.comp_demo,
             demo_ratio=objective.demo_ratio,
         )
-        self._announce()
 
     def _resolve_again(self) -> None:
         """Makes objective and noise again from changed arguments."""
