@@ -250,6 +250,8 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         values["temperature"] = merged.temperature()
         settings = TIDEGenerationConfig.from_dict(values)
         if settings.mask_token_id is None:
+            settings.mask_token_id = self.config.known_mask_token_id
+        if settings.mask_token_id is None:
             raise ValueError(f"{method} needs a mask token: pass mask_token_id=tokenizer.mask_token_id.")
         for name in ("mask_token_id", "pad_token_id"):
             if getattr(settings, name) is not None:
