@@ -212,7 +212,6 @@ def test_no_family_has_a_next_token_loss_or_writes_next_tokens(config_class):
     else:
         experts = {}
     model = MODELS[config_class](config_class(**SHAPE, **experts))
-    ids = torch.tensor([[1, 2, 3, 4]])
     assert isinstance(model, MaskedDiffusionMixin | TIDEUniformQwen3ForDiffusion)
     assert "_denoise" in dir(model)
     with pytest.raises(ValueError, match="TRL's dpo trainer"):

@@ -5,9 +5,9 @@ This file travels with checkpoints: it imports nothing.
 
 FOREIGN_LOSS = (
     "{how}: this is a diffusion LM, and a loss on tokens that stand in its input (next-token, smoothed labels, policy "
-    "gradients) teaches it to copy them, or to write from left to right. Train it with TIDETrainer or with transformers.Trainer, "
-    "whose batches with `labels` give the denoising loss; set `model.accepts_foreign_loss = True` if this loss is "
-    "made for it."
+    "gradients) teaches it to copy them, or to write from left to right. Train it with TIDETrainer or with "
+    "transformers.Trainer, whose batches with `labels` give the denoising loss; set `model.accepts_foreign_loss = "
+    "True` if this loss is made for it."
 )
 # a model learns which trainer takes it by the tags: TRL's trainers add them to the model at the end of their __init__.
 # SFTTrainer can be made to use the model's own loss, and its own is refused when it runs

@@ -1,7 +1,8 @@
 """Exporting a student for inference engines, which serve the same network under another name.
 
 SDAR is Qwen3 decoded by block diffusion, with same-position logits, in blocks counted from position 0: exactly what a
-Qwen3 student is. Engines select their code by `architectures` and `model_type`, and have SDAR's mask id built in.
+Qwen3 student is. Engines select their code by `architectures` and `model_type`, and have SDAR's mask id built in. A fine-tuned SDAR
+is exported too: its folder carries this library's code, which needs a newer transformers than engines may have.
 """
 
 import json
@@ -37,7 +38,7 @@ OTHER_FAMILIES = {
     ),
     **dict.fromkeys(("tide_llama", "a2d-llama"), "Llama's attention has no query and key norms, and SDAR's has them"),
     "Dream": "its logits are shifted by one position and its attention has biases; SDAR has neither",
-    "sdar": "it is SDAR already: serve its folder as it is",
+    "wedlm": "its blocks are causal inside, and SDAR's are not",
 }
 # an engine may have an older transformers than this library: only what every version has
 CONFIGURATION_CODE = '''"""SDAR's configuration: that of Qwen3, under the name that engines look up."""
@@ -138,13 +139,13 @@ def _merged(model: str | PreTrainedModel) -> PreTrainedModel:
 def _reasons_against(model: PreTrainedModel, tokenizer) -> list[str]:
     """Everything about a student that SDAR's engines would compute differently."""
     config = model.config
-    if not isinstance(config, TIDEQwen3Config):
-        known = OTHER_FAMILIES.get(config.model_type, "only Qwen3 students of this library have SDAR's network")
+    if not isinstance(config, TIDEQwen3Config | SDARConfig):
+        known = OTHER_FAMILIES.get(config.model_type, "only Qwen3 students and SDAR itself have SDAR's network")
         return [f"its model_type is {config.model_type!r}, and {known}"]
     reasons = []
     if config.diffusion_type != "block":
         reasons.append(f"its diffusion_type is {config.diffusion_type!r}, and engines decode block after block")
-    mask_ids = {"its config": config.mask_token_id, "its tokenizer": tokenizer.mask_token_id}
+    mask_ids = {"its config": config.known_mask_token_id, "its tokenizer": tokenizer.mask_token_id}
     said = {who: index for who, index in mask_ids.items() if index is not None}
     wrong = {who: index for who, index in said.items() if index != SDAR_MASK_TOKEN_ID}
     if wrong or not said:

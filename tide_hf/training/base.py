@@ -126,7 +126,8 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         if diffusion_type is None:
             raise ValueError(
                 f"The student, a {type(model).__name__} (model_type={model.config.model_type!r}), is not a diffusion "
-                "LM of this library. Load a tide_… or a2d-… checkpoint, or make one with convert_to_diffusion."
+                "LM that this library knows. Load one of its own (tide_…), a published one (a2d-…, LLaDA, LLaDA2, "
+                "SDAR, Dream, WeDLM), or make one with convert_to_diffusion."
             )
         if diffusion_type not in self.DIFFUSION_TYPES:
             raise ValueError(
