@@ -27,6 +27,7 @@ from tide_hf.models import (
     SDARForCausalLM,
     TIDELlamaConfig,
     TIDEQwen2Config,
+    WeDLMConfig,
     block_visibility,
 )
 
