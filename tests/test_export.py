@@ -130,6 +130,8 @@ def test_config_has_what_engines_read(exported):
     }
     assert {name: config.get(name, "absent") for name in expected} == expected
     assert "bos_token_id" in config and "diffusion_type" not in config
+    code = sorted(file.name for file in folder.glob("*.py"))
+    assert code == ["configuration_sdar.py"], "engines may have an older transformers than this library's code needs"
     generation = json.loads((folder / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (EOS, 151_643)
     assert not {"mask_token_id", "block_size"} & set(generation), "engines know neither"
