@@ -165,7 +165,7 @@ class TIDEGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             # 1 == True, and 1 is no choice
             if value is not None and not (value in choices and type(value) in map(type, choices)):
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         if (self.temperature or 0) < 0:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
         if self.max_time is not None and self.max_time <= 0:
