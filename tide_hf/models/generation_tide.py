@@ -242,6 +242,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             read, left_alone, refused = FOR_INFILL, FOR_ANSWERS, REFUSED_FOR_INFILL
         merged = MergedSettings(method, self.generation_config, given, kwargs, read, left_alone, refused)
         merged.check_steps()
+        merged.check_approximate_cache(method, full=self.config.diffusion_type == "full")
         values = DEFAULTS | said_by(TIDEGenerationConfig.from_model_config(self.config))
         # a keyword None undoes what configs say, back to the default; EOS and padding may stay None
         defaults = {name: value for name, value in values.items() if name not in ("eos_token_id", "pad_token_id")}
