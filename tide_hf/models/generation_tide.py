@@ -261,6 +261,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         if not isinstance(reveal_rule, RevealRule | None):
             raise ValueError(f"reveal_rule must be a RevealRule, got a {type(reveal_rule).__name__}.")
         merged.settle_rule(reveal_rule)
+        merged.check_approximate_cache(method, full=self.config.diffusion_type == "full")
         values = DEFAULTS | said_by(TIDEGenerationConfig.from_model_config(self.config))
         # a keyword None undoes what configs say, back to the default; EOS and padding may stay None
         defaults = {name: value for name, value in values.items() if name not in ("eos_token_id", "pad_token_id")}
