@@ -383,6 +383,36 @@ def test_a_callers_rule_decides():
         assert not torch.equal(out, model.infill(holes(11, (1, 2, 5, 6, 9)))) and MASK not in out
 
 
+class FromTheRight(RevealRule):
+    """Two positions per pass, the rightmost first."""
+
+    statistics, is_exact = (), True
+
+    def quotas(self, num_masked, block_size, generator):
+        return (2,) * (num_masked // 2) + (1,) * (num_masked % 2)
+
+    def reveal(self, now: MaskedPositions):
+        to_the_right = now.masked.flip(-1).cumsum(-1).flip(-1)
+        return to_the_right <= now.quota[:, None]
+
+
+def test_a_callers_exact_rule():
+    """Catches quotas of a caller's rule that are not what its passes get, or rows that share them."""
+    model = spread(1, "full")
+
+    def published(ids):
+        ids = [*ids, *[MASK] * 11]
+        while masked := [p for p, token in enumerate(ids) if token == MASK]:
+            token = logits_of(model, ids).argmax(-1)
+            for p in masked[-2:]:
+                ids[p] = int(token[p])
+        return ids[-11:]
+
+    assert_equals(model, published, 11, reveal_rule=FromTheRight())
+    out = model.generate(prompt(4), max_new_tokens=11, reveal_rule=FromTheRight(), return_dict_in_generate=True)
+    assert out.forward_passes == 6
+
+
 def test_a_callers_rule_stands_alone():
     """Catches settings that a caller's rule silently overrides, an object that is none, and a rule that never ends."""
     model, rule = spread(1), MarginRule()
@@ -431,6 +461,11 @@ def test_a_nearer_preset_wins_and_explicit_settings_of_its_place_stay():
     assert answer(model, decoding="sdar", steps_per_block=3) == sdar_like
     model.generation_config = TIDEGenerationConfig(entropy_bound=0.5, mask_token_id=MASK, block_size=8)
     assert answer(model, decoding="sdar", steps_per_block=3) == sdar_like
+    # saved steps are what a sampler with a word on steps divides a block into; Fast-dLLM's threshold replaces them
+    model.generation_config = TIDEGenerationConfig(steps_per_block=3, mask_token_id=MASK, block_size=8)
+    assert answer(model, decoding="sdar") == sdar_like
+    unsaved = answer(spread(1, block_size=8), decoding="fast-dllm")
+    assert answer(model, decoding="fast-dllm") == unsaved != answer(model, decoding="fast-dllm", steps_per_block=3)
 
 
 def test_a_nearer_bound_replaces_a_saved_sampler():

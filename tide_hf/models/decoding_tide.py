@@ -86,13 +86,14 @@ class Decoder:
         device.
         """
         canvas, rule, edits, num_left = self.canvas, self.reveal_rule, None, None
-        masked = canvas.masked[:, start:end]
-        num_masked = masked.sum(-1).tolist()
+        masked, valid = canvas.masked[:, start:end], canvas.valid[: len(canvas.masked), start:end]
+        # a row's block is as long as its own columns: in a batch padding may follow the last one of a short text
+        num_masked, sizes = torch.stack([masked.sum(-1), valid.sum(-1)]).tolist()
         if self.settings.editing_threshold is not None:
             edits = TokenEdits(masked, self.settings.editing_threshold, self.settings.max_editing_steps)
         elif rule.is_exact:
             num_left = sum(num_masked)
-        for quota, num_revealed in self._quotas(num_masked, start, end):
+        for quota, num_revealed in self._quotas(num_masked, sizes):
             masked = canvas.masked[:, start:end]
             active = masked if edits is None else edits.active(masked)
             num_active = int(active.sum()) if num_left is None else num_left
@@ -122,14 +123,12 @@ class Decoder:
             draft = slice(max(start, first_new), min(end, first_new + self.canvas.num_answer))
             self.streamer.put_draft(self.canvas.ids[:1, draft].cpu())
 
-    def _quotas(self, num_masked: list[int], start: int, end: int) -> Iterator[tuple[torch.Tensor, int]]:
+    def _quotas(self, num_masked: list[int], sizes: list[int]) -> Iterator[tuple[torch.Tensor, int]]:
         """The rule's number for each pass and row, `(B,)`, and its sum over the rows; zeros after the last."""
-        rule, device = self.reveal_rule, self.canvas.ids.device
-        # a row's own columns: in a batch the last block of a short text may be followed by padding
-        sizes = self.canvas.valid[: len(num_masked), start:end].sum(-1).tolist()
-        rows = [rule.quotas(count, size, self.generator) for count, size in zip(num_masked, sizes, strict=True)]
+        counted = zip(num_masked, sizes, strict=True)
+        rows = [self.reveal_rule.quotas(count, size, self.generator) for count, size in counted]
         steps = [*zip_longest(*rows, fillvalue=0), (0,) * len(rows)]
-        quotas = list(zip(torch.tensor(steps, device=device), map(sum, steps), strict=True))
+        quotas = list(zip(torch.tensor(steps, device=self.canvas.ids.device), map(sum, steps), strict=True))
         return chain(quotas, repeat(quotas[-1]))
 
     def _propose(self, start: int, end: int, flat: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

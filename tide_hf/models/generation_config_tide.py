@@ -72,8 +72,8 @@ class TIDEGenerationConfig(GenerationConfig):
 
     Args:
         max_new_tokens (`int`): the most tokens to generate, 256 by default. Only these are denoised: where they end
-            inside a block, the rest of it stays [MASK], and without `steps_per_block` there are as many passes as
-            tokens.
+            inside a block, the rest of it stays [MASK] (see `denoise_whole_blocks`), and without `steps_per_block`
+            there are as many passes as tokens.
         max_length (`int`, *optional*): as in transformers, the same including the prompt's columns. Of the two, the
             one set nearer to the call counts (keyword, given config, model's config); `max_new_tokens` if both are
             set in one place.
