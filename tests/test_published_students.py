@@ -1,0 +1,111 @@
+"""Published families as students: their denoising loss, what they learn, adapters, and what is saved."""
+
+import math
+
+import pytest
+import torch
+from published import FAMILIES
+from published_students import MASK, PAD, STUDENTS, naive_masked_logits, published_student
+
+from tide_hf.models import row_noise
+from tide_hf.models.masked_diffusion import TIME_EPSILON
+
+# rotary tables are float32
+RTOL = 1e-4
+families = pytest.mark.parametrize("family", list(STUDENTS))
+
+
+def rows_with_prompts() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of unequal lengths and their labels; prompts of unequal lengths, one of none, are not trained on."""
+    draw, rows = torch.Generator().manual_seed(3), []
+    for length, prompt in ((11, 3), (6, 0), (9, 5)):
+        ids = torch.randint(0, 20, (length,), generator=draw)
+        rows.append((ids, torch.where(torch.arange(length) < prompt, -100, ids)))
+    return rows
+
+
+def stacked(rows, side: str) -> dict[str, torch.Tensor]:
+    """A batch padded on a side, two columns wider than its longest row."""
+    width = max(len(ids) for ids, _ in rows) + 2
+    batch = {
+        name: torch.full((len(rows), width), fill)
+        for name, fill in (("input_ids", PAD), ("labels", -100), ("attention_mask", 0))
+    }
+    for number, (ids, labels) in enumerate(rows):
+        columns = slice(width - len(ids), None) if side == "left" else slice(0, len(ids))
+        for name, values in (("input_ids", ids), ("labels", labels), ("attention_mask", 1)):
+            batch[name][number, columns] = values
+    return batch
+
+
+def naive_nats(family, config, weights, row, key, number: int, num_times: int) -> torch.Tensor:
+    """Σ −log p(x0) / t over the masked positions of one row, at its time `number` of `num_times`."""
+    ids, labels = row
+    position = torch.arange(len(ids)) + 1
+    t = float(TIME_EPSILON + (1 - TIME_EPSILON) * row_noise.stratified_times(key, number, number, num_times))
+    masked = (row_noise.uniforms(key, number, position[None])[0] < t) & (labels != -100)
+    logits = naive_masked_logits(family, config, weights, ids, masked, MASK)
+    return sum(-(values.log_softmax(-1)[ids[place]]) / t for place, values in logits.items())
+
+
+def key_of(row) -> torch.Tensor:
+    ids, labels = row
+    return row_noise.row_keys(ids[None], labels[None], torch.ones(1, len(ids), dtype=torch.bool))
+
+
+# ---- the loss ----
+
+
+@families
+def test_evaluation_loss_is_the_definition(family, tmp_path):
+    """Catches a shift, a block grid, an order or a mask that the loss of a padded batch has other than the published
+    network, and a row whose loss depends on its neighbours."""
+    config, weights, model = published_student(tmp_path, family)
+    rows = rows_with_prompts()
+    expected = []
+    for row in rows:
+        nats = sum(naive_nats(family, config, weights, row, key_of(row), number, 8) for number in range(8)) / 8
+        expected.append(float(nats / (row[1] != -100).sum()))
+    assert min(expected) > 1
+    model.eval()
+    with torch.no_grad():
+        for side in ("left", "right"):
+            assert model(**stacked(rows, side)).loss.item() == pytest.approx(sum(expected) / 3, rel=RTOL)
+            for row, own in zip(rows, expected, strict=True):
+                assert model(**stacked([row], side)).loss.item() == pytest.approx(own, rel=RTOL)
+
+
+@families
+def test_training_loss_and_gradients_are_the_definition(family, tmp_path):
+    """Catches a loss of the wrong tokens with the right value on average: means over tokens, gradients of the
+    published tensors that stand at both ends of the network."""
+    config, weights, model = published_student(tmp_path, family)
+    rows, names = rows_with_prompts(), FAMILIES[family][3]
+    ends = {name: weights[f"{names[name]}.weight"].double().requires_grad_() for name in ("embed", "head")}
+    weights = {**weights, **{f"{names[name]}.weight": value for name, value in ends.items()}}
+    torch.manual_seed(5)
+    keys = row_noise.fresh_keys(torch.cat([key_of(row) for row in rows]))
+    nats = sum(
+        naive_nats(family, config, weights, row, keys[number : number + 1], 0, 1) for number, row in enumerate(rows)
+    )
+    num_tokens = sum(int((labels != -100).sum()) for _, labels in rows)
+    (nats / num_tokens).backward()
+    for side, divisor in (("left", None), ("right", 2 * num_tokens)):
+        model.train().zero_grad()
+        torch.manual_seed(5)
+        loss = model(**stacked(rows, side), num_items_in_batch=divisor).loss
+        assert loss.item() == pytest.approx(nats.item() / (divisor or num_tokens), rel=RTOL)
+        loss.backward()
+        share = num_tokens / (divisor or num_tokens)
+        for value, module in ((ends["embed"], model.model.embed_tokens), (ends["head"], model.lm_head)):
+            torch.testing.assert_close(module.weight.grad.double(), share * value.grad, rtol=1e-3, atol=1e-4)
+
+
+@families
+def test_half_precision_loss(family, tmp_path):
+    """Catches a family whose layout or router runs in float32 alone, and a loss summed in bfloat16."""
+    _, _, model = published_student(tmp_path, family, torch.bfloat16)
+    loss = model.train()(**stacked(rows_with_prompts(), "left")).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(value.grad.isfinite().all() for value in model.parameters())
