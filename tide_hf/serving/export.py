@@ -1,8 +1,8 @@
 """Exporting a student for inference engines, which serve the same network under another name.
 
 SDAR is Qwen3 decoded by block diffusion, with same-position logits, in blocks counted from position 0: exactly what a
-Qwen3 student is. Engines select their code by `architectures` and `model_type`, and have SDAR's mask id built in. A fine-tuned SDAR
-is exported too: its folder carries this library's code, which needs a newer transformers than engines may have.
+Qwen3 student is. Engines select their code by `architectures` and `model_type`, and have SDAR's mask id built in. A
+fine-tuned SDAR is exported too: its own folder holds code that needs a newer transformers than engines may have.
 """
 
 import json
