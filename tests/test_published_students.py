@@ -1,7 +1,5 @@
 """Published families as students: their denoising loss, what they learn, adapters, and what is saved."""
 
-import math
-
 import pytest
 import torch
 from published import FAMILIES
