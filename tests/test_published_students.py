@@ -1,9 +1,11 @@
 """Published families as students: their denoising loss, what they learn, adapters, and what is saved."""
 
+import math
+
 import pytest
 import torch
 from published import FAMILIES
-from published_students import MASK, PAD, STUDENTS, naive_masked_logits, published_student
+from published_students import MASK, PAD, STUDENTS, fresh_student, naive_masked_logits, published_student
 
 from tide_hf.models import row_noise
 from tide_hf.models.masked_diffusion import TIME_EPSILON
@@ -107,3 +109,84 @@ def test_half_precision_loss(family, tmp_path):
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite()
     assert all(value.grad.isfinite().all() for value in model.parameters())
+
+
+@families
+def test_checkpointing_changes_neither_loss_nor_gradients(family, tmp_path):
+    """Catches other noise, another order or a lost mask in the recomputation: wrong gradients at the right loss."""
+    _, _, model = published_student(tmp_path, family)
+    outcomes = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        runs = []
+        hook = model.model.layers[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        within = model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        torch.manual_seed(3)
+        model.train().zero_grad()
+        loss = model(**stacked(rows_with_prompts(), "left")).loss
+        loss.backward()
+        hook.remove()
+        within.remove()
+        outcomes.append((len(runs), loss, {name: value.grad.clone() for name, value in model.named_parameters()}))
+    (num_plain, plain, expected), (num_again, checkpointed, gradients) = outcomes
+    assert num_again > num_plain and torch.equal(plain, checkpointed)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@families
+def test_padding_changes_no_logit(family, tmp_path):
+    """Catches padding that a plain forward attends to, or that moves positions."""
+    _, _, model = published_student(tmp_path, family)
+    batch = stacked(rows_with_prompts(), "left")
+    with torch.no_grad():
+        logits = model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for number, (ids, _) in enumerate(rows_with_prompts()):
+            torch.testing.assert_close(logits[number, -len(ids) :], model(ids[None]).logits[0], rtol=0, atol=RTOL)
+
+
+# ---- what is learned ----
+
+
+def digits(num_rows: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 10, (num_rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_rows(num_rows: int, seed: int) -> dict[str, torch.Tensor]:
+    """Uniformly random digits, all trained on."""
+    ids = digits(num_rows, 12, seed)
+    return {"input_ids": ids, "labels": ids}
+
+
+def repeating_rows(num_rows: int, seed: int) -> dict[str, torch.Tensor]:
+    """A digit that is given, and its repetition, which is trained on."""
+    ids = digits(num_rows, 1, seed).repeat(1, 12)
+    return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(12) == 0, -100)}
+
+
+def loss_after(model, rows, num_steps: int) -> float:
+    """Trains on other rows in every step; the loss of rows that were in none."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        model(**rows(32, step)).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return model.eval()(**rows(256, 10**6)).loss.item()
+
+
+@families
+def test_random_tokens_stay_at_their_entropy(family, tmp_path):
+    """Catches a loss that shows the network what it asks for, as an unshifted or an un-noised one does: it would fall
+    below log 10."""
+    loss = loss_after(fresh_student(tmp_path, family), random_rows, 40)
+    # that of uniform predictions at the same masks is within 2 % of log 10
+    assert loss == pytest.approx(math.log(10), rel=0.05)
+
+
+@families
+def test_what_can_be_known_is_learned(family, tmp_path):
+    """Catches a target beside the position it is asked for, and a context that is not shown."""
+    assert loss_after(fresh_student(tmp_path, family), repeating_rows, 50) < 0.1
