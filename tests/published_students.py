@@ -1,5 +1,6 @@
 """Published families as students: the tiny networks that tests train, and what a naive denoiser predicts."""
 
+import pytest
 import torch
 from published import naive_logits, write_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,6 +19,7 @@ STUDENTS = {
     "wedlm-8b": (32, "causal"),
     "wedlm-7b": (32, "causal"),
 }
+families = pytest.mark.parametrize("family", list(STUDENTS))
 
 
 def block_size_of(family: str, config: dict, length: int) -> int:

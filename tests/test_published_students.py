@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 from published import FAMILIES
-from published_students import MASK, PAD, STUDENTS, fresh_student, naive_masked_logits, published_student
+from published_students import MASK, PAD, families, fresh_student, naive_masked_logits, published_student
 
 from tide_hf.models import row_noise
 from tide_hf.models.masked_diffusion import TIME_EPSILON
 
 # rotary tables are float32
 RTOL = 1e-4
-families = pytest.mark.parametrize("family", list(STUDENTS))
 
 
 def rows_with_prompts() -> list[tuple[torch.Tensor, torch.Tensor]]:
