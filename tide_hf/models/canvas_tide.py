@@ -118,7 +118,7 @@ def answer_canvas(prompts: list[tuple[torch.LongTensor, torch.BoolTensor]], sett
     block is short.
 
     Only answer tokens are denoised. On the absolute grid [MASK] stays in the rest of the last block, which the network
-    sees whole, as in training.
+    sees whole, as in training. With `denoise_whole_blocks` that rest is denoised too, on either grid.
 
     Args:
         prompts (`list[tuple]`): ids `(B, P)` and mask `(B, P)`, True at tokens; then, with guidance, the same of the
@@ -132,7 +132,8 @@ def answer_canvas(prompts: list[tuple[torch.LongTensor, torch.BoolTensor]], sett
     tail = lengths[0] % size if absolute else torch.zeros_like(lengths[0])
     start = _whole_units(int((lengths - tail).max()), 1 if full else size)
     # on the absolute grid the last block is whole, as trained
-    end = start + (_whole_units(int(tail.max()) + num_new, size) if absolute else num_new)
+    whole = absolute or settings.denoise_whole_blocks
+    end = start + (_whole_units(int(tail.max()) + num_new, size) if whole else num_new)
     answer_column = start + tail
     offset = (answer_column - lengths).flatten()
     columns = torch.arange(end, device=lengths.device)
@@ -141,12 +142,14 @@ def answer_canvas(prompts: list[tuple[torch.LongTensor, torch.BoolTensor]], sett
     for copy, (given_ids, given_mask) in zip(ids.split(lengths.shape[1]), prompts, strict=True):
         _write_before(copy, answer_column, given_ids, given_mask)
     prompt_ids, prompt_mask = prompts[0]
-    eos = settings.eos_token_id
+    eos, is_answer = settings.eos_token_id, columns >= answer_column[:, None]
+    if not settings.denoise_whole_blocks:
+        is_answer &= columns < answer_column[:, None] + num_new
     return Canvas(
         ids=ids,
         position=(columns - offset[:, None]).clamp(min=0),
         valid=valid,
-        masked=(columns >= answer_column[:, None]) & (columns < answer_column[:, None] + num_new),
+        masked=is_answer,
         windows=[(column, min(column + size, end)) for column in range(start, end, size)],
         block_size=end if full else size,
         answer_column=answer_column,
