@@ -60,6 +60,34 @@ def naive_masked_logits(family: str, config: dict, weights: dict, ids, masked, m
     return found
 
 
+def plain_logits(size: int | None, peculiar: str):
+    """`(model, noised, clean) -> (L, V)` logits of each position of one row, by one forward of the network's body per
+    block after a clean prefix; `size` is its configuration's, None without blocks."""
+
+    def logits_of(model, noised, clean):
+        length, found = len(clean), []
+        step = length if size is None else model.config.block_size
+        for start in range(0, length, step):
+            end = min(start + step, length)
+            ids, order = torch.cat([clean[:start], noised[start:end]]), torch.arange(end)
+            visible = order[:, None] // step >= order // step
+            if peculiar == "causal":
+                masked = (ids == model.config.mask_token_id) & (order >= start)
+                order = torch.cat([order[~masked], order[masked]])
+                visible = torch.ones(end, end, dtype=torch.bool).tril()
+            hidden = model.model(
+                input_ids=ids[order][None],
+                attention_mask=visible[None, None],
+                position_ids=order[None],
+                use_cache=False,
+            ).last_hidden_state
+            found.append(model.lm_head(hidden)[0][order.argsort()][start:])
+        logits = torch.cat(found)
+        return torch.cat([logits[:1], logits[:-1]]) if peculiar == "shifted" else logits
+
+    return logits_of
+
+
 def block_fields(family: str) -> dict:
     """Short blocks for a family that has blocks, so that a short row has several."""
     return {} if STUDENTS[family][0] is None else {"block_size": BLOCK}

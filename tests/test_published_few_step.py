@@ -5,7 +5,7 @@ import test_few_step
 import torch
 from few_step_run import tiny_few_step
 from published import write_checkpoint
-from published_students import STUDENTS, block_fields, families
+from published_students import STUDENTS, block_fields, families, plain_logits
 from test_few_step import naive_losses, noised_step
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -22,34 +22,6 @@ def published_model(path, family: str):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
 
 
-def plain_logits(family: str):
-    """`(model, noised, clean) -> (L, V)` logits of each position, by one forward per block after a clean prefix."""
-    size, peculiar = STUDENTS[family]
-
-    def logits_of(model, noised, clean):
-        length, found = len(clean), []
-        step = length if size is None else model.config.block_size
-        for start in range(0, length, step):
-            end = min(start + step, length)
-            ids, order = torch.cat([clean[:start], noised[start:end]]), torch.arange(end)
-            visible = order[:, None] // step >= order // step
-            if peculiar == "causal":
-                masked = (ids == model.config.mask_token_id) & (order >= start)
-                order = torch.cat([order[~masked], order[masked]])
-                visible = torch.ones(end, end, dtype=torch.bool).tril()
-            hidden = model.model(
-                input_ids=ids[order][None],
-                attention_mask=visible[None, None],
-                position_ids=order[None],
-                use_cache=False,
-            ).last_hidden_state
-            found.append(model.lm_head(hidden)[0][order.argsort()][start:])
-        logits = torch.cat(found)
-        return torch.cat([logits[:1], logits[:-1]]) if peculiar == "shifted" else logits
-
-    return logits_of
-
-
 # each kind of layout, dense and with experts
 @pytest.mark.parametrize("family", ["llada-8b", "llada2", "dream", "sdar-moe", "wedlm-7b"])
 def test_inverse_losses_are_the_definition(family, tmp_path, monkeypatch):
@@ -63,7 +35,7 @@ def test_inverse_losses_are_the_definition(family, tmp_path, monkeypatch):
             for value in network.parameters():
                 value += 0.1 * torch.randn(value.shape, generator=draw, dtype=value.dtype)
     rows, ((fake_batch,),), (batch,) = noised_step(trainer, 3)
-    monkeypatch.setattr(test_few_step, "naive_logits", plain_logits(family))
+    monkeypatch.setattr(test_few_step, "naive_logits", plain_logits(*STUDENTS[family]))
     networks = trainer, student, teacher, fake, rows
     for found, expected, network in (
         (trainer.inverse.fake_loss(student, fake, fake_batch), naive_losses(*networks, 0)[0], fake),
