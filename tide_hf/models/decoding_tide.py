@@ -208,17 +208,23 @@ class Decoder:
         first = 0 if self.cache is None else self.cache.get_seq_length()
         stop = canvas.ids.shape[1] if canvas.is_one_block else end
         if self._span != (first, stop):
-            visible = canvas.visible(first, stop)
+            visible = canvas.visible(first, stop, self.model.config.causal_blocks)
             # without a mask, attention takes its fastest path and does not copy the keys that query heads share
             self._span, self._visible = (first, stop), None if bool(visible.all()) else visible
         self.forward_passes += 1
+        ids, position = canvas.ids[:, first:stop], canvas.position[:, first:stop]
+        if self.model.config.causal_blocks:
+            order = canvas.masks_last(first, start, stop, self.settings.mask_token_id)
+            ids, position = ids.gather(1, order), position.gather(1, order)
         hidden = self.model.run_decoder(
-            input_ids=canvas.ids[:, first:stop],
+            input_ids=ids,
             attention_mask=self._visible,
-            position_ids=canvas.position[:, first:stop],
+            position_ids=position,
             cache=self.cache,
             use_cache=self.cache is not None,
         ).last_hidden_state
+        if self.model.config.causal_blocks:
+            hidden = hidden.take_along_dim(order.argsort(1)[:, :, None], 1)
         if self.cache is not None:
             for layer in self.cache.layers:
                 layer.committed = start
