@@ -1,15 +1,19 @@
 """Published families as students: their denoising loss, what they learn, adapters, and what is saved."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from published import FAMILIES
-from published_students import MASK, PAD, families, fresh_student, naive_masked_logits, published_student
+from published_students import MASK, PAD, STUDENTS, families, fresh_student, naive_masked_logits, published_student
 
 from tide_hf.models import row_noise
 from tide_hf.models.masked_diffusion import TIME_EPSILON
 
+HERE = Path(__file__).parent
 # rotary tables are float32
 RTOL = 1e-4
 
@@ -189,3 +193,49 @@ def test_random_tokens_stay_at_their_entropy(family, tmp_path):
 def test_what_can_be_known_is_learned(family, tmp_path):
     """Catches a target beside the position it is asked for, and a context that is not shown."""
     assert loss_after(fresh_student(tmp_path, family), repeating_rows, 50) < 0.1
+
+
+# ---- what each family can do ----
+
+COLUMNS = {
+    "loads": "test_published_layouts.py::test_published_folder_loads_as_its_native_class[{}-AutoModelForCausalLM]",
+    "keys": "test_published_layouts.py::test_saving_gives_the_published_layout_back[{}]",
+    "forward parity": "test_published_layouts.py::test_logits_are_those_of_the_formulas[{}]",
+    "SFT": "test_published_students.py::test_training_loss_and_gradients_are_the_definition[{}]",
+    "LoRA": "test_published_adapters.py::test_an_adapter_is_trained_saved_loaded_and_merged[{}]",
+    "generate": "test_published_generation.py::test_generate_is_the_plain_sampler[{}]",
+    "distils as teacher": "test_teacher_families.py::"
+    "test_teacher_logits_are_those_of_plain_forwards[{}-native-left-True]",
+    "as student": "test_published_distilling.py::test_a_step_of_a_published_student_under_another_family[{}-token]",
+}
+# families without an entry have no sampler of their own under a name
+NAMED_SAMPLERS = {
+    "llada-8b": "test_published_samplers.py::test_llada[1-0]",
+    "llada-moe": "test_published_samplers.py::test_llada[1-0]",
+    "llada2": "test_published_samplers.py::test_llada2[2-0]",
+    "sdar": "test_published_samplers.py::test_sdar[1-0]",
+    "sdar-moe": "test_published_samplers.py::test_sdar[1-0]",
+    "dream": "test_published_samplers.py::test_dream[entropy-3-0]",
+}
+# family -> column -> the test that shows it
+CELLS = {family: {column: test.format(family) for column, test in COLUMNS.items()} for family in STUDENTS}
+for family, test in NAMED_SAMPLERS.items():
+    CELLS[family]["named sampler"] = test
+
+
+def test_every_cell_names_a_test():
+    """Catches a promise about a family whose test was renamed or removed."""
+    for test in {test for cells in CELLS.values() for test in cells.values()}:
+        file, _, name = test.partition("::")
+        assert f"\ndef {name.partition('[')[0]}(" in (HERE / file).read_text(), test
+
+
+@pytest.mark.slow
+def test_every_cell_is_run():
+    """Catches a test that no longer runs for the family that points at it."""
+    named = {test for cells in CELLS.values() for test in cells.values()}
+    files = sorted({test.partition("::")[0] for test in named})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n0", "-p", "no:warnings", *files]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+    collected = {line.removeprefix("tests/") for line in done.stdout.splitlines()}
+    assert done.returncode == 0 and not named - collected, done.stdout[-3000:]
