@@ -8,7 +8,8 @@ order; exact match before, after, and merged; about 40 seconds a seed on 2 share
     python recipes/finetune_lora.py
     python recipes/finetune_lora.py --seeds 3
 
-Your own student and data; every flag of TRL's ModelConfig and every TIDEConfig field:
+Your own student, or a published diffusion LM (LLaDA, LLaDA-MoE, LLaDA2, SDAR, Dream, WeDLM), and your data; every
+flag of TRL's ModelConfig and every TIDEConfig field:
 
     accelerate launch recipes/finetune_lora.py --model_name_or_path STUDENT --dataset_name NAME_OR_FILE \
         --output_dir outputs/adapter --lora_r 16 --learning_rate 1e-4 --bf16

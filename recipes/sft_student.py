@@ -14,6 +14,9 @@ Your own start and data; every TIDEConfig field is a flag:
     accelerate launch recipes/sft_student.py --model_name_or_path outputs/start --dataset_name NAME_OR_FILE \
         --output_dir outputs/sft --learning_rate 1e-4 --num_train_epochs 3 --bf16
 
+The start may also be a published diffusion LM, which is trained as its authors trained it, in blocks or as one
+sequence: --model_name_or_path GSAI-ML/LLaDA-8B-Instruct (or LLaDA-MoE, LLaDA2, SDAR, Dream, WeDLM).
+
 An adapter instead of the whole student: --use_peft --lora_target_modules q_proj k_proj v_proj o_proj
 """
 

@@ -27,6 +27,7 @@ from tide_hf.models import (
     SDARForCausalLM,
     TIDELlamaConfig,
     TIDEQwen2Config,
+    WeDLMConfig,
     block_visibility,
 )
 
@@ -97,6 +98,14 @@ def test_logits_are_the_students(exported):
     assert not torch.equal(model(block_inputs()["input_ids"], attention_mask=full).logits, expected), "mask matters"
 
 
+def test_a_fine_tuned_sdar_is_exported_too(tmp_path):
+    """Catches an SDAR that was trained here and can be served only where a new transformers is."""
+    model = student(config_class=SDARConfig).eval()
+    folder = export_for_serving(model, tmp_path, tokenizer=build_tokenizer())
+    again = Qwen3ForCausalLM.from_pretrained(folder, config=Qwen3Config.from_pretrained(folder))
+    assert_close(logits_of(again), logits_of(model), rtol=0, atol=0)
+
+
 def test_config_has_what_engines_read(exported):
     """Catches a field whose absence makes an engine refuse the folder, or take a default that is not ours."""
     _, folder = exported
@@ -121,6 +130,8 @@ def test_config_has_what_engines_read(exported):
     }
     assert {name: config.get(name, "absent") for name in expected} == expected
     assert "bos_token_id" in config and "diffusion_type" not in config
+    code = sorted(file.name for file in folder.glob("*.py"))
+    assert code == ["configuration_sdar.py"], "engines may have an older transformers than this library's code needs"
     generation = json.loads((folder / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (EOS, 151_643)
     assert not {"mask_token_id", "block_size"} & set(generation), "engines know neither"
@@ -233,7 +244,7 @@ SMALL = {"vocab_size": 64, "eos_token_id": 1, "pad_token_id": 0, "mask_token_id"
         ({"config_class": TIDELlamaConfig}, "model_type is 'tide_llama', and Llama's attention has no query"),
         ({"config_class": A2DLlamaConfig}, "model_type is 'a2d-llama', and Llama's attention has no query"),
         ({"config_class": DreamConfig}, "model_type is 'Dream', and its logits are shifted"),
-        ({"config_class": SDARConfig}, "it is SDAR already"),
+        ({"config_class": WeDLMConfig}, "causal inside"),
     ],
 )
 def test_students_that_do_not_fit_are_refused(tmp_path, overrides, message):

@@ -12,6 +12,7 @@ from tide_hf.demo.sorting import build_tokenizer
 from tide_hf.diffusion import LayoutSpec, block_layout
 from tide_hf.models import TIDEGenerationConfig, block_visibility
 from tide_hf.models import decoding_tide as decoding
+from tide_hf.models.caches_tide import BlockCacheLayer
 from tide_hf.models.modeling_tide import CACHE_NAME
 
 SETTINGS = [
@@ -501,7 +502,7 @@ def test_mode_is_put_back_after_an_error():
 
 def test_cache_layer_writes_behind_what_is_committed():
     """Catches a cache that grows by every denoising step, or lets a draft overwrite finished blocks."""
-    layer = decoding.BlockCacheLayer(10)
+    layer = BlockCacheLayer(10)
     draw = torch.Generator().manual_seed(0)
     states = [torch.randn(2, 3, width, 5, generator=draw) for width in (4, 4, 4, 2)]
     keys, values = layer.update(states[0], -states[0])

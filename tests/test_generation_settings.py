@@ -192,6 +192,7 @@ READING = {
 }
 # without an effect on the tokens (each has its own test), or of another kind
 SHOWN_ELSEWHERE = {"use_cache", "disable_compile", "remove_invalid_values", "renormalize_logits", "stop_strings"}
+SHOWN_ELSEWHERE |= {"approximate_cache"}  # for full-sequence students alone
 
 
 def outcome(model, inputs, **settings):

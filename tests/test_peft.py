@@ -15,6 +15,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from published import write_checkpoint
 from tiny import tiny_model, tiny_trainer
 from torch.testing import assert_close
 from transformers import (
@@ -285,6 +286,27 @@ def test_missing_fields_are_filled_in_and_said(tmp_path, base, said):
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert set(saved["target_modules"]) == set(adapter.LINEAR_LAYERS)
+
+
+EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
+@pytest.mark.parametrize("with_experts", [False, True])
+def test_packed_experts_are_adapted_or_said_to_be_frozen(with_experts, tmp_path, said):
+    """Catches an adapter of "all linear layers" that leaves out most of a mixture's weights without a word."""
+    write_checkpoint(tmp_path / "base", "sdar-moe", mask_token_id=build_tokenizer().mask_token_id)
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    chosen = {"target_modules": ["q_proj"], "target_parameters": EXPERTS} if with_experts else {}
+    trainer = trained(tmp_path / "base", tmp_path / "adapter", LoraConfig(r=2, **chosen), max_steps=2)
+    assert any(
+        f"they stay frozen. To adapt them as well, set target_parameters={EXPERTS}" in line for line in said
+    ) != (with_experts)
+    ids = torch.arange(8)[None]
+    expected = trainer.model.eval()(ids).logits
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_close(loaded(ids).logits, expected)
+    assert any("experts" in name for name, _ in trainer.model.named_parameters() if "lora_" in name) == with_experts
+    assert_close(loaded.merge_and_unload()(ids).logits, expected, rtol=0, atol=1e-4)
 
 
 def test_revision_of_the_base_is_kept(tmp_path, base):

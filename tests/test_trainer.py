@@ -470,7 +470,7 @@ def test_autoregressive_student_is_refused(tmp_path):
     """Catches a causal model that would be trained as if it were a diffusion LM."""
     config = Qwen3Config(vocab_size=15, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=1, num_key_value_heads=1, head_dim=16)  # fmt: skip
-    with pytest.raises(ValueError, match="is not a diffusion LM of this library"):
+    with pytest.raises(ValueError, match="is not a diffusion LM that this library knows"):
         tiny_trainer(tmp_path, model=Qwen3ForCausalLM(config))
 
 

@@ -98,10 +98,12 @@ def load_chat_model(
             f"{name} has no chat template, which a conversation needs: give one with --chat_template, or use "
             "model.generate on plain text."
         )
-    if model.generation_config.mask_token_id is None:
-        if tokenizer.mask_token_id is None:
+    settings = model.generation_config
+    if settings.mask_token_id is None:
+        known = (tokenizer.mask_token_id, model.config.known_mask_token_id)
+        settings.mask_token_id = next((index for index in known if index is not None), None)
+        if settings.mask_token_id is None:
             raise ValueError(f"{name} has no mask token, neither in its config nor in its tokenizer.")
-        model.generation_config.mask_token_id = tokenizer.mask_token_id
     return model.to(device).eval(), tokenizer
 
 

@@ -175,8 +175,9 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     if not hasattr(config, "diffusion_type"):
         sys.exit(
-            f"The student {model.model_name_or_path} (model_type={config.model_type!r}) is not a diffusion LM of "
-            "this library: name a tide_qwen3 or a2d-qwen3 checkpoint, or convert it with recipes/convert_ar.py."
+            f"The student {model.model_name_or_path} (model_type={config.model_type!r}) is not a diffusion LM that "
+            "this library knows: name one of its own (tide_…), a published one (a2d-…, LLaDA, LLaDA2, SDAR, Dream, "
+            "WeDLM), or convert one with recipes/convert_ar.py."
         )
     if teacher is None:
         return resolve_plan(run, config, tokenizer).preparation

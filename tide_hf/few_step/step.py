@@ -9,6 +9,7 @@ Shapes: see `batch`; H hidden, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -33,10 +34,12 @@ class InverseStep:
     Args:
         mask_token_id (`int`): id of [MASK].
         slice_rows (`int`, *optional*): positions whose logits exist at a time; see [`~tide_hf.losses.sliced_loss`].
+        causal (`bool`): whether a block is causal inside.
     """
 
-    def __init__(self, mask_token_id: int, slice_rows: int | None = None):
+    def __init__(self, mask_token_id: int, slice_rows: int | None = None, causal: bool = False):
         self.mask_token_id, self.slice_rows = mask_token_id, slice_rows
+        self._run = partial(run_packed, causal=causal)
 
     def fake_loss(self, student: Callable, fake: Callable, batch: InverseBatch, by_row: bool = False) -> torch.Tensor:
         """L(f, q) with gradient through the fake alone: q is the student's prediction at positions it predicted, and
@@ -69,11 +72,11 @@ class InverseStep:
 
             # the student's forward is without gradient, and the fake's is inside it
             with torch.set_grad_enabled(learns):
-                found["output"] = run_packed(fake, noised, at_the_fake)
+                found["output"] = self._run(fake, noised, at_the_fake)
             return None, None
 
         with torch.no_grad():
-            run_packed(student, batch.shown, at_the_student)
+            self._run(student, batch.shown, at_the_student)
         # what the wrapped forward returns, not what was found inside: DDP prepares its gradients on the way out
         return found["loss"] if by_row else found["output"].loss
 
@@ -117,14 +120,14 @@ class InverseStep:
                         found["loss"] = _by_row(loss_of, batch, by_row)
                     return None, None
 
-                run_packed(fake, noised, at_the_fake)
+                self._run(fake, noised, at_the_fake)
                 return None, None
 
             with torch.no_grad():
-                run_packed(teacher, noised, at_the_teacher)
+                self._run(teacher, noised, at_the_teacher)
             return found["loss"], None
 
-        return run_packed(student, batch.shown, at_the_student).loss
+        return self._run(student, batch.shown, at_the_student).loss
 
     @torch.no_grad()
     def _with_drawn_tokens(self, shown_AH, weight_VH, batch: InverseBatch):

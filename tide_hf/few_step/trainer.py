@@ -157,7 +157,7 @@ class IDLMTrainer(DiffusionTrainer):
         """What noises a micro-batch, and what computes its two losses."""
         grid = args.num_steps if args.student_times == "grid" else None
         noising = InverseNoising(plan.student, plan.schedule, args.time_epsilon, grid)
-        return noising, InverseStep(config.mask_token_id, args.head_slice_size)
+        return noising, InverseStep(config.mask_token_id, args.head_slice_size, plan.student.causal)
 
     def _refuse_engines(self) -> None:
         """Refuses engines that cannot run two optimizers here."""

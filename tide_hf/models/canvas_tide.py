@@ -54,12 +54,31 @@ class Canvas:
         """Whether every column sees every other, so that no column is ever final for a cache."""
         return self.block_size >= self.ids.shape[1]
 
-    def visible(self, start: int, end: int) -> torch.Tensor:
-        """Which of the columns [0, end) each of the columns [start, end) sees, `(R, 1, end − start, end)`."""
+    def visible(self, start: int, end: int, causal: bool = False) -> torch.Tensor:
+        """Which of the columns [0, end) each of the columns [start, end) sees, `(R, 1, end − start, end)`.
+
+        Args:
+            start (`int`), end (`int`): first column of the queries, and the end of all.
+            causal (`bool`): whether a column sees none of its own block that stands after it.
+        """
         valid = self.valid[:, :end]
         stream = torch.where(valid, CLEAN_STREAM, PADDING_STREAM)
         block = torch.where(valid, torch.arange(end, device=valid.device) // self.block_size, -1)
-        return block_visibility(stream[:, start:], block[:, start:], stream, block)
+        return block_visibility(stream[:, start:], block[:, start:], stream, block, causal)
+
+    def masks_last(self, first: int, start: int, end: int, mask_token_id: int) -> torch.LongTensor:
+        """The columns [first, end) as a network reads them that is causal inside a block, `(R, end − first)`.
+
+        They count from `first`. In the block [start, end) those with [MASK] come after the others, and padding last.
+
+        Args:
+            first (`int`), start (`int`), end (`int`): columns; what stands before `start` is in its place.
+            mask_token_id (`int`): id of [MASK].
+        """
+        kind = (self.ids[:, start:end] == mask_token_id).long() + 2 * ~self.valid[:, start:end]
+        order = kind.argsort(dim=1, stable=True) + (start - first)
+        before = torch.arange(start - first, device=order.device).expand(len(order), -1)
+        return torch.cat([before, order], 1)
 
     def reveal(self, start: int, end: int, chosen: torch.Tensor, tokens: torch.Tensor) -> None:
         """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end).

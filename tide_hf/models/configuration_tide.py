@@ -132,11 +132,13 @@ class DiffusionConfig(TypedDiffusionConfig):
     """What every masked student's configuration has; stands before a transformers configuration in the bases.
 
     Args:
-        is_causal (`bool`): False: without a 4-D mask every position sees every other.
+        is_causal (`bool`): False: without a 4-D mask every position sees every other; True in families that are
+            causal inside a block.
         mask_token_id (`int`, *optional*): id of [MASK]; None where a published checkpoint leaves it to the tokenizer.
         block_size (`int`): tokens per diffusion block, counted from absolute position 0.
-        diffusion_type (`str`, *optional*): `"block"` (blocks in order, clean prefix), the default, or `"full"` (one
-            bidirectional sequence).
+        diffusion_type (`str`, *optional*): `"block"` (blocks in order, clean prefix) or `"full"` (one bidirectional
+            sequence); by default the first of the class's `DIFFUSION_TYPES`, which for a published family is how it
+            was trained.
         noise_schedule (`str`): α(t) the model was trained with, a name in [`~tide_hf.models.SCHEDULES`].
 
     Raises:
@@ -151,9 +153,28 @@ class DiffusionConfig(TypedDiffusionConfig):
     block_size: int = 32
     noise_schedule: str = "linear"
 
+    @property
+    def shifted_logits(self) -> bool:
+        """Whether the logits at position i − 1 are those of position i, as a network pretrained on next tokens has."""
+        return self.teacher_family.native.shifted
+
+    @property
+    def causal_blocks(self) -> bool:
+        """Whether a block is causal inside, its unmasked tokens first and each at its own position."""
+        return self.teacher_family.native.causal
+
+    @property
+    def known_mask_token_id(self) -> int | None:
+        """`mask_token_id` or, where config.json gives none, that of the family, if the vocabulary has it."""
+        if self.mask_token_id is not None:
+            return self.mask_token_id
+        family = self.teacher_family.mask_token_id
+        return family if family is not None and family < self.vocab_size else None
+
     def __post_init__(self, **kwargs):
-        if self.is_causal:
-            raise ValueError("is_causal=True: a student sees both sides of a [MASK]; leave is_causal at False.")
+        if self.is_causal != self.causal_blocks:
+            why = "its blocks are causal" if self.causal_blocks else "it sees both sides of a [MASK]"
+            raise ValueError(f"is_causal={self.is_causal}: leave is_causal at {self.causal_blocks}, since {why}.")
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {self.block_size}.")
         named_schedule(self.noise_schedule, "noise_schedule")

@@ -11,50 +11,17 @@ from itertools import chain, repeat, zip_longest
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import MaxTimeCriteria, StoppingCriteriaList
 
+from .caches_tide import new_cache
 from .canvas_tide import Canvas
 from .editing_tide import TokenEdits
+from .masked_diffusion import predicting_columns
 from .reveal_rules_tide import MaskedPositions, RevealRule, rule_of
 from .sampling_tide import RUN, Rules, Scoring, most_probable, propose_tokens
 
 NUM_LOGITS = 1 << 18  # as many float32 logits as the cache of a CPU core holds, 1 MB
 SHORTEST = 8  # least runs per piece of the vocabulary: with fewer, a piece costs more than it saves
-
-
-class BlockCacheLayer(DynamicLayer):
-    """Keys and values of the finished blocks, in one buffer; those of the active block follow them and are not kept.
-
-    Concatenation, as in transformers' own layer, would copy the whole cache in every pass.
-
-    Args:
-        max_length (`int`): columns of the buffer.
-    """
-
-    def __init__(self, max_length: int):
-        super().__init__()
-        self.max_length, self.committed = max_length, 0
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Writes `key_states` and `value_states`, `(R, heads, columns, head size)`, after the committed columns.
-
-        Returns views of both, the committed columns included. transformers' `args` and `kwargs` are not used.
-        """
-        if not self.is_initialized:
-            rows, heads, _, head_dim = key_states.shape
-            self.keys = key_states.new_empty(rows, heads, self.max_length, head_dim)
-            self.values = value_states.new_empty(rows, heads, self.max_length, value_states.shape[-1])
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        end = self.committed + key_states.shape[-2]
-        self.keys[:, :, self.committed : end] = key_states
-        self.values[:, :, self.committed : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        """Committed columns."""
-        return self.committed
 
 
 class Decoder:
@@ -92,10 +59,10 @@ class Decoder:
         self.criteria = StoppingCriteriaList(rule for rule in rules.criteria if rule not in self.deadlines)
         self.temperature = settings.temperature
         self.forward_passes = 0
-        self.cache = None
-        if not canvas.is_one_block and settings.use_cache is not False:
-            num_layers, width = model.config.num_hidden_layers, canvas.ids.shape[1]
-            self.cache = Cache(layers=[BlockCacheLayer(width) for _ in range(num_layers)])
+        shape = model.config.num_hidden_layers, canvas.ids.shape[1]
+        self.cache = new_cache(*shape, settings, canvas.is_one_block)
+        # the column whose hidden state predicts each column; None where that is its own
+        self._predicting = predicting_columns(canvas.valid, True) if model.config.shifted_logits else None
         self._span, self._visible = None, None
 
     def run(self) -> None:
@@ -198,30 +165,40 @@ class Decoder:
         return logits_NV
 
     def _forward(self, start: int, end: int) -> torch.Tensor:
-        """Hidden states `(R, end − start, H)` of the active columns.
+        """Hidden states `(R, end − start, H)` that predict the active columns.
 
         Columns before them are final: those that the cache does not hold yet (the prompt, or the block finished last)
-        run in the same call and are kept. Without a cache all columns run.
+        run in the same call and are kept. Where every column sees every other, all columns run, but for those that an
+        approximate cache holds.
         """
-        canvas = self.canvas
-        first = 0 if self.cache is None else self.cache.get_seq_length()
-        stop = canvas.ids.shape[1] if canvas.is_one_block else end
+        canvas, width = self.canvas, self.canvas.ids.shape[1]
+        num_seen = width if canvas.is_one_block else end
+        first, stop = (0, num_seen) if self.cache is None else self.cache.columns(start, end)
         if self._span != (first, stop):
-            visible = canvas.visible(first, stop)
+            visible = canvas.visible(first, num_seen, self.model.config.causal_blocks)[:, :, : stop - first]
             # without a mask, attention takes its fastest path and does not copy the keys that query heads share
             self._span, self._visible = (first, stop), None if bool(visible.all()) else visible
         self.forward_passes += 1
+        ids, position = canvas.ids[:, first:stop], canvas.position[:, first:stop]
+        if self.model.config.causal_blocks:
+            order = canvas.masks_last(first, start, stop, self.settings.mask_token_id)
+            ids, position = ids.gather(1, order), position.gather(1, order)
         hidden = self.model.run_decoder(
-            input_ids=canvas.ids[:, first:stop],
+            input_ids=ids,
             attention_mask=self._visible,
-            position_ids=canvas.position[:, first:stop],
+            position_ids=position,
             cache=self.cache,
             use_cache=self.cache is not None,
         ).last_hidden_state
+        if self.model.config.causal_blocks:
+            hidden = hidden.take_along_dim(order.argsort(1)[:, :, None], 1)
         if self.cache is not None:
-            for layer in self.cache.layers:
-                layer.committed = start
-        return hidden[:, start - first : end - first]
+            # a shifted network predicts the first active column from the one before it, which must run again
+            self.cache.keep_before(start if self._predicting is None else max(start - 1, 0))
+        if self._predicting is None:
+            return hidden[:, start - first : end - first]
+        # padding after a row may be predicted from a column that did not run; nobody reads it
+        return hidden.take_along_dim((self._predicting[:, start:end] - first).clamp(min=0)[:, :, None], 1)
 
     def _streamed(self, start: int, end: int) -> torch.Tensor:
         """The first row's answer tokens in the columns [start, end), as they will be returned."""

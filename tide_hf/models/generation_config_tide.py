@@ -31,6 +31,7 @@ OWN_FIELDS = {
     "suppress_confidence_tokens": None,
     "editing_threshold": None,
     "max_editing_steps": 16,
+    "approximate_cache": None,
 }
 # those that infill does not read: they are about an answer after a prompt
 OWN_FIELDS_FOR_ANSWERS = ("block_grid", "denoise_whole_blocks")
@@ -55,6 +56,7 @@ CHOICES = {
     "confidence_from": ("model", "sampling"),
     "block_grid": ("absolute", "prompt_aligned"),
     **dict.fromkeys(("threshold_inclusive", "denoise_whole_blocks"), (True, False)),
+    "approximate_cache": ("prefix", "dual"),
 }
 AT_LEAST = {
     **dict.fromkeys(("max_new_tokens", "max_length", "block_size", "steps_per_block", "num_return_sequences"), 1),
@@ -127,6 +129,11 @@ class TIDEGenerationConfig(GenerationConfig):
         num_return_sequences (`int`, *optional*): answers sampled for each prompt, in consecutive rows.
         max_time (`float`, *optional*): seconds; checked after each block, so that the block under way is finished.
         use_cache (`bool`, *optional*): False runs the columns before a block again in every pass.
+        approximate_cache (`str`, *optional*): for full-sequence students, with `block_size`: the first pass over each
+            block runs all columns, and the further passes reuse keys and values that are no longer exact, so that
+            answers may differ. `"prefix"` reuses those of the columns before the block, `"dual"` those after it as
+            well, which with one block is the same (Fast-dLLM, arXiv 2505.22618). None, the default, runs all columns
+            in every pass. Block-diffusion students have an exact cache, and refuse it.
         kwargs: transformers' further settings. Processors of logits (`repetition_penalty`, `no_repeat_ngram_size`,
             `suppress_tokens`, `min_new_tokens`, …) and `stop_strings` are transformers' own objects and are applied as
             those given to `generate`. Tokens are revealed in any order: rules about single tokens and positions hold
@@ -170,6 +177,11 @@ class TIDEGenerationConfig(GenerationConfig):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
         if self.max_time is not None and self.max_time <= 0:
             raise ValueError(f"max_time must be a positive number of seconds, got {self.max_time}.")
+        if self.approximate_cache is not None and self.use_cache is False:
+            raise ValueError(
+                f"approximate_cache={self.approximate_cache!r} keeps keys and values, and use_cache=False keeps none: "
+                "set approximate_cache to None, or use_cache to True."
+            )
         if self.entropy_bound is None:
             return
         if self.entropy_bound < 0:

@@ -261,6 +261,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         if not isinstance(reveal_rule, RevealRule | None):
             raise ValueError(f"reveal_rule must be a RevealRule, got a {type(reveal_rule).__name__}.")
         merged.settle_rule(reveal_rule)
+        merged.check_approximate_cache(method, full=self.config.diffusion_type == "full")
         values = DEFAULTS | said_by(TIDEGenerationConfig.from_model_config(self.config))
         # a keyword None undoes what configs say, back to the default; EOS and padding may stay None
         defaults = {name: value for name, value in values.items() if name not in ("eos_token_id", "pad_token_id")}
@@ -268,6 +269,8 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         values |= {name: value for name, value in defaults.items() if values[name] is None}
         values["temperature"] = merged.temperature()
         settings = TIDEGenerationConfig.from_dict(values)
+        if settings.mask_token_id is None:
+            settings.mask_token_id = self.config.known_mask_token_id
         if settings.mask_token_id is None:
             raise ValueError(f"{method} needs a mask token: pass mask_token_id=tokenizer.mask_token_id.")
         for name in ("mask_token_id", "pad_token_id", "suppress_confidence_tokens"):

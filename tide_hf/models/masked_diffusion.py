@@ -76,7 +76,11 @@ def named_schedule(name: str, setting: str = "schedule") -> NoiseSchedule:
 
 
 def block_visibility(
-    query_stream: torch.Tensor, query_block: torch.Tensor, key_stream: torch.Tensor, key_block: torch.Tensor
+    query_stream: torch.Tensor,
+    query_block: torch.Tensor,
+    key_stream: torch.Tensor,
+    key_block: torch.Tensor,
+    causal: bool = False,
 ) -> torch.Tensor:
     """Who sees whom under block diffusion.
 
@@ -87,6 +91,8 @@ def block_visibility(
     Args:
         query_stream, query_block (`torch.Tensor` of shape `(B, Q)`): stream and block number of each query.
         key_stream, key_block (`torch.Tensor` of shape `(B, K)`): the same of each key.
+        causal (`bool`): whether a query sees no key of its own block that stands in a later column; the queries are
+            the last Q of the K columns.
 
     Returns:
         `torch.BoolTensor` of shape `(B, 1, Q, K)`: True where the query may attend.
@@ -98,8 +104,26 @@ def block_visibility(
     row_of_clean_key = torch.where(is_clean, key_stream // STREAMS_PER_ROW, -2)
     query_block, key_block = query_block[:, :, None], key_block[:, None, :]
     own_block = (query_stream[:, :, None] == key_stream[:, None, :]) & (query_block == key_block)
+    if causal:
+        column = torch.arange(key_block.shape[-1], device=key_block.device)
+        own_block &= column <= column[-query_block.shape[1] :, None]
     clean_past = (query_row[:, :, None] == row_of_clean_key[:, None, :]) & (query_block > key_block)
     return (own_block | clean_past)[:, None]
+
+
+def predicting_columns(valid: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """The column whose logits are those of each column, `(B, L)`.
+
+    Args:
+        valid (`torch.BoolTensor` of shape `(B, L)`): False at padding.
+        shifted (`bool`): False: its own; True: the valid column before it, and its own where there is none.
+    """
+    own = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+    if not shifted:
+        return own
+    last_valid = torch.where(valid, own, -1).cummax(1).values
+    before = torch.cat([torch.full_like(own[:, :1], -1), last_valid[:, :-1]], 1)
+    return torch.where(before < 0, own, before)
 
 
 def attention_mask_for(visible: torch.Tensor, attn_implementation: str, dtype: torch.dtype):

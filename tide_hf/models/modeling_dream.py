@@ -7,31 +7,33 @@ HKUNLP/Dream.
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from .configuration_tide import TeacherFamily, TeacherView
+from .configuration_tide import DiffusionConfig, TeacherFamily, TeacherView
+from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig
-from .refusals import NotYetAStudent
 
 
 @strict
-class DreamConfig(PublishedConfig, Qwen2Config):
-    """Configuration of Dream. Other fields as in [`~transformers.Qwen2Config`].
+class DreamConfig(PublishedConfig, DiffusionConfig, Qwen2Config):
+    """Configuration of Dream: fields as in [`~tide_hf.models.configuration_tide.DiffusionConfig`] and
+    [`~transformers.Qwen2Config`].
 
-    Args:
-        is_causal (`bool`): False: without a 4-D mask every position sees every other.
-        mask_token_id (`int`, *optional*): id of [MASK].
+    There are no blocks (`diffusion_type="full"` alone): the first token of a block would be predicted from the block
+    before it.
     """
 
     model_type = "Dream"
+    modeling = "modeling_dream.DreamModel"
+    DIFFUSION_TYPES = ("full",)
     default_theta = 1_000_000.0
     # mask id: HKUNLP's config.json
     teacher_family = TeacherFamily(TeacherView("none", shifted=True), mask_token_id=151_666)
 
-    is_causal: bool = False
-    mask_token_id: int | None = None
 
+class DreamModel(MaskedDiffusionMixin, Qwen2ForCausalLM):
+    """Dream with its head, trained and generating like a student; the class name is the one its checkpoints carry.
 
-class DreamModel(NotYetAStudent, Qwen2ForCausalLM):
-    """Dream with its head; bidirectional without a mask; the class name is the one its checkpoints carry."""
+    As in the published code, the logits that `forward` returns at position i are those of position i + 1.
+    """
 
     config_class = DreamConfig
     config: DreamConfig

@@ -10,20 +10,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.core_model_loading import WeightRenaming
 
-from .configuration_tide import TeacherFamily, TeacherView
+from .configuration_tide import DiffusionConfig, TeacherFamily, TeacherView
+from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig, packed_experts, register_key_layout
-from .refusals import NotYetAStudent
 
 
 @strict
-class LLaDAConfig(PublishedConfig, LlamaConfig):
+class LLaDAConfig(PublishedConfig, DiffusionConfig, LlamaConfig):
     """Configuration of the dense LLaDA; a LLaDA-MoE's config.json gives a [`LLaDAMoEConfig`].
 
-    Other fields as in [`~transformers.LlamaConfig`].
+    Other fields as in [`~tide_hf.models.configuration_tide.DiffusionConfig`] and [`~transformers.LlamaConfig`].
 
     Args:
-        is_causal (`bool`): False: without a 4-D mask every position sees every other.
-        mask_token_id (`int`, *optional*): id of [MASK].
         num_key_value_heads (`int`, *optional*): key and value heads; `num_attention_heads` by default.
         bos_token_id, eos_token_id (`int`, *optional*): ids of the first and the last token of a text.
 
@@ -32,9 +30,11 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
     """
 
     model_type = "llada"
+    modeling = "modeling_llada.LLaDAModelLM"
     default_theta = 500_000.0
+    DIFFUSION_TYPES = ("full", "block")
     # mask id: GSAI-ML's code
-    teacher_family = TeacherFamily(TeacherView("none"), mask_token_id=126_336)
+    teacher_family = TeacherFamily(TeacherView("own"), mask_token_id=126_336)
     published_names: ClassVar[dict[str, str]] = {
         "d_model": "hidden_size",
         "n_heads": "num_attention_heads",
@@ -45,6 +45,7 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
         "embedding_size": "vocab_size",
         "weight_tying": "tie_word_embeddings",
     }
+    not_written: ClassVar[frozenset[str]] = frozenset({"hidden_size", "num_attention_heads", "num_hidden_layers"})
     required_values: ClassVar[dict] = {
         "block_type": "llama",
         "activation_type": "silu",
@@ -75,8 +76,6 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
         }
     )
 
-    is_causal: bool = False
-    mask_token_id: int | None = None
     num_key_value_heads: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -93,20 +92,20 @@ class LLaDAConfig(PublishedConfig, LlamaConfig):
         return LLaDAMoEConfig.from_dict(config_dict, **kwargs) if is_moe else super().from_dict(config_dict, **kwargs)
 
 
-class LLaDAModelLM(NotYetAStudent, LlamaForCausalLM):
-    """LLaDA-8B; bidirectional without a mask; the class name is the one its checkpoints carry."""
+class LLaDAModelLM(MaskedDiffusionMixin, LlamaForCausalLM):
+    """LLaDA-8B, trained and generating like a student; the class name is the one its checkpoints carry."""
 
     config_class = LLaDAConfig
     config: LLaDAConfig
 
 
 @strict
-class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
-    """Configuration of LLaDA-MoE. Other fields as in [`~transformers.Qwen3MoeConfig`].
+class LLaDAMoEConfig(PublishedConfig, DiffusionConfig, Qwen3MoeConfig):
+    """Configuration of LLaDA-MoE.
+
+    Other fields as in [`~tide_hf.models.configuration_tide.DiffusionConfig`] and [`~transformers.Qwen3MoeConfig`].
 
     Args:
-        is_causal (`bool`): False: without a 4-D mask every position sees every other.
-        mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
         head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
 
     Raises:
@@ -114,12 +113,15 @@ class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
     """
 
     model_type = "llada"
+    modeling = "modeling_llada.LLaDAMoEModelLM"
     default_theta = 50_000.0
+    DIFFUSION_TYPES = ("full", "block")
     # mask id: inclusionAI's dInfer
-    teacher_family = TeacherFamily(TeacherView("none"), mask_token_id=156_895)
+    teacher_family = TeacherFamily(TeacherView("own"), mask_token_id=156_895)
     published_names: ClassVar[dict[str, str]] = {
         "expert_intermediate_size": "moe_intermediate_size",
         "dense_intermediate_size": "intermediate_size",
+        "num_experts": "num_experts",  # which newer releases of transformers call num_local_experts
     }
     required_values: ClassVar[dict] = {
         "qk_layernorm": True,
@@ -137,8 +139,6 @@ class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
     }
     harmless: ClassVar[frozenset[str]] = frozenset({"moe_layer_freq", "moe_router_topk_scaling_factor"})
 
-    is_causal: bool = False
-    mask_token_id: int | None = None
     head_dim: int | None = None
 
     def __post_init__(self, **kwargs):
@@ -146,13 +146,15 @@ class LLaDAMoEConfig(PublishedConfig, Qwen3MoeConfig):
             raise ValueError(f"moe_layer_freq={kwargs['moe_layer_freq']}: only models with experts in every layer.")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        # the published class takes its absence for a shared expert, and builds it
+        kwargs.setdefault("shared_expert_intermediate_size", None)
         # the published code never renormalises, whatever its config says
         self.norm_topk_prob = False
         super().__post_init__(**kwargs)
 
 
-class LLaDAMoEModelLM(NotYetAStudent, Qwen3MoeForCausalLM):
-    """LLaDA-MoE; bidirectional without a mask; the class name is the one its checkpoints carry."""
+class LLaDAMoEModelLM(MaskedDiffusionMixin, Qwen3MoeForCausalLM):
+    """LLaDA-MoE, trained and generating like a student; the class name is the one its checkpoints carry."""
 
     config_class = LLaDAMoEConfig
     config: LLaDAMoEConfig

@@ -9,63 +9,64 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from .configuration_tide import TeacherFamily, TeacherView
+from .configuration_tide import DiffusionConfig, TeacherFamily, TeacherView
+from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig, packed_experts, register_key_layout
-from .refusals import NotYetAStudent
 
 FAMILY = TeacherFamily(TeacherView("own"), mask_token_id=151_669)  # mask id: JetAstra's code
 
 
 @strict
-class SDARConfig(PublishedConfig, Qwen3Config):
-    """Configuration of SDAR. Other fields as in [`~transformers.Qwen3Config`].
+class SDARConfig(PublishedConfig, DiffusionConfig, Qwen3Config):
+    """Configuration of SDAR.
+
+    Other fields as in [`~tide_hf.models.configuration_tide.DiffusionConfig`] and [`~transformers.Qwen3Config`].
 
     Args:
-        is_causal (`bool`): False: without a 4-D mask every position sees every other.
-        mask_token_id (`int`, *optional*): id of [MASK]; some published configurations leave it out.
         block_size (`int`): tokens per diffusion block, counted from absolute position 0.
     """
 
     model_type = "sdar"
+    modeling = "modeling_sdar.SDARForCausalLM"
     default_theta = 1_000_000.0
     teacher_family = FAMILY
 
-    is_causal: bool = False
-    mask_token_id: int | None = None
     block_size: int = 4
 
 
-class SDARForCausalLM(NotYetAStudent, Qwen3ForCausalLM):
-    """SDAR; bidirectional without a mask; the class name is the one its checkpoints carry."""
+class SDARForCausalLM(MaskedDiffusionMixin, Qwen3ForCausalLM):
+    """SDAR, trained and generating like a student; the class name is the one its checkpoints carry."""
 
     config_class = SDARConfig
     config: SDARConfig
 
 
 @strict
-class SDARMoeConfig(PublishedConfig, Qwen3MoeConfig):
-    """Configuration of SDAR-MoE. Other fields as in [`~transformers.Qwen3MoeConfig`].
+class SDARMoeConfig(PublishedConfig, DiffusionConfig, Qwen3MoeConfig):
+    """Configuration of SDAR-MoE.
+
+    Other fields as in [`~tide_hf.models.configuration_tide.DiffusionConfig`] and [`~transformers.Qwen3MoeConfig`].
 
     Args:
-        is_causal (`bool`), mask_token_id (`int`, *optional*), block_size (`int`): as in [`SDARConfig`].
+        block_size (`int`): as in [`SDARConfig`].
         head_dim (`int`): of each attention head.
         norm_topk_prob (`bool`): whether the chosen experts' weights sum to 1.
     """
 
     model_type = "sdar_moe"
+    modeling = "modeling_sdar.SDARMoeForCausalLM"
     default_theta = 1_000_000.0
     teacher_family = FAMILY
+    published_names: ClassVar[dict[str, str]] = {"num_experts": "num_experts"}  # newer transformers renamed it
     required_values: ClassVar[dict] = {"partial_rotary_factor": 1, "shared_expert_intermediate_size": 0}
 
-    is_causal: bool = False
-    mask_token_id: int | None = None
     block_size: int = 4
     head_dim: int = 128
     norm_topk_prob: bool = True
 
 
-class SDARMoeForCausalLM(NotYetAStudent, Qwen3MoeForCausalLM):
-    """SDAR-MoE; bidirectional without a mask; the class name is the one its checkpoints carry."""
+class SDARMoeForCausalLM(MaskedDiffusionMixin, Qwen3MoeForCausalLM):
+    """SDAR-MoE, trained and generating like a student; the class name is the one its checkpoints carry."""
 
     config_class = SDARMoeConfig
     config: SDARMoeConfig

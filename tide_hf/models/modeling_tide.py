@@ -27,6 +27,7 @@ from .masked_diffusion import (
     block_visibility,
     loss_weight,
     masked_probability,
+    predicting_columns,
 )
 from .refusals import FOREIGN_LOSS, RefusesNextTokenTrainers
 from .row_noise import fresh_keys, mean_nats, row_keys, row_positions, stratified_times, uniforms
@@ -41,7 +42,8 @@ class MaskedDiffusionOutput(CausalLMOutputWithPast):
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): denoising loss (with `labels`), or `head_fn`'s first result.
-        logits (`torch.Tensor` of shape `(B, L, V)`, *optional*): same-position logits; absent with `head_fn`.
+        logits (`torch.Tensor` of shape `(B, L, V)`, *optional*): of the same position or, if
+            `config.shifted_logits`, of the next one; absent with `head_fn`.
         terms (`dict[str, torch.Tensor]`, *optional*): what `head_fn` returned second.
         cache (before transformers 5.24 `past_key_values`), hidden_states, attentions: as in transformers.
     """
@@ -62,11 +64,6 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
     """
 
     eval_num_times: int = 8
-
-    def __init__(self, config):
-        super().__init__(config)
-        self._runs_decoder = False
-        self.model.register_forward_pre_hook(self._refuse_a_loss_that_bypasses_forward)
 
     def forward(
         self,
@@ -145,11 +142,7 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
             attention_mask = {kind: self._applicable(mask) for kind, mask in attention_mask.items()}
         else:
             attention_mask = self._applicable(attention_mask)
-        self._runs_decoder = True
-        try:
-            return self.model(attention_mask=attention_mask, **kwargs)
-        finally:
-            self._runs_decoder = False
+        return self.run_body(attention_mask=attention_mask, **kwargs)
 
     def _applicable(self, mask):
         """A 4-D boolean mask in the form of its attention implementation; anything else as it is."""
@@ -163,23 +156,13 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
             )
         return attention_mask_for(mask, self.config._attn_implementation, self.dtype)
 
-    def _refuse_a_loss_that_bypasses_forward(self, *_):
-        """Stops a trainer that replaced `forward` and runs the body under a causal loss of its own."""
-        if self.training and not self._runs_decoder and "forward" in vars(self):
-            raise ValueError(
-                "The forward of this diffusion LM was replaced by one that scores the next token, as TRL's SFTTrainer "
-                "does; a bidirectional model would learn to copy its input. Train it with TIDETrainer, with "
-                "transformers.Trainer, or with `class DiffusionSFTTrainer(SFTTrainer): compute_loss = "
-                "Trainer.compute_loss`, which takes the model's own loss."
-            )
-
     @torch.compiler.disable
     def _watch_for_a_foreign_loss(self, input_ids, logits) -> None:
         """Stops other code's loss on input without a [MASK], where nothing is noised and there is nothing to learn.
 
         A denoising loss of the user's own passes: it sends no gradient where nothing is masked.
         """
-        mask_token_id = self.config.mask_token_id
+        mask_token_id = self.config.known_mask_token_id
         if self.accepts_foreign_loss or input_ids is None or mask_token_id is None:
             return
         is_clean = ~(input_ids == mask_token_id).any()
@@ -204,13 +187,14 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
                 "forward(labels=…) makes its own 4-D mask, as config.diffusion_type asks; it takes a (B, L) padding "
                 f"mask, got shape {tuple(attention_mask.shape)}."
             )
-        if self.config.mask_token_id is None:
+        if self.config.known_mask_token_id is None:
             raise ValueError(
                 "forward(labels=…) needs config.mask_token_id, which this checkpoint does not have: "
                 "set model.config.mask_token_id = tokenizer.mask_token_id."
             )
         valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         trained, positions = (labels != -100) & valid, row_positions(valid)
+        predicts_BL = predicting_columns(valid, self.config.shifted_logits)
         keys_B = row_keys(input_ids, labels, valid)
         keys_B, num_times = (fresh_keys(keys_B), 1) if self.training else (keys_B, self.eval_num_times)
         schedule, nats_B = self.config.noise_schedule, 0
@@ -218,7 +202,9 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
             t_B1 = TIME_EPSILON + (1 - TIME_EPSILON) * stratified_times(keys_B, number, number, num_times)
             masked = (uniforms(keys_B, number, positions) < masked_probability(t_B1, schedule)) & trained
             outputs = self._predict(input_ids, masked, valid, attention_mask is not None, **kwargs)
-            nll = F.cross_entropy(outputs.logits[masked].float(), input_ids[masked], reduction="none")
+            row_N, _ = masked.nonzero(as_tuple=True)
+            logits_NV = outputs.logits[row_N, predicts_BL[masked]].float()
+            nll = F.cross_entropy(logits_NV, input_ids[masked], reduction="none")
             nll_BL = nll.new_zeros(masked.shape).masked_scatter(masked, nll)
             nats_B = nats_B + (nll_BL * loss_weight(t_B1, schedule)).sum(1) / num_times
             if number == num_times // 2:
@@ -229,7 +215,7 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
     def _predict(self, input_ids, masked, valid, padded: bool, **kwargs) -> MaskedDiffusionOutput:
         """Logits of xt: [xt ; x0] under the block mask (block), or xt alone (full)."""
         length = input_ids.shape[1]
-        noised = torch.where(masked, self.config.mask_token_id, input_ids)
+        noised = torch.where(masked, self.config.known_mask_token_id, input_ids)
         position = row_positions(valid).sub(1).clamp(min=0)
         if self.config.diffusion_type == "full":
             if padded:  # without a padding mask, transformers would take position ids for packed documents
@@ -237,16 +223,23 @@ class MaskedDiffusionMixin(RefusesNextTokenTrainers, BlockDiffusionGenerationMix
             return self._network(None, 0, input_ids=noised, use_cache=False, **kwargs)
         block = torch.where(valid, position // self.config.block_size, -1)
         streams = [torch.where(valid, stream, PADDING_STREAM) for stream in (NOISED_STREAM, CLEAN_STREAM)]
-        stream, block = torch.cat(streams, 1), block.repeat(1, 2)
-        return self._network(
+        stream, order = torch.cat(streams, 1), torch.arange(length, device=input_ids.device).expand_as(block)
+        if self.config.causal_blocks:
+            order = (2 * block + masked).argsort(dim=1, stable=True)
+            stream = torch.cat([streams[0].gather(1, order), streams[1]], 1)
+        laid_out = [torch.cat([values.gather(1, order), values], 1) for values in (block, position)]
+        outputs = self._network(
             None,
             torch.arange(length, device=input_ids.device),
-            input_ids=torch.cat([noised, input_ids], 1),
-            attention_mask=block_visibility(stream, block, stream, block),
-            position_ids=position.repeat(1, 2),
+            input_ids=torch.cat([noised.gather(1, order), input_ids], 1),
+            attention_mask=block_visibility(stream, laid_out[0], stream, laid_out[0], self.config.causal_blocks),
+            position_ids=laid_out[1],
             use_cache=False,
             **kwargs,
         )
+        if self.config.causal_blocks:
+            outputs.logits = outputs.logits.take_along_dim(order.argsort(dim=1)[:, :, None], 1)
+        return outputs
 
 
 class TIDEQwen3ForBlockDiffusion(MaskedDiffusionMixin, Qwen3ForCausalLM):

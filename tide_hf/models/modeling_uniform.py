@@ -103,7 +103,7 @@ class TIDEUniformQwen3ForDiffusion(RefusesNextTokenTrainers, Qwen3ForCausalLM):
         if attention_mask is not None:
             kwargs["position_ids"] = attention_mask.long().cumsum(-1).sub(1).clamp(min=0)
         kwargs["use_cache"] = False
-        outputs = self.model(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        outputs = self.run_body(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         return MaskedLMOutput(logits=self.lm_head(outputs.last_hidden_state))
 
     def _denoise(self, input_ids, attention_mask, labels, num_items_in_batch, **kwargs) -> MaskedLMOutput:

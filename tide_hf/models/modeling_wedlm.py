@@ -8,23 +8,26 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from .configuration_tide import TeacherFamily, TeacherView
+from .configuration_tide import DiffusionConfig, TeacherFamily, TeacherView
+from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig
-from .refusals import NotYetAStudent
 
 
 @strict
-class WeDLMConfig(PublishedConfig, Qwen3Config):
-    """Configuration of WeDLM. Other fields as in [`~transformers.Qwen3Config`].
+class WeDLMConfig(PublishedConfig, DiffusionConfig, Qwen3Config):
+    """Configuration of WeDLM.
+
+    Other fields as in [`~tide_hf.models.configuration_tide.DiffusionConfig`] and [`~transformers.Qwen3Config`].
 
     Args:
-        mask_token_id (`int`, *optional*): id of [MASK]; published configurations leave it out.
-        block_size (`int`): tokens per block, for teaching; published configurations leave it out.
+        is_causal (`bool`): True: every position sees itself and those before it.
         qk_norm (`bool`): query and key normalisation. The 7 B models, built on Qwen2.5, have none.
         head_dim (`int`, *optional*): `hidden_size / num_attention_heads` by default.
     """
 
     model_type = "wedlm"
+    modeling = "modeling_wedlm.WeDLMForCausalLM"
+    DIFFUSION_TYPES = ("block",)
     default_theta = 1_000_000.0
     # trained on a reordered causal stream; TIDE feeds it bidirectional blocks of the student's size
     # mask id: Tencent's training and inference code
@@ -32,8 +35,7 @@ class WeDLMConfig(PublishedConfig, Qwen3Config):
         TeacherView("own", causal=True), paper=TeacherView("student"), mask_token_id=151_665
     )
 
-    mask_token_id: int | None = None
-    block_size: int = 32
+    is_causal: bool = True
     qk_norm: bool = True
     head_dim: int | None = None
 
@@ -43,8 +45,13 @@ class WeDLMConfig(PublishedConfig, Qwen3Config):
         super().__post_init__(**kwargs)
 
 
-class WeDLMForCausalLM(NotYetAStudent, Qwen3ForCausalLM):
-    """WeDLM; causal without a mask; the class name is the one its checkpoints carry.
+class WeDLMForCausalLM(MaskedDiffusionMixin, Qwen3ForCausalLM):
+    """WeDLM, trained and generating like a student; the class name is the one its checkpoints carry.
+
+    Everything is causal, in an order in which the masked tokens of a block come last: at a [MASK] the logits are those
+    of the same position, and at the tokens of a clean text, as `forward` returns them without a mask, those of the
+    next. The published training adds a next-token loss on the clean text to the denoising loss; here there is the
+    latter alone.
 
     A 7 B model is Qwen2.5: it has no query and key norms. The output projection of the attention has no bias, even
     where query, key and value have theirs.

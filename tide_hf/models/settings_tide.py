@@ -311,6 +311,22 @@ class MergedSettings:
                 )
             self.values[name] = None
 
+    def check_approximate_cache(self, method: str, full: bool) -> None:
+        """Refuses `approximate_cache` where it has no meaning.
+
+        Args:
+            method (`str`): `"generate"` or `"infill"`.
+            full (`bool`): whether every position of the model sees every other.
+        """
+        level, reason = self.where("approximate_cache"), None
+        if not full:
+            reason = "the cache of a block-diffusion model's finished blocks is exact"
+        elif method == "infill" and self.values.get("block_size") is None and level != MODEL:
+            reason = "without block_size the whole text is one block, and no column is left to reuse"
+        if level >= 0 and reason is not None:
+            name = "approximate_cache"
+            raise ValueError(_refusal(method, name, self.values[name], level, reason, [], ()))
+
     def answer_length(self, num_columns: int, default: int) -> int:
         """The most new tokens: `max_new_tokens`, or `max_length` less the prompt's columns; the nearer of the two.
 

@@ -1,7 +1,8 @@
 """Exporting a student for inference engines, which serve the same network under another name.
 
 SDAR is Qwen3 decoded by block diffusion, with same-position logits, in blocks counted from position 0: exactly what a
-Qwen3 student is. Engines select their code by `architectures` and `model_type`, and have SDAR's mask id built in.
+Qwen3 student is. Engines select their code by `architectures` and `model_type`, and have SDAR's mask id built in. A
+fine-tuned SDAR is exported too: its own folder holds code that needs a newer transformers than engines may have.
 """
 
 import json
@@ -9,10 +10,18 @@ from pathlib import Path
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..models import SDARConfig, SDARForCausalLM, TIDEQwen3Config
+from ..models import SDARConfig, TIDEQwen3Config
+from ..models.older_readers import WritesForOlderReaders
 
 FORMATS = ("sdar",)
 # in the code of SGLang and LMDeploy; config.json does not change it
@@ -37,7 +46,7 @@ OTHER_FAMILIES = {
     ),
     **dict.fromkeys(("tide_llama", "a2d-llama"), "Llama's attention has no query and key norms, and SDAR's has them"),
     "Dream": "its logits are shifted by one position and its attention has biases; SDAR has neither",
-    "sdar": "it is SDAR already: serve its folder as it is",
+    "wedlm": "its blocks are causal inside, and SDAR's are not",
 }
 # an engine may have an older transformers than this library: only what every version has
 CONFIGURATION_CODE = '''"""SDAR's configuration: that of Qwen3, under the name that engines look up."""
@@ -112,7 +121,7 @@ def export_for_serving(
     served = _relabelled(model, tokenizer)
     served.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    _name_configuration_code(output_dir)
+    _name_as_sdar(output_dir)
     (output_dir / "configuration_sdar.py").write_text(CONFIGURATION_CODE)
     (output_dir / "sglang_dllm.yaml").write_text(
         f"block_size: {served.config.block_size}\nthreshold: {confidence_threshold:g}\n"
@@ -138,13 +147,13 @@ def _merged(model: str | PreTrainedModel) -> PreTrainedModel:
 def _reasons_against(model: PreTrainedModel, tokenizer) -> list[str]:
     """Everything about a student that SDAR's engines would compute differently."""
     config = model.config
-    if not isinstance(config, TIDEQwen3Config):
-        known = OTHER_FAMILIES.get(config.model_type, "only Qwen3 students of this library have SDAR's network")
+    if not isinstance(config, TIDEQwen3Config | SDARConfig):
+        known = OTHER_FAMILIES.get(config.model_type, "only Qwen3 students and SDAR itself have SDAR's network")
         return [f"its model_type is {config.model_type!r}, and {known}"]
     reasons = []
     if config.diffusion_type != "block":
         reasons.append(f"its diffusion_type is {config.diffusion_type!r}, and engines decode block after block")
-    mask_ids = {"its config": config.mask_token_id, "its tokenizer": tokenizer.mask_token_id}
+    mask_ids = {"its config": config.known_mask_token_id, "its tokenizer": tokenizer.mask_token_id}
     said = {who: index for who, index in mask_ids.items() if index is not None}
     wrong = {who: index for who, index in said.items() if index != SDAR_MASK_TOKEN_ID}
     if wrong or not said:
@@ -168,8 +177,14 @@ def _reasons_against(model: PreTrainedModel, tokenizer) -> list[str]:
     return reasons
 
 
-def _relabelled(student: PreTrainedModel, tokenizer) -> SDARForCausalLM:
-    """An SDAR with the student's own tensors; only the head is copied, since it may be tied."""
+class ServedConfig(WritesForOlderReaders, Qwen3Config):
+    """SDAR's configuration as engines read it: without the code and the fields that a student is saved with."""
+
+    model_type = "sdar"
+
+
+def _relabelled(student: PreTrainedModel, tokenizer) -> Qwen3ForCausalLM:
+    """Qwen3 with the student's own tensors; only the head is copied, since it may be tied."""
     config = student.config
     ids = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -178,12 +193,12 @@ def _relabelled(student: PreTrainedModel, tokenizer) -> SDARForCausalLM:
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = tokenizer.eos_token_id
     values = {name: getattr(config, name) for name in NETWORK_FIELDS} | ids
-    served_config = SDARConfig(
+    served_config = ServedConfig(
         **values, block_size=config.block_size, mask_token_id=SDAR_MASK_TOKEN_ID, tie_word_embeddings=False
     )
     served_config._attn_implementation = config._attn_implementation
     with torch.device("meta"):
-        served = SDARForCausalLM(served_config)
+        served = Qwen3ForCausalLM(served_config)
     tensors = student.state_dict()
     tensors["lm_head.weight"] = student.lm_head.weight.detach().clone()
     served.load_state_dict(tensors, assign=True)  # strict: engines look the tensors up by these names
@@ -191,14 +206,14 @@ def _relabelled(student: PreTrainedModel, tokenizer) -> SDARForCausalLM:
     return served
 
 
-def _name_configuration_code(folder: Path) -> None:
-    """Names in config.json the file that makes it readable where transformers does not know SDAR."""
+def _name_as_sdar(folder: Path) -> None:
+    """Names in config.json SDAR's class, and the file that makes it readable where transformers does not know SDAR."""
     path = folder / "config.json"
-    written = json.loads(path.read_text()) | {"auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"}}
-    path.write_text(json.dumps(written, indent=2) + "\n")
+    names = {"architectures": ["SDARForCausalLM"], "auto_map": {"AutoConfig": "configuration_sdar.SDARConfig"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | names, indent=2) + "\n")
 
 
-def _notes(student: PreTrainedModel, served: SDARForCausalLM, folder: Path, threshold: float) -> str:
+def _notes(student: PreTrainedModel, served: Qwen3ForCausalLM, folder: Path, threshold: float) -> str:
     """SERVING.md."""
     head = served.lm_head.weight.nbytes
     return NOTES.format(

@@ -145,6 +145,8 @@ def resolve_mask_token_id(given: int | None, config, tokenizer, who: str) -> int
         "its family": family.mask_token_id if family else None,
     }
     said = {source: index for source, index in sources.items() if index is not None}
+    if "its config" in said:
+        said.pop("its family", None)  # only a default for what config.json leaves out
     if not said:
         prefix = "" if who == "student" else "teacher_"
         raise ValueError(

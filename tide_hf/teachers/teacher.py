@@ -44,9 +44,7 @@ class Teacher:
         input_ids, position_ids, stream, block = (
             tensor.to(device) for tensor in (inputs.input_ids, inputs.position_ids, inputs.stream, inputs.block)
         )
-        visible = block_visibility(stream, block, stream, block)
-        if self.contract.causal:
-            visible &= _own_past(stream, block)
+        visible = block_visibility(stream, block, stream, block, self.contract.causal)
         hidden = self.model.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask_for(visible, self.model.config._attn_implementation, self.model.dtype),
@@ -69,10 +67,3 @@ class Teacher:
     def _device(self, default: torch.device) -> torch.device:
         """Where its input goes: the device of its first weight that is not off-loaded."""
         return next((weight.device for weight in self.model.parameters() if not weight.is_meta), default)
-
-
-def _own_past(stream: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """`(D, 1, P, P)`: False where a key stands after the query in the query's own block and copy."""
-    own = (stream[:, :, None] == stream[:, None, :]) & (block[:, :, None] == block[:, None, :])
-    column = torch.arange(stream.shape[1], device=stream.device)
-    return (~own | (column[:, None] >= column[None, :]))[:, None]

@@ -22,7 +22,8 @@ def prepare_adapter(
     Args:
         model (`PreTrainedModel` or `PeftModel`): the student, which may already have an adapter.
         peft_config (`PeftConfig`, *optional*): LoRA, DoRA, …; a missing `task_type` becomes CAUSAL_LM, and missing
-            `target_modules` of LoRA become all linear layers except the head.
+            `target_modules` of LoRA become all linear layers except the head. The packed experts of a mixture are
+            parameters, not layers: they are adapted where `target_parameters` names them.
         revision (`str`, *optional*): of the base on the Hub; written into the adapter's configuration.
 
     Raises:
@@ -31,14 +32,14 @@ def prepare_adapter(
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ValueError("The student already has an adapter: leave peft_config out, or give its base.")
-        _complete(peft_config)
+        _complete(peft_config, model)
         _check_base(model, revision)
         model = get_peft_model(model, peft_config, revision=revision)
     _check_layers(model)
     return model
 
 
-def _complete(peft_config: PeftConfig) -> None:
+def _complete(peft_config: PeftConfig, model: PreTrainedModel) -> None:
     """Fills in what a student's adapter needs, and refuses kinds that cannot work."""
     if peft_config.is_prompt_learning:
         raise ValueError(
@@ -56,6 +57,13 @@ def _complete(peft_config: PeftConfig) -> None:
     if isinstance(peft_config, LoraConfig) and not (peft_config.target_modules or peft_config.target_parameters):
         logger.info(f"peft_config names no target_modules: adapting {', '.join(LINEAR_LAYERS)}.")
         peft_config.target_modules = set(LINEAR_LAYERS)
+        packed = {name.split(".", 3)[-1]: weight for name, weight in model.named_parameters() if weight.ndim == 3}
+        if packed:
+            logger.warning(
+                f"The experts of this {type(model).__name__} are packed parameters, which target_modules does not "
+                f"reach: they stay frozen. To adapt them as well, set target_parameters={sorted(packed)} beside "
+                "target_modules in the LoraConfig (lora_dropout must be 0)."
+            )
 
 
 def _check_base(model: PreTrainedModel, revision: str | None) -> None:

@@ -126,7 +126,8 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         if diffusion_type is None:
             raise ValueError(
                 f"The student, a {type(model).__name__} (model_type={model.config.model_type!r}), is not a diffusion "
-                "LM of this library. Load a tide_… or a2d-… checkpoint, or make one with convert_to_diffusion."
+                "LM that this library knows. Load one of its own (tide_…), a published one (a2d-…, LLaDA, LLaDA2, "
+                "SDAR, Dream, WeDLM), or make one with convert_to_diffusion."
             )
         if diffusion_type not in self.DIFFUSION_TYPES:
             raise ValueError(
@@ -343,18 +344,19 @@ def load_student(
     return AutoModelForCausalLM.from_pretrained(model, **kwargs), processing_class, kwargs.get("revision")
 
 
-def run_packed(network, inputs: PackedInputs, head_fn: Callable):
+def run_packed(network, inputs: PackedInputs, head_fn: Callable, causal: bool = False):
     """A (wrapped) student's forward on a packed layout, with `head_fn` instead of its head.
 
     Args:
         network (`Callable`): a student of this library, wrapped by accelerate or not.
         inputs ([`~tide_hf.diffusion.PackedInputs`]): on its device.
         head_fn (`Callable`): `head_fn(hidden (B, P, H), lm_head_weight (V, H)) -> (loss, terms)`.
+        causal (`bool`): whether a block is causal inside.
     """
     stream, block = inputs.stream, inputs.block
     return network(
         input_ids=inputs.input_ids,
-        attention_mask=block_visibility(stream, block, stream, block),
+        attention_mask=block_visibility(stream, block, stream, block, causal),
         position_ids=inputs.position_ids,
         use_cache=False,
         head_fn=head_fn,

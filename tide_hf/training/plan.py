@@ -94,13 +94,17 @@ def resolve_plan(
         sizes.append(teacher_settings.vocab_size)
         if decide is not None:
             teacher = contract_for(teacher_settings, mask, args.teacher_context, block_size)
-    full = config.diffusion_type == "full"
+    student = None
+    if has_mask:
+        full = config.diffusion_type == "full"
+        size = None if full else block_size
+        student = LayoutSpec(mask_token_id, size, not full, config.shifted_logits, config.causal_blocks)
     return RunPlan(
         alignment=alignment,
         shared_vocab_size=_shared_vocab_size(getattr(args, "shared_vocab_size", None), shared, min(sizes)),
         block_size=block_size,
         schedule=schedule,
-        student=LayoutSpec(mask_token_id, None if full else block_size, not full) if has_mask else None,
+        student=student,
         teacher=teacher,
         preparation=RowPreparation.for_run(args, block_size, alignment, (tokenizer, mask_token_id), side),
         objective=objective,

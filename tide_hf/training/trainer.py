@@ -246,7 +246,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
                 terms["predictions"] = predict_masked(hidden_NH, weight_VH, batch.student.targets, preprocess)
             return loss, terms
 
-        return run_packed(model, batch.student, head_fn)
+        return run_packed(model, batch.student, head_fn, self.plan.student.causal)
 
     def _lambda_progress(self) -> float:
         """λ(s) at the current step."""
