@@ -257,6 +257,26 @@ def test_edits_leave_given_text_alone():
             assert torch.equal(out[index, : ids.shape[1]], model.infill(ids, **settings)[0])
 
 
+def test_an_edit_needs_more_than_the_threshold():
+    """Catches ≥ for > where the confidence of an edit equals the threshold."""
+    model, settings = spread(1, block_size=8), {"temperature": 0.5, "top_k": 1, "confidence_from": "sampling"}
+    free = answer(model, **settings)
+    assert answer(model, editing_threshold=1.0, **settings) == free != answer(model, editing_threshold=0.9, **settings)
+
+
+@pytest.mark.parametrize("diffusion_type", ["block", "full"])
+@pytest.mark.parametrize("split", [name for name in SPLITS if name != "binomial"])
+def test_infill_divides_a_row_as_if_it_were_alone(split, diffusion_type):
+    """Catches shares, or a default number of steps, that follow from the longest row of a batch."""
+    model, rows = spread(1, diffusion_type), [holes(13, (1, 2, 3, 6, 9, 10)), holes(7, (0, 1, 4, 5, 6))]
+    batch = padded([row[0].tolist() for row in rows], "right")
+    for steps in (None, 2, 3):
+        out = model.infill(batch["inputs"], batch["attention_mask"], step_quota=split, steps_per_block=steps)
+        for index, ids in enumerate(rows):
+            alone = model.infill(ids, step_quota=split, steps_per_block=steps)
+            assert torch.equal(out[index, : ids.shape[1]], alone[0])
+
+
 # ---- Dream ----
 
 ALGORITHMS = {"entropy": "entropy", "maskgit_plus": "confidence", "topk_margin": "margin"}
@@ -288,8 +308,8 @@ def test_dream_orders_by_what_it_samples_from(alg, monkeypatch):
     assert differs
 
 
-def test_counts_of_dream_in_the_original_precision():
-    """Catches a product in float64, which rounds down to another number than float32."""
+def test_counts_of_dream():
+    """Catches shares that are rounded to the nearest, or of all masks instead of those left."""
     for num_masked in range(40):
         for steps in (1, 2, 3, 5, 8, 16, 33, 64):
             time, left, expected = torch.linspace(1, 1e-3, steps + 1), torch.tensor(num_masked).float(), []
