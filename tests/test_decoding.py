@@ -19,7 +19,8 @@ from transformers.generation import (
 )
 
 from tide_hf.models import TIDEGenerationConfig, decoding_tide
-from tide_hf.models.sampling_tide import most_probable, reveal_counts, within_entropy_bound
+from tide_hf.models.reveal_rules_tide import reveal_counts, within_entropy_bound
+from tide_hf.models.sampling_tide import most_probable
 
 
 @torch.no_grad()

@@ -495,14 +495,15 @@ def test_checkpoints_hold_the_weights_that_were_asked_for(tmp_path, save_weights
 @pytest.mark.parametrize("diffusion_type", ["block", "full"])
 def test_saved_student_decodes_as_it_was_made(tmp_path, diffusion_type):
     """Catches a generation config that forgets the number of steps, the random order or the sampling."""
-    trainer = tiny_few_step(
-        tmp_path, model=tiny_model(diffusion_type=diffusion_type, dtype=torch.float32), num_steps=2
-    )
+    start = tiny_model(diffusion_type=diffusion_type, dtype=torch.float32)
+    start.generation_config.decoding = "llada2.1"  # whatever the start is decoded like
+    trainer = tiny_few_step(tmp_path, model=start, num_steps=2)
     trainer.train()
     trainer.save_model()
     model, tokenizer = AutoModel.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     settings = model.generation_config
     assert (settings.steps_per_block, settings.remasking, settings.temperature) == (2, "random", 1.0)
+    assert settings.decoding is None
     chat = [{"role": "user", "content": "739152"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     outputs = [

@@ -10,12 +10,11 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_fine_tuning import LORA, plain_trainer, random_rows, stack
-from tiny import SHAPE, tiny_model
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer
 from uniform_run import tiny_uniform
 
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
-from tide_hf.models import MODELS, MaskedDiffusionMixin, TIDEUniformQwen3ForDiffusion
 from tide_hf.models.refusals import RefusesNextTokenTrainers
 
 MASK = build_tokenizer().mask_token_id
@@ -197,25 +196,6 @@ def test_reading_and_probing_a_student_pass():
         scored.backward()
     model.accepts_foreign_loss = True
     model(ids).logits.logsumexp(-1).sum().backward()
-
-
-# ---- every registered family ----
-
-
-@pytest.mark.parametrize("config_class", list(MODELS), ids=lambda config_class: config_class.__name__)
-def test_no_family_has_a_next_token_loss_or_writes_next_tokens(config_class):
-    """Catches the shifted causal loss and the next-token generate that a class inherits without a word."""
-    experts = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
-    if "moe" in config_class.__name__.lower():
-        experts |= {"n_routed_experts": 4, "n_group": 2, "topk_group": 1} if "2" in config_class.__name__ else {}
-        experts |= {} if "2" in config_class.__name__ else {"num_experts": 4}
-    else:
-        experts = {}
-    model = MODELS[config_class](config_class(**SHAPE, **experts))
-    assert isinstance(model, MaskedDiffusionMixin | TIDEUniformQwen3ForDiffusion)
-    assert "_denoise" in dir(model)
-    with pytest.raises(ValueError, match="TRL's dpo trainer"):
-        model.add_model_tags(["trl", "dpo"])
 
 
 def test_the_way_out_of_sft_remains(tmp_path):

@@ -40,7 +40,9 @@ def test_the_nearer_length_is_taken(monkeypatch):
     assert model.generate(prompt(6), generation_config=given, max_new_tokens=2).shape[1] == 8
 
 
-@pytest.mark.parametrize("name", ["mask_token_id", "block_size", "block_grid", "remasking", "temperature"])
+@pytest.mark.parametrize(
+    "name", ["mask_token_id", "block_size", "block_grid", "remasking", "step_quota", "confidence_from", "temperature"]
+)
 def test_a_keyword_none_leaves_the_default(name):
     """Catches None that crashes far inside, or makes one block of a whole answer."""
     model = tiny(seed=3)
@@ -144,7 +146,6 @@ def test_values_that_switch_off_are_off():
             "do_sample=False takes the most probable token and temperature=1.0",
         ),
         ({"do_sample": True, "temperature": 0.0}, "do_sample=True draws tokens and temperature=0.0"),
-        ({"steps_per_block": 2, "confidence_threshold": 0.9}, "steps_per_block=2 would be ignored"),
         ({"steps_per_block": 2, "entropy_bound": 0.9}, "steps_per_block=2 would be ignored"),
         ({"num_return_sequences": 2}, "num_return_sequences=2 would give equal answers"),
         ({"exponential_decay_length_penalty": (1, 2.0)}, "pass eos_token_id"),
@@ -186,15 +187,18 @@ def test_the_nearer_of_flag_and_temperature_decides():
 
 
 def test_steps_of_a_few_step_student_give_way_to_a_callers_threshold():
-    """Catches a saved number of steps that refuses, or overrides, what the caller asks for."""
+    """Catches a saved number of steps that slows a caller's threshold down, and a caller's own that do not count."""
     model = tiny(seed=3)
     expected = model.generate(prompt(6), max_new_tokens=14, confidence_threshold=0.3)
     model.generation_config.steps_per_block = 2
     assert torch.equal(model.generate(prompt(6), max_new_tokens=14, confidence_threshold=0.3), expected)
-    model.generation_config = TIDEGenerationConfig(confidence_threshold=0.3)
-    with pytest.raises(ValueError, match=r"model\.generation_config\.confidence_threshold=0.3 decides"):
-        model.generate(prompt(6), max_new_tokens=14, steps_per_block=2)
-    model.generate(prompt(6), max_new_tokens=14, steps_per_block=2, confidence_threshold=None)
+    settings = {"max_new_tokens": 14, "return_dict_in_generate": True}
+    slow = model.generate(prompt(6), confidence_threshold=0.999, **settings).forward_passes
+    both = model.generate(prompt(6), confidence_threshold=0.999, steps_per_block=2, **settings)
+    assert both.forward_passes == 8 < slow == 14, "with both, a pass reveals at least the share of its step"
+    model.generation_config = TIDEGenerationConfig(confidence_threshold=0.999, mask_token_id=MASK, block_size=BLOCK)
+    nearer = model.generate(prompt(6), steps_per_block=2, **settings)
+    assert torch.equal(nearer.sequences, both.sequences) and nearer.forward_passes == both.forward_passes
 
 
 def test_several_answers_for_each_prompt():

@@ -140,6 +140,8 @@ def test_a_checkpoint_with_settings_that_are_not_read_loads_and_says_so(tmp_path
 
 # ---- each setting that is read ----
 
+# what is sampled is the most probable token, and its confidence in that distribution 1
+ONE_TOKEN = {"temperature": 1.0, "top_k": 1, "return_dict_in_generate": True}
 # value, and what makes it show
 READING = {
     "max_new_tokens": (5, {"max_new_tokens": None}),
@@ -154,6 +156,14 @@ READING = {
     "confidence_threshold": (0.1, {}),
     "entropy_bound": (9.0, {}),
     "remasking": ("random", {}),
+    "decoding": ("dream", {"steps_per_block": 2}),
+    "step_quota": ("remainder_last", {"steps_per_block": 2}),
+    "threshold_inclusive": (False, {"confidence_threshold": 1.0, "confidence_from": "sampling"} | ONE_TOKEN),
+    "confidence_from": ("sampling", {"confidence_threshold": 1.0} | ONE_TOKEN),
+    "suppress_confidence_tokens": ([18], {}),
+    "denoise_whole_blocks": (True, {"return_dict_in_generate": True}),
+    "editing_threshold": (0.1, {}),
+    "max_editing_steps": (0, {"editing_threshold": 0.1}),
     "temperature": (2.0, {}),
     "do_sample": (True, {}),
     "num_return_sequences": (2, {"temperature": 1.0}),
@@ -377,6 +387,7 @@ def test_infill_reads_its_settings_and_leaves_those_of_answers_alone():
         "max_length": 9,
         "num_return_sequences": 2,
         "block_grid": "prompt_aligned",
+        "denoise_whole_blocks": True,
         "min_new_tokens": 2,
         "min_length": 2,
         "begin_suppress_tokens": [3],
@@ -416,6 +427,11 @@ def test_infill_reads_its_settings_and_leaves_those_of_answers_alone():
         {"do_sample": True},
         {"remasking": "random"},
         {"steps_per_block": 1},
+        {"remasking": "left_to_right"},
+        {"decoding": "dream", "steps_per_block": 2},
+        {"step_quota": "of_block", "steps_per_block": 2},
+        {"editing_threshold": 0.1},
+        {"suppress_confidence_tokens": [18, 4]},
     ],
     ids=str,
 )

@@ -158,6 +158,18 @@ def test_measured_results_and_decoding_are_shown(run):
     assert "## Decoding" not in write_card(run.run_record)
 
 
+def test_a_named_sampler_is_shown(run, monkeypatch):
+    """Catches a card that keeps quiet about how the checkpoint's generation config makes it decode."""
+    record = record_run(run._run_facts())
+    assert 'decoding="' not in write_card(record)
+    monkeypatch.setattr(run.model.generation_config, "decoding", "llada2")
+    update_record(record, run._run_facts())
+    text = write_card(record)
+    assert check_card(text) == [] and '`decoding="llada2"` names' in text
+    uniform = replace(record, network={**record.network, "diffusion_type": "uniform", "block_size": None})
+    assert 'decoding="' not in write_card(uniform)
+
+
 def test_the_plan_of_a_run_is_shown(run):
     """Catches a card that hides what the networks were fed, names a folder of this machine, or shows an old plan."""
     plan = {"alignment": "chunk", "student": {"block_size": 4}, "tokenizer": {"name": "/home/me/student", "size": 24}}

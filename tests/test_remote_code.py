@@ -12,7 +12,17 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tide_hf.demo.sorting import build_tokenizer
-from tide_hf.models import MODELS, A2DQwen2Config, LLaDA2MoeConfig, TIDELlamaConfig, TIDEQwen2Config, TIDEQwen3Config
+from tide_hf.models import (
+    MODELS,
+    A2DQwen2Config,
+    DreamConfig,
+    LLaDA2MoeConfig,
+    LLaDAConfig,
+    TIDELlamaConfig,
+    TIDEQwen2Config,
+    TIDEQwen3Config,
+    WeDLMConfig,
+)
 
 IDS = [[3, 1, 4, 1, 5, 9, 2]]
 SCRIPT = """
@@ -67,7 +77,10 @@ def without_tide_hf(folder: Path, again: Path, cache: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config_class",
-    [TIDEQwen3Config, TIDEQwen2Config, TIDELlamaConfig, A2DQwen2Config, LLaDA2MoeConfig],
+    [
+        *(TIDEQwen3Config, TIDEQwen2Config, TIDELlamaConfig, A2DQwen2Config),
+        *(LLaDA2MoeConfig, LLaDAConfig, DreamConfig, WeDLMConfig),
+    ],
     ids=lambda config_class: config_class.model_type,
 )
 def test_checkpoint_works_without_the_library(config_class, tmp_path):

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..data import DistillationCollator
 from ..diffusion import Record, row_uniforms
+from ..models.generation_config_tide import RULE_FIELDS
 from ..training.arguments import BY_THE_OPTIMIZER, changed_since, refuse_changes, refuse_unread
 from ..training.base import DiffusionTrainer, load_student, pad_token_id
 from ..training.nonfinite import StepGuard
@@ -123,9 +124,11 @@ class IDLMTrainer(DiffusionTrainer):
         """Also lets it decode as it is trained to."""
         super()._configure_student(model, args, tokenizer, plan)
         settings = model.generation_config
+        # whatever its start was decoded with
+        for name in (*RULE_FIELDS, "editing_threshold", "max_editing_steps", "top_k", "top_p"):
+            setattr(settings, name, None)
         settings.steps_per_block, settings.remasking = args.num_steps, "random"
         settings.temperature, settings.do_sample = 1.0, True
-        settings.confidence_threshold = settings.entropy_bound = settings.top_k = settings.top_p = None
 
     @staticmethod
     def _decide_objective(args, alignment: str, schedule: str) -> InverseObjective:

@@ -133,6 +133,7 @@ class RunRecord:
             sources say.
         intro (`str`): a sentence for the top.
         method (`str`): `"tide"` or `"idlm"`.
+        sampler (`str`, *optional*): the published sampler that the student's generation config names (`decoding`).
     """
 
     model_name: str
@@ -164,6 +165,7 @@ class RunRecord:
     tags: list[str] = field(default_factory=list)
     intro: str = ""
     method: str = "tide"
+    sampler: str | None = None
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -220,6 +222,8 @@ def update_record(record: RunRecord, facts: RunFacts) -> None:
         arguments["dataset_args"] = record.arguments["dataset_args"]
     record.objective, record.arguments = objective, arguments
     record.plan = {name: value for name, value in _flat(facts.plan).items() if not leaks(value)}
+    base = facts.model.get_base_model() if isinstance(facts.model, PeftModel) else facts.model
+    record.sampler = getattr(base.generation_config, "decoding", None)
     record.step, record.max_steps, record.log_history = facts.step, facts.max_steps, list(facts.log_history)
     record.preparation = {name: vars(report) for name, report in facts.preparation.items() if report.num_rows}
     given = [result for result in record.results if result.harness != facts.evaluation]

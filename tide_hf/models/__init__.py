@@ -50,6 +50,7 @@ from .modeling_tide import (
 )
 from .modeling_uniform import TIDEUniformQwen3ForDiffusion
 from .modeling_wedlm import WeDLMConfig, WeDLMForCausalLM
+from .reveal_rules_tide import MaskedPositions, RevealRule
 from .uniform_diffusion import NOISE_EPSILON, reverse_step, uniform_divergence
 
 MODELS = {
@@ -109,7 +110,9 @@ __all__ = [
     "LLaDAModelLM",
     "MaskedDiffusionMixin",
     "MaskedDiffusionOutput",
+    "MaskedPositions",
     "NoiseSchedule",
+    "RevealRule",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARMoeConfig",

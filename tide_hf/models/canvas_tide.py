@@ -54,12 +54,31 @@ class Canvas:
         """Whether every column sees every other, so that no column is ever final for a cache."""
         return self.block_size >= self.ids.shape[1]
 
-    def visible(self, start: int, end: int) -> torch.Tensor:
-        """Which of the columns [0, end) each of the columns [start, end) sees, `(R, 1, end − start, end)`."""
+    def visible(self, start: int, end: int, causal: bool = False) -> torch.Tensor:
+        """Which of the columns [0, end) each of the columns [start, end) sees, `(R, 1, end − start, end)`.
+
+        Args:
+            start (`int`), end (`int`): first column of the queries, and the end of all.
+            causal (`bool`): whether a column sees none of its own block that stands after it.
+        """
         valid = self.valid[:, :end]
         stream = torch.where(valid, CLEAN_STREAM, PADDING_STREAM)
         block = torch.where(valid, torch.arange(end, device=valid.device) // self.block_size, -1)
-        return block_visibility(stream[:, start:], block[:, start:], stream, block)
+        return block_visibility(stream[:, start:], block[:, start:], stream, block, causal)
+
+    def masks_last(self, first: int, start: int, end: int, mask_token_id: int) -> torch.LongTensor:
+        """The columns [first, end) as a network reads them that is causal inside a block, `(R, end − first)`.
+
+        They count from `first`. In the block [start, end) those with [MASK] come after the others, and padding last.
+
+        Args:
+            first (`int`), start (`int`), end (`int`): columns; what stands before `start` is in its place.
+            mask_token_id (`int`): id of [MASK].
+        """
+        kind = (self.ids[:, start:end] == mask_token_id).long() + 2 * ~self.valid[:, start:end]
+        order = kind.argsort(dim=1, stable=True) + (start - first)
+        before = torch.arange(start - first, device=order.device).expand(len(order), -1)
+        return torch.cat([before, order], 1)
 
     def reveal(self, start: int, end: int, chosen: torch.Tensor, tokens: torch.Tensor) -> None:
         """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end).
@@ -118,7 +137,7 @@ def answer_canvas(prompts: list[tuple[torch.LongTensor, torch.BoolTensor]], sett
     block is short.
 
     Only answer tokens are denoised. On the absolute grid [MASK] stays in the rest of the last block, which the network
-    sees whole, as in training.
+    sees whole, as in training. With `denoise_whole_blocks` that rest is denoised too, on either grid.
 
     Args:
         prompts (`list[tuple]`): ids `(B, P)` and mask `(B, P)`, True at tokens; then, with guidance, the same of the
@@ -132,7 +151,8 @@ def answer_canvas(prompts: list[tuple[torch.LongTensor, torch.BoolTensor]], sett
     tail = lengths[0] % size if absolute else torch.zeros_like(lengths[0])
     start = _whole_units(int((lengths - tail).max()), 1 if full else size)
     # on the absolute grid the last block is whole, as trained
-    end = start + (_whole_units(int(tail.max()) + num_new, size) if absolute else num_new)
+    whole = absolute or settings.denoise_whole_blocks
+    end = start + (_whole_units(int(tail.max()) + num_new, size) if whole else num_new)
     answer_column = start + tail
     offset = (answer_column - lengths).flatten()
     columns = torch.arange(end, device=lengths.device)
@@ -141,12 +161,14 @@ def answer_canvas(prompts: list[tuple[torch.LongTensor, torch.BoolTensor]], sett
     for copy, (given_ids, given_mask) in zip(ids.split(lengths.shape[1]), prompts, strict=True):
         _write_before(copy, answer_column, given_ids, given_mask)
     prompt_ids, prompt_mask = prompts[0]
-    eos = settings.eos_token_id
+    eos, is_answer = settings.eos_token_id, columns >= answer_column[:, None]
+    if not settings.denoise_whole_blocks:
+        is_answer &= columns < answer_column[:, None] + num_new
     return Canvas(
         ids=ids,
         position=(columns - offset[:, None]).clamp(min=0),
         valid=valid,
-        masked=(columns >= answer_column[:, None]) & (columns < answer_column[:, None] + num_new),
+        masked=is_answer,
         windows=[(column, min(column + size, end)) for column in range(start, end, size)],
         block_size=end if full else size,
         answer_column=answer_column,

@@ -2,12 +2,12 @@
 
 This file travels with checkpoints: it imports its siblings, torch and transformers.
 
-Shapes: B rows, R rows in all (2B with guidance), K columns being denoised, N masked positions among them, H hidden,
-V vocabulary.
+Shapes: B rows, R rows in all (2B with guidance), K columns being denoised, N active positions among them (those
+whose token is proposed: masked ones, and those that may be edited), H hidden, V vocabulary.
 """
 
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,10 @@ from transformers.generation import MaxTimeCriteria, StoppingCriteriaList
 
 from .caches_tide import new_cache
 from .canvas_tide import Canvas
+from .editing_tide import TokenEdits
 from .masked_diffusion import predicting_columns
-from .sampling_tide import (
-    RUN,
-    Rules,
-    most_probable,
-    propose_tokens,
-    rank_descending,
-    reveal_counts,
-    token_entropy,
-    within_entropy_bound,
-)
+from .reveal_rules_tide import MaskedPositions, RevealRule, rule_of
+from .sampling_tide import RUN, Rules, Scoring, most_probable, propose_tokens
 
 NUM_LOGITS = 1 << 18  # as many float32 logits as the cache of a CPU core holds, 1 MB
 SHORTEST = 8  # least runs per piece of the vocabulary: with fewer, a piece costs more than it saves
@@ -41,11 +34,23 @@ class Decoder:
         generator (`torch.Generator`, *optional*): source of all random draws.
         streamer (*optional*): gets each finished window through `put`, its states through `put_draft` if it has that.
         rules ([`~sampling_tide.Rules`], *optional*): transformers' processors, warpers and criteria.
+        reveal_rule ([`RevealRule`], *optional*): instead of the one that the settings choose.
     """
 
-    def __init__(self, model, canvas: Canvas, settings, generator=None, streamer=None, rules: Rules | None = None):
+    def __init__(
+        self,
+        model,
+        canvas: Canvas,
+        settings,
+        generator=None,
+        streamer=None,
+        rules: Rules | None = None,
+        reveal_rule: RevealRule | None = None,
+    ):
         self.model, self.canvas, self.settings = model, canvas, settings
         self.generator, self.streamer = generator, streamer
+        self.reveal_rule = rule_of(settings) if reveal_rule is None else reveal_rule
+        self.scoring = _scoring(settings, self.reveal_rule, canvas.ids.device)
         rules = Rules() if rules is None else rules
         self.processors, self.warpers = rules.processors, rules.warpers
         # the clock is read once per block, apart from the criteria: those are called once per token, and would end
@@ -75,67 +80,72 @@ class Decoder:
             self.streamer.end()
 
     def _denoise(self, start: int, end: int) -> None:
-        """Reveals the masked positions of one window.
+        """Reveals the masked positions of one window and, with an editing threshold, changes those it has revealed.
 
-        With fixed steps the host knows how many positions each step reveals, and never waits for the device.
+        With an exact rule and no editing the host knows how many positions each step reveals, and never waits for the
+        device.
         """
-        canvas, num_masked = self.canvas, self.canvas.masked[:, start:end].sum(-1).tolist()
-        shares, num_left, step = self._shares(num_masked, end - start), sum(num_masked), 0
-        while num_left:
+        canvas, rule, edits, num_left = self.canvas, self.reveal_rule, None, None
+        masked, valid = canvas.masked[:, start:end], canvas.valid[: len(canvas.masked), start:end]
+        # a row's block is as long as its own columns: in a batch padding may follow the last one of a short text
+        num_masked, sizes = torch.stack([masked.sum(-1), valid.sum(-1)]).tolist()
+        if self.settings.editing_threshold is not None:
+            edits = TokenEdits(masked, self.settings.editing_threshold, self.settings.max_editing_steps)
+        elif rule.is_exact:
+            num_left = sum(num_masked)
+        for quota, num_revealed in self._quotas(num_masked, sizes):
             masked = canvas.masked[:, start:end]
-            # flat indices of the masks, as nonzero() would give them; that would make the host wait for their number,
-            # which it knows here: a stable sort puts them first, row by row and from left to right
-            flat = (~masked).flatten().byte().argsort(stable=True)[:num_left]
-            tokens, score_N = self._propose(start, end, flat)
-            share, num_revealed = (None, None) if shares is None else shares[step]
-            chosen = self._choose(masked, flat, score_N, share)
-            canvas.reveal(start, end, chosen, _spread(masked, flat, tokens, 0))
-            num_left = int(canvas.masked[:, start:end].sum()) if shares is None else num_left - num_revealed
-            step += 1
-            if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-                first_new = int(canvas.answer_column[0])
-                draft = slice(max(start, first_new), min(end, first_new + canvas.num_answer))
-                self.streamer.put_draft(canvas.ids[:1, draft].cpu())
+            active = masked if edits is None else edits.active(masked)
+            num_active = int(active.sum()) if num_left is None else num_left
+            if not num_active:
+                break
+            # flat indices of the active positions, as nonzero() would give them; that would make the host wait for
+            # their number, which it may know: a stable sort puts them first, row by row and from left to right
+            flat = (~active).flatten().byte().argsort(stable=True)[:num_active]
+            tokens_N, found = self._propose(start, end, flat)
+            tokens = _spread(active, flat, tokens_N)
+            found = {name: _spread(active, flat, values_N) for name, values_N in found.items()}
+            chosen = rule.reveal(MaskedPositions(masked, quota, self.generator, **found)) & masked
+            if num_left is None and not bool(chosen.any()) and bool(masked.any()):
+                raise ValueError(
+                    f"{type(rule).__name__}.reveal chose none of the masked positions: it would never end."
+                )
+            if edits is not None:
+                chosen |= edits.changed(masked, canvas.ids[: len(masked), start:end], tokens, found["confidence"])
+            canvas.reveal(start, end, chosen, tokens)
+            num_left = None if num_left is None else num_left - num_revealed
+            self._show_draft(start, end)
 
-    def _shares(self, num_masked: list[int], window: int) -> list[tuple[torch.Tensor, int]] | None:
-        """Positions that each step reveals in each row, `(B,)`, and in total; None where the logits decide."""
-        settings = self.settings
-        if settings.confidence_threshold is not None or settings.entropy_bound is not None:
-            return None
-        rows = [reveal_counts(count, settings.steps_per_block or window) for count in num_masked]
-        steps = list(zip_longest(*rows, fillvalue=0))
-        return list(zip(torch.tensor(steps, device=self.canvas.ids.device), map(sum, steps), strict=True))
+    def _show_draft(self, start: int, end: int) -> None:
+        """Streams the answer tokens in the columns [start, end) as they stand, if the streamer takes drafts."""
+        if hasattr(self.streamer, "put_draft"):
+            first_new = int(self.canvas.answer_column[0])
+            draft = slice(max(start, first_new), min(end, first_new + self.canvas.num_answer))
+            self.streamer.put_draft(self.canvas.ids[:1, draft].cpu())
 
-    def _choose(self, masked, flat, score_N, share: torch.Tensor | None) -> torch.Tensor:
-        """Positions to reveal now, `(B, K)`: within the entropy bound, above the threshold, or the step's share."""
-        settings = self.settings
-        if settings.entropy_bound is not None:
-            return within_entropy_bound(_spread(masked, flat, score_N, torch.inf), settings.entropy_bound)
-        order_BK = score_BK = _spread(masked, flat, score_N, -1.0)
-        if settings.remasking == "random":
-            noise = torch.rand(masked.shape, device=masked.device, generator=self.generator)
-            order_BK = torch.where(masked, noise, -1.0)
-        rank = rank_descending(order_BK)
-        if settings.confidence_threshold is not None:
-            return masked & ((score_BK >= settings.confidence_threshold) | (rank == 0))
-        return masked & (rank < share[:, None])
+    def _quotas(self, num_masked: list[int], sizes: list[int]) -> Iterator[tuple[torch.Tensor, int]]:
+        """The rule's number for each pass and row, `(B,)`, and its sum over the rows; zeros after the last."""
+        counted = zip(num_masked, sizes, strict=True)
+        rows = [self.reveal_rule.quotas(count, size, self.generator) for count, size in counted]
+        steps = [*zip_longest(*rows, fillvalue=0), (0,) * len(rows)]
+        quotas = list(zip(torch.tensor(steps, device=self.canvas.ids.device), map(sum, steps), strict=True))
+        return chain(quotas, repeat(quotas[-1]))
 
-    def _propose(self, start: int, end: int, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A token for each masked position, `(N,)`, and what decides when it is revealed, `(N,)`: its probability or,
-        with an entropy bound, the position's entropy."""
+    def _propose(self, start: int, end: int, flat: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A token for each active position, `(N,)`, and the statistics asked for, `(N,)` each."""
         settings = self.settings
         row, column = flat // (end - start), flat % (end - start)
         hidden = self._forward(start, end)
-        reads_all = settings.entropy_bound is not None or settings.guidance_scale not in (None, 1)
-        if not (reads_all or self.temperature or self.processors):
-            return most_probable(_head_in_stretches(self.model.lm_head, hidden[row, column], settings.mask_token_id))
+        is_guided = settings.guidance_scale not in (None, 1)
+        if not (is_guided or self.temperature or self.processors) and self.scoring.is_confidence:
+            pieces = _head_in_stretches(self.model.lm_head, hidden[row, column], settings.mask_token_id)
+            tokens, probability_N = most_probable(pieces)
+            return tokens, {"confidence": probability_N}
         logits_NV = self._logits(hidden, start, row, column)
-        entropy_N = None if settings.entropy_bound is None else token_entropy(logits_NV)
-        tokens, probability_N = propose_tokens(logits_NV, self.temperature, self.warpers, self.generator)
-        return tokens, probability_N if entropy_N is None else entropy_N
+        return propose_tokens(logits_NV, self.temperature, self.warpers, self.generator, self.scoring)
 
     def _logits(self, hidden: torch.Tensor, start: int, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Float32 logits `(N, V)` of the masked positions, guided and processed; [MASK] has −∞."""
+        """Float32 logits `(N, V)` of the active positions, guided and processed; [MASK] has −∞."""
         logits_NV = self.model.lm_head(hidden[row, column]).float()
         num_rows = len(self.canvas.masked)
         if len(hidden) > num_rows:
@@ -165,17 +175,23 @@ class Decoder:
         num_seen = width if canvas.is_one_block else end
         first, stop = (0, num_seen) if self.cache is None else self.cache.columns(start, end)
         if self._span != (first, stop):
-            visible = canvas.visible(first, num_seen)[:, :, : stop - first]
+            visible = canvas.visible(first, num_seen, self.model.config.causal_blocks)[:, :, : stop - first]
             # without a mask, attention takes its fastest path and does not copy the keys that query heads share
             self._span, self._visible = (first, stop), None if bool(visible.all()) else visible
         self.forward_passes += 1
+        ids, position = canvas.ids[:, first:stop], canvas.position[:, first:stop]
+        if self.model.config.causal_blocks:
+            order = canvas.masks_last(first, start, stop, self.settings.mask_token_id)
+            ids, position = ids.gather(1, order), position.gather(1, order)
         hidden = self.model.run_decoder(
-            input_ids=canvas.ids[:, first:stop],
+            input_ids=ids,
             attention_mask=self._visible,
-            position_ids=canvas.position[:, first:stop],
+            position_ids=position,
             cache=self.cache,
             use_cache=self.cache is not None,
         ).last_hidden_state
+        if self.model.config.causal_blocks:
+            hidden = hidden.take_along_dim(order.argsort(1)[:, :, None], 1)
         if self.cache is not None:
             # a shifted network predicts the first active column from the one before it, which must run again
             self.cache.keep_before(start if self._predicting is None else max(start - 1, 0))
@@ -190,11 +206,22 @@ class Decoder:
         return self.canvas.answer()[0, max(start - answer_column, 0) : min(end - answer_column, num_new)].cpu()
 
 
-def _spread(masked: torch.Tensor, flat: torch.Tensor, values_N: torch.Tensor, fill: float) -> torch.Tensor:
-    """`(B, K)`: the masked positions' values where they belong, `fill` elsewhere."""
-    spread = torch.full((masked.numel(),), fill, dtype=values_N.dtype, device=values_N.device)
+def _scoring(settings, rule: RevealRule, device: torch.device) -> Scoring:
+    """What the rule, and editing, must know of the proposed tokens."""
+    statistics = {*rule.statistics} if settings.editing_threshold is None else {*rule.statistics, "confidence"}
+    suppressed = settings.suppress_confidence_tokens
+    return Scoring(
+        statistics=tuple(statistics),
+        of_sampling=settings.confidence_from == "sampling",
+        suppressed=torch.tensor(suppressed, device=device) if suppressed else None,
+    )
+
+
+def _spread(active: torch.Tensor, flat: torch.Tensor, values_N: torch.Tensor) -> torch.Tensor:
+    """`(B, K)`: the active positions' values where they belong, 0 elsewhere."""
+    spread = torch.zeros(active.numel(), dtype=values_N.dtype, device=values_N.device)
     spread[flat] = values_N
-    return spread.view_as(masked)
+    return spread.view_as(active)
 
 
 def _head_in_stretches(

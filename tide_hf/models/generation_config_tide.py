@@ -3,12 +3,15 @@
 A new setting is an entry of `OWN_FIELDS`, with its check and its help, here, and the code in `decoding_tide.py` that
 reads it.
 
-This file travels with checkpoints: it imports transformers alone.
+This file travels with checkpoints: it imports its siblings and transformers alone.
 """
 
 from numbers import Integral
 
 from transformers import GenerationConfig
+
+from .presets_tide import PRESETS
+from .reveal_rules_tide import SPLITS
 
 TOKEN_IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # settings that transformers does not have -> default; None is off, or the model's own
@@ -16,29 +19,52 @@ OWN_FIELDS = {
     "mask_token_id": None,
     "block_size": None,
     "block_grid": "absolute",
+    "denoise_whole_blocks": False,
+    "decoding": None,
     "steps_per_block": None,
+    "step_quota": "even",
     "confidence_threshold": None,
+    "threshold_inclusive": True,
     "entropy_bound": None,
     "remasking": "confidence",
+    "confidence_from": "model",
+    "suppress_confidence_tokens": None,
+    "editing_threshold": None,
+    "max_editing_steps": 16,
     "approximate_cache": None,
 }
 # those that infill does not read: they are about an answer after a prompt
-OWN_FIELDS_FOR_ANSWERS = ("block_grid",)
+OWN_FIELDS_FOR_ANSWERS = ("block_grid", "denoise_whole_blocks")
 DEFAULTS = {"max_new_tokens": 256, "temperature": 0.0} | {
     name: default for name, default in OWN_FIELDS.items() if default is not None
 }
+# what a reveal rule of the caller's stands for
+RULE_FIELDS = (
+    "decoding",
+    "steps_per_block",
+    "step_quota",
+    "confidence_threshold",
+    "threshold_inclusive",
+    "entropy_bound",
+    "remasking",
+)
 # what validate checks: choices, least values of integers, and shares between 0 and 1
 CHOICES = {
-    "remasking": ("confidence", "random"),
+    "decoding": tuple(PRESETS),
+    "step_quota": tuple(SPLITS),
+    "remasking": ("confidence", "entropy", "margin", "left_to_right", "random"),
+    "confidence_from": ("model", "sampling"),
     "block_grid": ("absolute", "prompt_aligned"),
+    **dict.fromkeys(("threshold_inclusive", "denoise_whole_blocks"), (True, False)),
     "approximate_cache": ("prefix", "dual"),
 }
 AT_LEAST = {
     **dict.fromkeys(("max_new_tokens", "max_length", "block_size", "steps_per_block", "num_return_sequences"), 1),
+    "max_editing_steps": 0,
     **dict.fromkeys(("top_k", "min_length", "min_new_tokens"), 0),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
 }
-SHARES = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SHARES = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "editing_threshold")
 
 
 class TIDEGenerationConfig(GenerationConfig):
@@ -46,8 +72,8 @@ class TIDEGenerationConfig(GenerationConfig):
 
     Args:
         max_new_tokens (`int`): the most tokens to generate, 256 by default. Only these are denoised: where they end
-            inside a block, the rest of it stays [MASK], and without `steps_per_block` there are as many passes as
-            tokens.
+            inside a block, the rest of it stays [MASK] (see `denoise_whole_blocks`), and without `steps_per_block`
+            there are as many passes as tokens.
         max_length (`int`, *optional*): as in transformers, the same including the prompt's columns. Of the two, the
             one set nearer to the call counts (keyword, given config, model's config); `max_new_tokens` if both are
             set in one place.
@@ -59,14 +85,40 @@ class TIDEGenerationConfig(GenerationConfig):
             position 0 as in training, so the answer's first tokens share a block with the end of the prompt.
             `"prompt_aligned"`: the answer starts a block and the prompt's first block is short, as in the sampler that
             dllm and TIDE published with their BD3LM students.
+        denoise_whole_blocks (`bool`): True also denoises what follows the last new token in its block, as SDAR and
+            LLaDA2 do; it is dropped in the end. Not for full-sequence students, whose answer has no such rest.
+        decoding (`str`, *optional*): a published sampler, which fills in the settings below; those given in the same
+            place win, and so does what is nearer to the call. Steps, block size and grid are given beside it.
+            `"llada"` (ML-GSAI/LLaDA), `"fast-dllm"` (NVlabs/Fast-dLLM, with a threshold), `"sdar"` (JetAstra/SDAR,
+            `low_confidence_dynamic`; without its threshold, `low_confidence_static`), `"llada2"` and `"llada2.1"`
+            (inclusionAI), `"dream"` (DreamLM/Dream, `entropy`; with `remasking="confidence"`, `maskgit_plus`, with
+            `"margin"`, `topk_margin`). Without it students decode as in dllm and TIDE (MDLM, BD3LM).
         steps_per_block (`int`, *optional*): forward passes per block; one per token by default. Fewer reveal several
-            tokens at a time, divided as `sampling_tide.reveal_counts` says.
-        confidence_threshold (`float`, *optional*): reveal every token whose probability reaches it (at least one per
-            pass), instead of a fixed number of steps.
+            tokens at a time.
+        step_quota (`str`): how steps divide a row's n masks of a block. `"even"`, the default: of those left, the
+            rounded share (`reveal_rules_tide.reveal_counts`). `"remainder_first"`: n // steps each, and one more in
+            the first n % steps (LLaDA). `"remainder_last"`: of those left, the share rounded down, and the rest in the
+            last step (Dream). `"of_block"`: as `remainder_first` with the block's size in place of n, until no mask is
+            left (SDAR). `"binomial"`: as many as if each mask were revealed on its own with probability 1 − s/t
+            (with `remasking="random"` Dream's `origin`).
+        confidence_threshold (`float`, *optional*): in every pass reveal all tokens whose confidence reaches it, and at
+            least as many as the step's quota, which is one without `steps_per_block`.
+        threshold_inclusive (`bool`): whether a confidence reaches the threshold that equals it; False asks for more.
         entropy_bound (`float`, *optional*): in nats; reveal positions in ascending order of entropy while the sum of
             their entropies, without the largest, is at most this, instead of a fixed number of steps (EB-Sampler,
             arXiv 2505.24857).
-        remasking (`str`): which positions are revealed first: `"confidence"` (most probable) or `"random"`.
+        remasking (`str`): which positions are revealed first: those with the largest `"confidence"` (probability of
+            the token), the smallest `"entropy"`, or the largest `"margin"` (between the two largest probabilities);
+            `"left_to_right"`; or in `"random"` order.
+        confidence_from (`str`): the distribution that confidence, entropy and margin are taken from: the `"model"`'s,
+            at temperature 1, or the one for `"sampling"`, after temperature, `top_k`, `top_p` and the like.
+        suppress_confidence_tokens (`list[int]`, *optional*): ids that are left out of that distribution. A proposed
+            one of them has confidence 0, so that EOS and the like are revealed last (LLaDA's
+            `confidence_eos_eot_inf`; its `logits_eos_inf` is `suppress_tokens`).
+        editing_threshold (`float`, *optional*): every pass also replaces tokens revealed before in the block under way
+            where another is proposed whose confidence is larger than this (LLaDA2.1); given tokens never change.
+        max_editing_steps (`int`): with an editing threshold, the most passes over a block after its last mask is gone.
+            They end when one changed nothing. A row without masks is left alone once it has come to that.
         temperature (`float`): 0, the default, takes the most probable token; anything above 0 samples.
         do_sample (`bool`, *optional*): True samples at the temperature given, or at 1; False takes the most probable
             token.
@@ -117,8 +169,10 @@ class TIDEGenerationConfig(GenerationConfig):
         if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold must lie in (0, 1], got {self.confidence_threshold}.")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in (None, *choices):
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            # 1 == True, and 1 is no choice
+            if value is not None and not (value in choices and type(value) in map(type, choices)):
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
         if (self.temperature or 0) < 0:
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}.")
         if self.max_time is not None and self.max_time <= 0:
@@ -132,7 +186,7 @@ class TIDEGenerationConfig(GenerationConfig):
             return
         if self.entropy_bound < 0:
             raise ValueError(f"entropy_bound must be 0 or more nats, got {self.entropy_bound}.")
-        for name, unread in (("confidence_threshold", None), ("remasking", "confidence")):
+        for name, unread in (("confidence_threshold", None), ("remasking", "confidence"), ("step_quota", "even")):
             if getattr(self, name) not in (None, unread):
                 raise ValueError(
                     f"entropy_bound={self.entropy_bound} decides by entropy which positions are revealed and how "

@@ -16,6 +16,7 @@ from .decoding_tide import Decoder
 from .generation_config_tide import DEFAULTS, TIDEGenerationConfig
 from .infilling_tide import TextInfillingMixin
 from .prompts_tide import check_ids, padding_mask, token_rows
+from .reveal_rules_tide import RevealRule
 from .sampling_tide import Rules, transformers_rules
 from .settings_tide import (
     FOR_ANSWERS,
@@ -72,6 +73,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         streamer=None,
         generator: torch.Generator | None = None,
         tokenizer=None,
+        reveal_rule: RevealRule | None = None,
         **kwargs,
     ) -> torch.LongTensor | BlockDiffusionOutput:
         """Denoises an answer after each prompt.
@@ -80,9 +82,9 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             inputs (`torch.LongTensor` of shape `(B, P)`): prompts; also accepted as `input_ids`. BOS by default.
             generation_config ([`TIDEGenerationConfig`], *optional*): settings, over the model's own.
             logits_processor (`LogitsProcessorList`, *optional*): transformers' processors, called before temperature
-                once per n-th new token that is still masked, with what a token-by-token decoder would pass them:
+                once per n-th new token that is proposed, with what a token-by-token decoder would pass them:
                 `input_ids (B, P + n)`, the prompts, padded on the left, and the n new tokens to the left ([MASK] where
-                not revealed yet), and float32 `scores (B, V)` (zeros in rows whose token is revealed, ignored).
+                not revealed yet), and float32 `scores (B, V)` (zeros in rows where none is proposed, ignored).
             stopping_criteria (`StoppingCriteriaList`, *optional*): called after each block, once per new token n, with
                 `input_ids (B, P + n)` and None. A row ends after the first token for which one returns True, and all
                 rows after the block in which a `MaxTimeCriteria` does.
@@ -96,6 +98,9 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
                 through `put_draft` if it has that ([`~transformers.TextDiffusionStreamer`]); one row only.
             generator (`torch.Generator`, *optional*): source of all random draws.
             tokenizer (*optional*): for `stop_strings`.
+            reveal_rule ([`RevealRule`], *optional*): decides which tokens a pass reveals, instead of the settings that
+                do (`decoding`, `steps_per_block`, `step_quota`, `confidence_threshold`, `threshold_inclusive`,
+                `entropy_bound`, `remasking`), which are refused beside it.
             kwargs: settings of [`TIDEGenerationConfig`], over `generation_config`.
 
         Returns:
@@ -106,7 +111,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
                 of the wrong shape, type or vocabulary, a streamer with several rows, guidance without a negative
                 prompt or the reverse.
         """
-        settings, prompt_ids = self._answer_settings(inputs, generation_config, kwargs)
+        settings, prompt_ids = self._answer_settings(inputs, generation_config, kwargs, reveal_rule)
         negative = negative_prompt_ids, negative_prompt_attention_mask
         (prompt_ids, prompt_mask), *_ = prompts = self._prompts(settings, prompt_ids, attention_mask, *negative)
         if streamer is not None and len(prompt_ids) > 1:
@@ -116,7 +121,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         rules = transformers_rules(self, settings, canvas.prompt_ids, (~prompt_mask).sum(-1), tokenizer, *given)
         if streamer is not None:
             streamer.put(prompt_ids.cpu())
-        decoder = self._decode(canvas, settings, generator, rules, streamer)
+        decoder = self._decode(canvas, settings, generator, rules, reveal_rule, streamer)
         answer = canvas.answer()[:, : int(canvas.num_new.max())]
         return _output(torch.cat([prompt_ids, answer], 1), canvas.num_new, decoder)
 
@@ -128,6 +133,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         logits_processor=None,
         generator: torch.Generator | None = None,
+        reveal_rule: RevealRule | None = None,
         **kwargs,
     ) -> torch.LongTensor | BlockDiffusionOutput:
         """Replaces every [MASK] in the rows; all other tokens stay as given.
@@ -148,6 +154,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             logits_processor (`LogitsProcessorList`, *optional*): as in `generate`, without a prompt and with the text
                 to the left as new tokens.
             generator (`torch.Generator`, *optional*): source of all random draws.
+            reveal_rule ([`RevealRule`], *optional*): as in `generate`.
 
         Returns:
             `torch.LongTensor` of shape `(B, L)`, or [`BlockDiffusionOutput`], which counts the filled masks.
@@ -157,20 +164,20 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
                 shape, type or vocabulary.
         """
         input_ids = token_rows(input_ids)
-        settings, _ = self._generation_settings("infill", generation_config, kwargs)
+        settings, _ = self._generation_settings("infill", generation_config, kwargs, reveal_rule)
         valid = padding_mask(input_ids, attention_mask, settings, self.config.vocab_size)
         settings.pad_token_id = _filling(settings)
         canvas = infill_canvas(input_ids, valid, settings, full=self.config.diffusion_type == "full")
         num_masked = canvas.masked.sum(-1)
         rules = transformers_rules(self, settings, canvas.prompt_ids, processors=logits_processor)
-        decoder = self._decode(canvas, settings, generator, rules)
+        decoder = self._decode(canvas, settings, generator, rules, reveal_rule)
         filled = input_ids.clone()
         filled[valid] = canvas.ids[canvas.valid]
         return _output(filled, num_masked, decoder)
 
-    def _decode(self, canvas: Canvas, settings, generator, rules: Rules, streamer=None) -> Decoder:
+    def _decode(self, canvas: Canvas, settings, generator, rules: Rules, reveal_rule, streamer=None) -> Decoder:
         """Fills the canvas, without dropout; the model's mode is restored."""
-        decoder, was_training = Decoder(self, canvas, settings, generator, streamer, rules), self.training
+        decoder, was_training = Decoder(self, canvas, settings, generator, streamer, rules, reveal_rule), self.training
         self.eval()
         try:
             decoder.run()
@@ -178,10 +185,12 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             self.train(was_training)
         return decoder
 
-    def _answer_settings(self, inputs, generation_config, kwargs) -> tuple[TIDEGenerationConfig, torch.LongTensor]:
+    def _answer_settings(
+        self, inputs, generation_config, kwargs, reveal_rule
+    ) -> tuple[TIDEGenerationConfig, torch.LongTensor]:
         """Settings of `generate`, and its prompts `(B, P)`."""
         prompt_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        settings, merged = self._generation_settings("generate", generation_config, kwargs)
+        settings, merged = self._generation_settings("generate", generation_config, kwargs, reveal_rule)
         if prompt_ids is None and settings.bos_token_id is None:
             raise ValueError("generate needs prompts: pass input_ids of shape (rows, tokens).")
         if prompt_ids is None:
@@ -196,10 +205,16 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
                     f"min_new_tokens={settings.min_new_tokens} is more than the {settings.max_new_tokens} tokens "
                     "generated at most: raise max_new_tokens, or lower it."
                 )
-        if (settings.num_return_sequences or 1) > 1 and not settings.temperature and settings.remasking != "random":
+        draws = settings.temperature or settings.remasking == "random" or settings.step_quota == "binomial"
+        if (settings.num_return_sequences or 1) > 1 and not draws and reveal_rule is None:
             raise ValueError(
                 f"num_return_sequences={settings.num_return_sequences} would give equal answers, since nothing is "
                 "drawn: pass do_sample=True or a temperature above 0, or leave it out."
+            )
+        if settings.denoise_whole_blocks and self.config.diffusion_type == "full":
+            raise ValueError(
+                "denoise_whole_blocks=True (which decoding='sdar' and 'llada2' ask for) denoises what follows an "
+                "answer in its last block, and nothing follows that of a full-sequence student: set it to False."
             )
         whole = (settings.block_size or settings.max_new_tokens) >= settings.max_new_tokens
         if settings.max_time is not None and self.config.diffusion_type == "full" and whole:
@@ -235,13 +250,17 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         copies = settings.num_return_sequences or 1
         return [(ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)) for ids, mask in prompts]
 
-    def _generation_settings(self, method: str, given, kwargs) -> tuple[TIDEGenerationConfig, MergedSettings]:
+    def _generation_settings(
+        self, method: str, given, kwargs, reveal_rule=None
+    ) -> tuple[TIDEGenerationConfig, MergedSettings]:
         """Keyword arguments over the given config over the model's own over the defaults; checked for `method`."""
         read, left_alone, refused = READ, (), REFUSED
         if method == "infill":
             read, left_alone, refused = FOR_INFILL, FOR_ANSWERS, REFUSED_FOR_INFILL
         merged = MergedSettings(method, self.generation_config, given, kwargs, read, left_alone, refused)
-        merged.check_steps()
+        if not isinstance(reveal_rule, RevealRule | None):
+            raise ValueError(f"reveal_rule must be a RevealRule, got a {type(reveal_rule).__name__}.")
+        merged.settle_rule(reveal_rule)
         merged.check_approximate_cache(method, full=self.config.diffusion_type == "full")
         values = DEFAULTS | said_by(TIDEGenerationConfig.from_model_config(self.config))
         # a keyword None undoes what configs say, back to the default; EOS and padding may stay None
@@ -254,7 +273,7 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
             settings.mask_token_id = self.config.known_mask_token_id
         if settings.mask_token_id is None:
             raise ValueError(f"{method} needs a mask token: pass mask_token_id=tokenizer.mask_token_id.")
-        for name in ("mask_token_id", "pad_token_id"):
+        for name in ("mask_token_id", "pad_token_id", "suppress_confidence_tokens"):
             if getattr(settings, name) is not None:
                 check_ids(torch.tensor(getattr(settings, name)), self.config.vocab_size, name)
         return settings, merged

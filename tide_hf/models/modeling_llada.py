@@ -45,6 +45,7 @@ class LLaDAConfig(PublishedConfig, DiffusionConfig, LlamaConfig):
         "embedding_size": "vocab_size",
         "weight_tying": "tie_word_embeddings",
     }
+    not_written: ClassVar[frozenset[str]] = frozenset({"hidden_size", "num_attention_heads", "num_hidden_layers"})
     required_values: ClassVar[dict] = {
         "block_type": "llama",
         "activation_type": "silu",
@@ -120,6 +121,7 @@ class LLaDAMoEConfig(PublishedConfig, DiffusionConfig, Qwen3MoeConfig):
     published_names: ClassVar[dict[str, str]] = {
         "expert_intermediate_size": "moe_intermediate_size",
         "dense_intermediate_size": "intermediate_size",
+        "num_experts": "num_experts",  # which newer releases of transformers call num_local_experts
     }
     required_values: ClassVar[dict] = {
         "qk_layernorm": True,
@@ -144,6 +146,8 @@ class LLaDAMoEConfig(PublishedConfig, DiffusionConfig, Qwen3MoeConfig):
             raise ValueError(f"moe_layer_freq={kwargs['moe_layer_freq']}: only models with experts in every layer.")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        # the published class takes its absence for a shared expert, and builds it
+        kwargs.setdefault("shared_expert_intermediate_size", None)
         # the published code never renormalises, whatever its config says
         self.norm_topk_prob = False
         super().__post_init__(**kwargs)

@@ -57,6 +57,7 @@ class SDARMoeConfig(PublishedConfig, DiffusionConfig, Qwen3MoeConfig):
     modeling = "modeling_sdar.SDARMoeForCausalLM"
     default_theta = 1_000_000.0
     teacher_family = FAMILY
+    published_names: ClassVar[dict[str, str]] = {"num_experts": "num_experts"}  # newer transformers renamed it
     required_values: ClassVar[dict] = {"partial_rotary_factor": 1, "shared_expert_intermediate_size": 0}
 
     block_size: int = 4

@@ -3,6 +3,7 @@
 This file travels with checkpoints: it imports its siblings and transformers alone.
 """
 
+import json
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -68,6 +69,8 @@ class PublishedConfig(WritesForOlderReaders):
         required_values (`dict[str, Any]`): fields, theirs or the base class's, and the one value for which this class
             computes what theirs does.
         harmless (`frozenset[str]`): further fields of theirs that change no result.
+        not_written (`frozenset[str]`): fields of the base configuration that their class computes from others, and
+            refuses to be given; config.json holds the others alone.
 
     Raises:
         ValueError: for another value of a required field, and for layers that attend to a sliding window.
@@ -76,6 +79,7 @@ class PublishedConfig(WritesForOlderReaders):
     published_names: ClassVar[dict[str, str]] = {}
     required_values: ClassVar[dict[str, Any]] = {}
     harmless: ClassVar[frozenset[str]] = frozenset()
+    not_written: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -119,8 +123,13 @@ class PublishedConfig(WritesForOlderReaders):
 
     def to_dict(self) -> dict[str, Any]:
         """The base's fields and, beside them, the published names."""
-        values = super().to_dict()
-        return values | {published: values[name] for published, name in self.published_names.items()}
+        return super().to_dict() | {published: getattr(self, name) for published, name in self.published_names.items()}
+
+    def to_json_string(self, use_diff: bool = True, **kwargs) -> str:
+        """What config.json holds, for readers of the published class too; `use_diff`, `kwargs` as in transformers."""
+        values = json.loads(super().to_json_string(use_diff=use_diff, **kwargs))
+        written = {name: value for name, value in values.items() if name not in self.not_written}
+        return json.dumps(written, indent=2, sort_keys=True) + "\n"
 
 
 def packed_experts() -> list[WeightConverter]:

@@ -1,13 +1,12 @@
-"""What one denoising step reveals: a token for each masked position, and how many and which positions keep theirs.
+"""What a denoising step proposes: a token for each masked position, and how sure the network is of it.
 
 This file travels with checkpoints: it imports its siblings, torch and transformers.
 
-Shapes: B rows, K columns being denoised, N masked positions among them (row by row, left to right), V vocabulary.
+Shapes: B rows, N positions of them (row by row, left to right), V vocabulary.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from transformers import GenerationConfig
@@ -88,50 +87,74 @@ def _part(settings, names: Iterable[str], **changes) -> GenerationConfig:
     return part
 
 
-@lru_cache(maxsize=1024)
-def reveal_counts(num_masked: int, steps: int) -> tuple[int, ...]:
-    """How many of `num_masked` positions each of at most `steps` steps reveals, without steps that reveal none.
-
-    Step j of S goes from time t = (S−j)/S to s = (S−j−1)/S. Under the linear schedule a position stays masked with
-    probability s/t, so round(left · (1 − s/t)) of those left are revealed: equal shares, whatever schedule the model
-    was trained with, since the network is not told the time. The quotient is taken in float32 from 1 − (1 − s), as in
-    the published sampler: that decides which way a half is rounded, and the result is the same token for token.
+@dataclass
+class Scoring:
+    """What is to be known of the proposed tokens.
 
     Args:
-        num_masked (`int`): masked positions of a row's block.
-        steps (`int`): S, at least 1.
-
-    Returns:
-        `tuple[int]`: positive counts that add up to `num_masked`.
-
-    Source: MDLM 2406.07524 eq. 7; the sampler of dllm and TIDE.
+        statistics (`tuple[str, ...]`): `"confidence"`, `"entropy"`, `"margin"`; see [`MaskedPositions`].
+        of_sampling (`bool`): whether of the distribution that tokens are drawn from, after temperature and warpers,
+            instead of the model's own.
+        suppressed (`torch.LongTensor`, *optional*): ids that are left out of the distribution first; a proposed one of
+            them has confidence 0.
     """
-    time = (torch.arange(steps, -1, -1, dtype=torch.float64) / steps).float()
-    masked_probability = 1 - (1 - time)
-    stays_masked = (masked_probability[1:] / masked_probability[:-1]).tolist()
-    counts, left = [], num_masked
-    for probability in stays_masked:
-        counts.append(min(round(left * (1 - probability)), left))
-        left -= counts[-1]
-    return tuple(count for count in counts if count)
+
+    statistics: tuple[str, ...] = ("confidence",)
+    of_sampling: bool = False
+    suppressed: torch.LongTensor | None = None
+
+    @property
+    def is_confidence(self) -> bool:
+        """Whether nothing beyond the probability of the token is asked for."""
+        return set(self.statistics) <= {"confidence"} and self.suppressed is None
 
 
 def propose_tokens(
-    logits_NV: torch.Tensor, temperature: float, warpers: LogitsProcessorList, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each masked position, `(N,)`, and its probability at temperature 1, `(N,)`.
+    logits_NV: torch.Tensor,
+    temperature: float,
+    warpers: LogitsProcessorList,
+    generator: torch.Generator | None,
+    scoring: Scoring | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A token for each position, `(N,)`, and the statistics asked for, `(N,)` each; by default its probability.
 
     Args:
         logits_NV (`torch.Tensor` of shape `(N, V)`): float; overwritten.
         temperature (`float`): 0 takes the most probable token.
         warpers (`LogitsProcessorList`): narrow what is sampled from.
         generator (`torch.Generator`, *optional*): of the draws.
+        scoring ([`Scoring`], *optional*): the statistics, and of which distribution.
     """
-    if not temperature:
-        return most_probable([(0, logits_NV)])
-    warped_NV = warpers(None, logits_NV / temperature)
-    tokens = torch.multinomial(warped_NV.softmax(-1), 1, generator=generator).squeeze(-1)
-    return tokens, 1 / logits_NV.sub_(logits_NV.gather(-1, tokens[:, None])).exp_().sum(-1)
+    scoring = Scoring() if scoring is None else scoring
+    if not temperature and scoring.is_confidence:
+        tokens, probability_N = most_probable([(0, logits_NV)])
+        return tokens, {"confidence": probability_N}
+    if temperature:
+        sampled_NV = warpers(None, logits_NV / temperature)
+        tokens = torch.multinomial(sampled_NV.softmax(-1), 1, generator=generator).squeeze(-1)
+        if scoring.of_sampling:
+            logits_NV = sampled_NV
+    else:
+        tokens, _ = _largest(logits_NV)
+    return tokens, _statistics(logits_NV, tokens, scoring)
+
+
+def _statistics(logits_NV: torch.Tensor, tokens: torch.Tensor, scoring: Scoring) -> dict[str, torch.Tensor]:
+    """The statistics of `softmax(logits_NV)` that are asked for, `(N,)` each; overwrites the logits."""
+    found, logit_N = {}, logits_NV.gather(-1, tokens[:, None])
+    if scoring.suppressed is not None:
+        logits_NV = logits_NV.index_fill(-1, scoring.suppressed, -torch.inf)
+    if "entropy" in scoring.statistics:
+        # of a distribution with nothing left in it (NaN) nothing is known
+        found["entropy"] = token_entropy(logits_NV).nan_to_num(nan=torch.finfo(torch.float32).max)
+    if "margin" in scoring.statistics:
+        first, second = logits_NV.softmax(-1).topk(2).values.unbind(-1)
+        found["margin"] = (first - second).nan_to_num()
+    if "confidence" in scoring.statistics:
+        found["confidence"] = 1 / logits_NV.sub_(logit_N).exp_().sum(-1)
+        if scoring.suppressed is not None:
+            found["confidence"].masked_fill_(torch.isin(tokens, scoring.suppressed), 0)
+    return found
 
 
 def most_probable(stretches: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,34 +195,3 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def token_entropy(logits_NV: torch.Tensor) -> torch.Tensor:
     """Entropy of each position's distribution, `softmax(logits_NV)`, in nats, `(N,)`."""
     return torch.special.entr(logits_NV.softmax(-1)).sum(-1)
-
-
-def rank_descending(score_BK: torch.Tensor) -> torch.Tensor:
-    """Rank of each column in its row's descending order of `score_BK`, from 0; among equals, left before right."""
-    # the second argsort inverts the permutation that the first one gives; the first is stable so that ties are decided
-    # in the same way on every device and in every batch
-    return score_BK.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-
-
-def within_entropy_bound(entropy_BK: torch.Tensor, bound: float) -> torch.Tensor:
-    """The columns to reveal under an entropy bound.
-
-    In ascending order of entropy (among equals the left one first) the longest prefix U with
-    Σ_{i∈U} H_i − max_{i∈U} H_i ≤ bound. That bounds what the revealed tokens say about one another, since the joint
-    entropy is at least the largest and at most the sum. The first is always revealed; bound 0 reveals one token per
-    step, and those that are certain.
-
-    Args:
-        entropy_BK (`torch.Tensor` of shape `(B, K)`): nats; infinite where nothing is to be revealed.
-        bound (`float`): nats, ≥ 0.
-
-    Returns:
-        `torch.BoolTensor` of shape `(B, K)`.
-
-    Source: EB-Sampler, arXiv 2505.24857 §3.
-    """
-    ascending, column = entropy_BK.sort(dim=-1, stable=True)
-    # in this order the largest of a prefix is its last: the sum without it is the sum of those before
-    before = torch.cat([torch.zeros_like(ascending[:, :1]), ascending[:, :-1].cumsum(-1)], -1)
-    revealed = (before <= bound) & ascending.isfinite()
-    return torch.zeros_like(revealed).scatter(-1, column, revealed)

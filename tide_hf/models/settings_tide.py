@@ -10,7 +10,8 @@ This file travels with checkpoints: it imports its siblings and transformers alo
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .generation_config_tide import OWN_FIELDS, OWN_FIELDS_FOR_ANSWERS, TOKEN_IDS
+from .generation_config_tide import OWN_FIELDS, OWN_FIELDS_FOR_ANSWERS, RULE_FIELDS, TOKEN_IDS
+from .presets_tide import fill_in
 
 logger = logging.get_logger(__name__)
 
@@ -171,6 +172,9 @@ REFUSED_FOR_UNIFORM = REFUSED | _unread(
 # attributes of a GenerationConfig that are not about decoding, besides those that begin with an underscore
 NO_SETTINGS = ("transformers_version", "extra_output_flags")
 
+# settings that say nothing without another one
+NEEDED = {"threshold_inclusive": "confidence_threshold", "max_editing_steps": "editing_threshold"}
+
 MODEL, GIVEN, KEYWORD = range(3)  # where a setting comes from: the higher, the nearer to the call
 OWNERS = {MODEL: "model.generation_config.", GIVEN: "generation_config.", KEYWORD: ""}
 
@@ -208,7 +212,8 @@ class MergedSettings:
         said_by_model = said_by(model_config)
         if said_by_model.get("max_length") == 20:  # transformers' default for a model without a length of its own
             del said_by_model["max_length"]
-        for level, said in ((MODEL, said_by_model), (GIVEN, said_by(given_config)), (KEYWORD, keywords)):
+        places, self.preset = fill_in([said_by_model, said_by(given_config), keywords], read)
+        for level, said in enumerate(places):
             self.values |= said
             self.level |= dict.fromkeys(said, level)
         for name, value in list(self.values.items()):
@@ -266,14 +271,45 @@ class MergedSettings:
         is_default = name == "top_k" and value == 50 and self.where(name) != KEYWORD
         return value is not None and value != OFF_WARPERS[name] and not is_default
 
-    def check_steps(self) -> None:
-        """Refuses `steps_per_block` set in the same place as, or nearer than, a setting that decides instead of it."""
-        for name in ("confidence_threshold", "entropy_bound"):
-            if self.where(name) >= 0 and self.where("steps_per_block") >= self.where(name):
+    def settle_rule(self, own_rule=None) -> None:
+        """Settings that choose which tokens a pass reveals: the nearer replace the farther that they would ignore.
+
+        Args:
+            own_rule ([`RevealRule`], *optional*): the caller's own, given as a keyword.
+
+        Raises:
+            ValueError: settings that would be ignored, set in the same place as, or nearer than, what decides instead.
+        """
+        if own_rule is not None:
+            self._replace(f"reveal_rule={type(own_rule).__name__}(…)", KEYWORD, RULE_FIELDS)
+        elif self.where("entropy_bound") >= 0:
+            said = f"{OWNERS[self.where('entropy_bound')]}entropy_bound={self.values['entropy_bound']}"
+            names = tuple(name for name in RULE_FIELDS if name not in ("decoding", "entropy_bound"))
+            self._replace(said, self.where("entropy_bound"), names)
+        # a threshold replaces steps that are farther away, unless it comes with a word on how steps divide a block
+        threshold = self.where("confidence_threshold")
+        if max(self.where("steps_per_block"), self.where("step_quota")) < threshold:
+            self.values["steps_per_block"] = None
+        for name, needed in NEEDED.items():
+            is_said = self.where(name) >= 0 and name not in self.preset
+            if is_said and self.where(needed) < 0 and self.level.get(needed, -1) <= self.level[name]:
                 raise ValueError(
-                    f"{OWNERS[self.where(name)]}{name}={self.values[name]} decides how many tokens a pass reveals, so "
-                    f"steps_per_block={self.values['steps_per_block']} would be ignored: set one of them to None."
+                    f"{OWNERS[self.where(name)]}{name}={self.values[name]} says nothing without {needed}: set that "
+                    f"too, or {name} to None."
                 )
+
+    def _replace(self, decides: str, level: int, names: tuple[str, ...]) -> None:
+        """Takes the settings `names` back where they come from farther than `level`, and refuses them elsewhere."""
+        for name in names:
+            if self.where(name) < 0 or self.values[name] == OWN_FIELDS[name]:
+                continue
+            if self.where(name) >= level:
+                source = f" (of decoding={self.values['decoding']!r})" if name in self.preset else ""
+                raise ValueError(
+                    f"{decides} decides which tokens a pass reveals and how many, so {OWNERS[self.where(name)]}{name}="
+                    f"{self.values[name]!r}{source} would be ignored: set one of them to None."
+                )
+            self.values[name] = None
 
     def check_approximate_cache(self, method: str, full: bool) -> None:
         """Refuses `approximate_cache` where it has no meaning.
