@@ -47,10 +47,15 @@ LINE = "{:<11} {:>5} {:<20} {:<6} {:>7} {:>9} {:>7} {:>6} {:>8} {:>6}"
 
 def sorting_student(network: Network):
     """A full-sequence student trained on clean rows of the sorting task, and its tokenizer."""
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
     from tide_hf import TIDETrainer
     from tide_hf.demo.sorting import build_tokenizer, sorting_rows
     from tide_hf.models import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion
 
+    disable_progress_bars()
+    disable_progress_bar()
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     shape = shape_of(network, tokenizer) | {"mask_token_id": tokenizer.mask_token_id, "diffusion_type": "full"}
