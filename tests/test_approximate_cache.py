@@ -189,6 +189,15 @@ def test_a_padded_batch_equals_each_row_alone(family, kind, side, attention):
             assert row[8:] == expected[given.shape[1] :]
 
 
+@pytest.mark.slow
+def test_flex_attention_masks_as_many_columns_as_a_pass_sees():
+    """Catches a mask that the network makes itself, where none is passed, for the columns that ran alone."""
+    model, settings = full().float(), {"max_new_tokens": 8, "block_size": 4, "approximate_cache": "dual"}
+    expected = model.generate(prompt(6), **settings)
+    model.set_attn_implementation("flex_attention")
+    assert torch.equal(model.generate(prompt(6), **settings), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_end_early_leave_the_others_alone(kind):
     """Catches a cache of one row's window that another row's end moves on."""
@@ -226,7 +235,7 @@ def test_infill_matches_the_published_algorithm(family, kind, side):
 def test_guidance_keeps_a_cache_of_both_prompts(family, kind):
     """Catches a negative row that reuses the keys of its row, or whose padding moves its first column."""
     model = full(family)
-    for lengths in ((6, 6), (6, 2), (3, 9), (1, 4)):
+    for lengths in ((6, 6), (6, 2), (3, 9), (1, 4), (0, 5), (5, 0)):
         ids, negative = prompt(lengths[0]), prompt(lengths[1], seed=9)
         expected, _ = naive_answer(model, ids, 9, 4, kind, negative=negative, scale=2.5)
         settings = {"max_new_tokens": 9, "block_size": 4, "approximate_cache": kind}
