@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from naive_sampler import published_split
-from published import write_checkpoint
+from published import naive_logits, write_checkpoint
 from published_students import (
     BLOCK,
     MASK,
@@ -87,6 +87,37 @@ def test_generate_is_the_plain_sampler(family, tmp_path):
             assert model.generate(prompt[None], **settings)[0, len(prompt) :].tolist() == new
         for side in ("left", "right"):
             assert model.generate(**padded(prompts, side), **settings)[:, -7:].tolist() == expected
+
+
+def naive_wedlm(network, prompt, num_new: int, size: int, threshold: float | None) -> list[int]:
+    """WeDLM's `generate_wedlm` for one row: a block of masks after what there is, everything unmasked before it."""
+    ids = prompt
+    for start in range(0, num_new, size):
+        ids = torch.cat([ids, torch.full((min(size, num_new - start),), MASK)])
+        while (ids == MASK).any():
+            masked = ids == MASK
+            order = torch.cat([(~masked).nonzero()[:, 0], masked.nonzero()[:, 0]])
+            visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+            logits = naive_logits(*network, ids[order], visible, order)[order.argsort()]
+            logits[:, MASK] = -torch.inf
+            probability, token = logits.softmax(-1).max(-1)
+            best = probability.masked_fill(~masked, -1).argmax()
+            reaches = masked & (probability >= (2 if threshold is None else threshold))
+            reaches[best] = True
+            ids = torch.where(reaches, token, ids)
+    return ids[len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+@pytest.mark.parametrize("family", ["wedlm-8b", "wedlm-7b"])
+def test_wedlm_decodes_as_published(family, threshold, tmp_path):
+    """Catches another grid or order than that of the published sampler, whose blocks begin where the prompt ends."""
+    config, weights, model = published_student(tmp_path, family)
+    prompts = [prompt_of(length) for length in (1, 4, 6)]
+    expected = [naive_wedlm((family, config, weights), prompt, 7, 3, threshold) for prompt in prompts]
+    settings = {"max_new_tokens": 7, "block_size": 3, "decoding": "wedlm", "confidence_threshold": threshold}
+    assert model.generate(**padded(prompts, "left"), **settings)[:, -7:].tolist() == expected
+    assert model.generate(**padded(prompts, "left"), max_new_tokens=7, block_size=3)[:, -7:].tolist() != expected
 
 
 @families

@@ -208,7 +208,6 @@ COLUMNS = {
     "test_teacher_logits_are_those_of_plain_forwards[{}-native-left-True]",
     "as student": "test_published_distilling.py::test_a_step_of_a_published_student_under_another_family[{}-token]",
 }
-# families without an entry have no sampler of their own under a name
 NAMED_SAMPLERS = {
     "llada-8b": "test_published_samplers.py::test_llada[1-0]",
     "llada-moe": "test_published_samplers.py::test_llada[1-0]",
@@ -216,6 +215,8 @@ NAMED_SAMPLERS = {
     "sdar": "test_published_samplers.py::test_sdar[1-0]",
     "sdar-moe": "test_published_samplers.py::test_sdar[1-0]",
     "dream": "test_published_samplers.py::test_dream[entropy-3-0]",
+    "wedlm-8b": "test_published_generation.py::test_wedlm_decodes_as_published[wedlm-8b-0.4]",
+    "wedlm-7b": "test_published_generation.py::test_wedlm_decodes_as_published[wedlm-7b-0.4]",
 }
 # family -> column -> the test that shows it
 CELLS = {family: {column: test.format(family) for column, test in COLUMNS.items()} for family in STUDENTS}

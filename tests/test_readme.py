@@ -10,6 +10,7 @@ import pytest
 import torch
 from embedded.comparison import comparison_table
 from embedded.few_step import few_step_table
+from test_published_students import CELLS, COLUMNS
 from tiny import SHAPE, tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -70,6 +71,21 @@ def test_readme_is_read_in_two_minutes():
     assert len(README.split()) <= 1500
     assert README.split("```python")[0].count("\n") < 60
     assert len([line for line in blocks(README, "python")[0].splitlines() if line.strip()]) <= 10
+
+
+def families_table() -> str:
+    """What works with each published family; a cell links the file of the test that shows it."""
+    names = [*COLUMNS][:6] + ["named sampler"] + [*COLUMNS][6:]
+    lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for family, cells in CELLS.items():
+        linked = (f"[yes](../tests/{cells[name].partition('::')[0]})" if name in cells else "" for name in names)
+        lines.append(f"| {family} | {' | '.join(linked)} |")
+    return "\n".join(lines)
+
+
+def test_families_table_is_that_of_the_tests():
+    """Catches a promise in the table that no test of its file keeps."""
+    assert families_table() in RECIPES
 
 
 def test_every_recipe_and_report_is_described():

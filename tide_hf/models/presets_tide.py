@@ -19,6 +19,7 @@ PRESETS = {
     "llada2": _LLADA2,
     "llada2.1": _LLADA2 | {"editing_threshold": 0.9, "max_editing_steps": 16},
     "fast-dllm": {"confidence_threshold": 0.9},
+    "wedlm": {"block_grid": "prompt_aligned"},
 }
 # every preset fills these, with None where it does not name them: it replaces another sampler as a whole
 PRESET_FIELDS = tuple(dict.fromkeys(("entropy_bound", *(name for preset in PRESETS.values() for name in preset))))
