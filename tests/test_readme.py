@@ -75,7 +75,7 @@ def test_readme_is_read_in_two_minutes():
 
 def families_table() -> str:
     """What works with each published family; a cell links the file of the test that shows it."""
-    names = [*COLUMNS][:6] + ["named sampler"] + [*COLUMNS][6:]
+    names = [*[*COLUMNS][:6], "named sampler", *[*COLUMNS][6:]]
     lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for family, cells in CELLS.items():
         linked = (f"[yes](../tests/{cells[name].partition('::')[0]})" if name in cells else "" for name in names)
