@@ -1,5 +1,6 @@
 """Published families decode as the plainest sampler does on their published tensors: `generate` and `infill`."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,28 @@ def test_a_hole_sees_the_text_after_it(family, tmp_path):
             filled.add(model.infill(ids[None])[0, 1].item())
         seen[place] = len(filled) > 1
     assert seen == {2: True, 6: family in FULL}
+
+
+@pytest.mark.parametrize("alg", ["origin", "entropy", "topk_margin", "maskgit_plus"])
+def test_dreams_own_settings_are_read(alg, tmp_path):
+    """Catches the published Dream refused for the generation_config.json that it comes with, and one that decodes in
+    another order than that file says."""
+    _, _, model = published_student(tmp_path, "dream")
+    file = {"alg": alg, "alg_temp": None, "eps": 0.001, "steps": 3, "output_history": False, "temperature": 0.0}
+    file |= {"max_length": 20, "top_k": None, "top_p": None, "transformers_version": "4.46.2", "pad_token_id": PAD}
+    (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    loaded = type(model).from_pretrained(tmp_path)
+    settings = {"remasking": {"topk_margin": "margin", "maskgit_plus": "confidence"}.get(alg, alg)}
+    if alg == "origin":
+        settings = {"remasking": "random", "step_quota": "binomial"}
+    given, expected = (
+        network.generate(prompt_of(5)[None], max_new_tokens=9, generator=torch.Generator().manual_seed(0), **further)
+        for network, further in ((loaded, {}), (model, {"decoding": "dream", "steps_per_block": 3, **settings}))
+    )
+    assert torch.equal(given, expected)
+    (tmp_path / "generation_config.json").write_text(json.dumps(file | {"alg_temp": 0.1}))
+    with pytest.raises(ValueError, match=r"alg_temp=0.1.*Set model.generation_config.alg_temp = None"):
+        type(model).from_pretrained(tmp_path).generate(prompt_of(5)[None])
 
 
 @families

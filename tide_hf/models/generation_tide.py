@@ -58,7 +58,15 @@ class BlockDiffusionGenerationMixin(TextInfillingMixin, GenerationMixin):
         """
         super().adjust_generation_fn(generation_config, *args, **kwargs)
         base = TIDEGenerationConfig.from_model_config(self.config)
-        self.generation_config = TIDEGenerationConfig.from_dict(said_by(base) | said_by(self.generation_config))
+        said = self.translated_settings(said_by(self.generation_config))
+        self.generation_config = TIDEGenerationConfig.from_dict(said_by(base) | said)
+
+    def translated_settings(self, said: dict) -> dict:
+        """What generation_config.json has `said`, under the names of [`TIDEGenerationConfig`].
+
+        A family whose authors have names of their own replaces this.
+        """
+        return said
 
     @torch.no_grad()
     def generate(

@@ -12,6 +12,17 @@ from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig
 
 
+# `alg` of the published sampler -> settings here, over those of decoding="dream"
+ORDERS = {
+    "entropy": {},
+    "maskgit_plus": {"remasking": "confidence"},
+    "topk_margin": {"remasking": "margin"},
+    "origin": {"remasking": "random", "step_quota": "binomial"},
+}
+# settings of the published sampler that ask for nothing, or for what is done anyway
+DEFAULTS = (("eps", 1e-3), ("alg_temp", 0), ("output_history", False))
+
+
 @strict
 class DreamConfig(PublishedConfig, DiffusionConfig, Qwen2Config):
     """Configuration of Dream: fields as in [`~tide_hf.models.configuration_tide.DiffusionConfig`] and
@@ -37,6 +48,20 @@ class DreamModel(MaskedDiffusionMixin, Qwen2ForCausalLM):
 
     config_class = DreamConfig
     config: DreamConfig
+
+    def translated_settings(self, said: dict) -> dict:
+        """The names of the published `diffusion_generate` in what generation_config.json has `said`.
+
+        What has no counterpart here keeps its name, and is refused by it.
+        """
+        said = {name: value for name, value in said.items() if (name, value) not in DEFAULTS}
+        order = ORDERS.get(said.get("alg"))
+        if order is not None:
+            said = {"decoding": "dream", **order, **said}
+            del said["alg"]
+        if "steps" in said:
+            said["steps_per_block"] = said.pop("steps")
+        return said
 
 
 class DreamTokenizer(Qwen2Tokenizer):
