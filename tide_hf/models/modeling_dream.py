@@ -11,7 +11,6 @@ from .configuration_tide import DiffusionConfig, TeacherFamily, TeacherView
 from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig
 
-
 # `alg` of the published sampler -> settings here, over those of decoding="dream"
 ORDERS = {
     "entropy": {},
