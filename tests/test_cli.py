@@ -115,7 +115,7 @@ def test_a_model_that_cannot_chat_is_refused_in_one_sentence(missing, saved):
     [
         (["--top_p", "0.9"], "top_p=0.9 narrows what tokens are drawn from"),
         (["--no-do_sample", "--temperature", "0.7"], "do_sample=False takes the most probable token"),
-        (["--steps_per_block", "2", "--confidence_threshold", "0.9"], "steps_per_block=2 would be ignored"),
+        (["--steps_per_block", "2", "--entropy_bound", "0.9"], "steps_per_block=2 would be ignored"),
         (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

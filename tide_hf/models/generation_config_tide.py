@@ -92,7 +92,8 @@ class TIDEGenerationConfig(GenerationConfig):
             `"llada"` (ML-GSAI/LLaDA), `"fast-dllm"` (NVlabs/Fast-dLLM, with a threshold), `"sdar"` (JetAstra/SDAR,
             `low_confidence_dynamic`; without its threshold, `low_confidence_static`), `"llada2"` and `"llada2.1"`
             (inclusionAI), `"dream"` (DreamLM/Dream, `entropy`; with `remasking="confidence"`, `maskgit_plus`, with
-            `"margin"`, `topk_margin`). Without it students decode as in dllm and TIDE (MDLM, BD3LM).
+            `"margin"`, `topk_margin`; where both are given, `top_p` narrows after `top_k`, in Dream before it).
+            Without it students decode as in dllm and TIDE (MDLM, BD3LM).
         steps_per_block (`int`, *optional*): forward passes per block; one per token by default. Fewer reveal several
             tokens at a time.
         step_quota (`str`): how steps divide a row's n masks of a block. `"even"`, the default: of those left, the
