@@ -10,9 +10,9 @@ the three caches in turns in one process: each time is the median over `--rounds
 rounds' ratios.
 
 `--output` writes JSON: `arguments`, `threads`, `torch`; `rows`, one per student, block size, setting and cache
-(`student`, `seed`, `new_tokens`, `block_size`, `setting`, `cache`, `exact_match` (null for random weights), `agreement`,
-`same_answers`, `forward_passes`, `columns`, `saved`); `times`, one per cache (`prompt`, `new_tokens`, `block_size`,
-`steps_per_block`, `cache`, `seconds`, `ratio`: the time without a cache over this one's).
+(`student`, `seed`, `new_tokens`, `block_size`, `setting`, `cache`, `exact_match` (null for random weights),
+`agreement`, `same_answers`, `forward_passes`, `columns`, `saved`); `times`, one per cache (`prompt`, `new_tokens`,
+`block_size`, `steps_per_block`, `cache`, `seconds`, `ratio`: the time without a cache over this one's).
 
 Hardware: any CPU; about ten minutes on one core, seconds with `--quick`. Nothing is downloaded.
 
