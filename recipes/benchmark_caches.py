@@ -1,6 +1,6 @@
 """What an approximate cache costs a full-sequence student in answers, and what it saves (Fast-dLLM 2505.22618).
 
-Method: two small full-sequence students learn to sort six digits, one in 300 steps, one in 1,000, and answer prompts
+Method: small full-sequence students learn to sort six digits, three in 300 steps, one in 1,000, and answer prompts
 that they were not trained on: without a cache, with the prefix cache and with the dual cache, in blocks of several
 sizes, one token per pass and above a confidence threshold. `match` is the share of right answers; `agreement` is the
 share of tokens, and `same` the share of whole answers, that equal those without a cache; `columns` is what the passes
@@ -10,9 +10,9 @@ the three caches in turns in one process: each time is the median over `--rounds
 rounds' ratios.
 
 `--output` writes JSON: `arguments`, `threads`, `torch`; `rows`, one per student, block size, setting and cache
-(`student`, `new_tokens`, `block_size`, `setting`, `cache`, `exact_match` (null for random weights), `agreement`,
-`same_answers`, `forward_passes`, `columns`, `saved`); `times`, one per cache (`prompt`, `new_tokens`, `block_size`,
-`steps_per_block`, `cache`, `seconds`, `ratio`: the time without a cache over this one's).
+(`student`, `seed`, `new_tokens`, `block_size`, `setting`, `cache`, `exact_match` (null for random weights),
+`agreement`, `same_answers`, `forward_passes`, `columns`, `saved`); `times`, one per cache (`prompt`, `new_tokens`,
+`block_size`, `steps_per_block`, `cache`, `seconds`, `ratio`: the time without a cache over this one's).
 
 Hardware: any CPU; about ten minutes on one core, seconds with `--quick`. Nothing is downloaded.
 
@@ -22,6 +22,7 @@ Hardware: any CPU; about ten minutes on one core, seconds with `--quick`. Nothin
 import argparse
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,18 +35,15 @@ CACHES = (None, "prefix", "dual")
 ONE_TOKEN = {"one token per pass": lambda size: {}}
 THRESHOLD = {"threshold 0.9": lambda size: {"confidence_threshold": 0.9}}
 FOUR_TOKENS = {"four tokens per pass": lambda size: {"steps_per_block": size // 4}}
-SORTING = {
-    "300 steps": Network(64, layers=2, heads=4, steps=300),
-    "1,000 steps": Network(64, layers=2, heads=4, steps=1000),
-}
-QUICK_SORTING = {"quick": Network(16, layers=1, heads=2, steps=2)}
+SORTING = Network(64, layers=2, heads=4, steps=0)
+TRAININGS = ((300, 0), (300, 1), (300, 2), (1000, 0))  # steps and seed
 SORTING_BLOCKS, RANDOM_BLOCKS = (2, 4, 7), (8, 16, 32)
 BLOCK_SIZE, STEPS_PER_BLOCK = 32, 8  # of the runs that are timed
-HEADER = ("student", "block", "setting", "cache", "match", "agreement", "same", "passes", "columns", "saved")
-LINE = "{:<11} {:>5} {:<20} {:<6} {:>7} {:>9} {:>7} {:>6} {:>8} {:>6}"
+HEADER = ("student", "seed", "block", "setting", "cache", "match", "agreement", "same", "passes", "columns", "saved")
+LINE = "{:<10} {:>4} {:>5} {:<20} {:<6} {:>7} {:>9} {:>7} {:>6} {:>8} {:>6}"
 
 
-def sorting_student(network: Network):
+def sorting_student(network: Network, seed: int):
     """A full-sequence student trained on clean rows of the sorting task, and its tokenizer."""
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
@@ -57,12 +55,12 @@ def sorting_student(network: Network):
     disable_progress_bars()
     disable_progress_bar()
     tokenizer = build_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     shape = shape_of(network, tokenizer) | {"mask_token_id": tokenizer.mask_token_id, "diffusion_type": "full"}
     model = TIDEQwen3ForBlockDiffusion(TIDEQwen3Config(**shape))
-    rows = sorting_rows(network.steps * network.batch_size, seed=0)
+    rows = sorting_rows(network.steps * network.batch_size, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        args = training_arguments(network, folder, 0, preset="ce", max_length=16, lr_scheduler_type="cosine")
+        args = training_arguments(network, folder, seed, preset="ce", max_length=16, lr_scheduler_type="cosine")
         train(TIDETrainer, model, args, rows, tokenizer)
     return model.eval(), tokenizer
 
@@ -78,7 +76,7 @@ def run(model, ids, mask=None, **settings) -> tuple[torch.Tensor, int, int]:
     return out[:, ids.shape[1] :], len(columns), sum(columns)
 
 
-def compare(name: str, model, ids, mask, num_new: int, blocks, settings_of_size: dict, right=None) -> list[dict]:
+def compare(names: dict, model, ids, mask, num_new: int, blocks, settings_of_size: dict, right=None) -> list[dict]:
     """A row of results per block size, setting and cache; `right` are the reference answers `(B, A)`."""
     rows = []
     for size in blocks:
@@ -87,7 +85,7 @@ def compare(name: str, model, ids, mask, num_new: int, blocks, settings_of_size:
             exact, _, all_columns = run(model, ids, mask, **settings)
             for cache in CACHES:
                 answer, passes, columns = run(model, ids, mask, approximate_cache=cache, **settings)
-                row = {"student": name, "new_tokens": num_new, "block_size": size, "setting": setting, "cache": cache}
+                row = {**names, "new_tokens": num_new, "block_size": size, "setting": setting, "cache": cache}
                 row["exact_match"] = None if right is None else (answer == right).all(1).float().mean().item()
                 row["agreement"] = (answer == exact).float().mean().item()
                 row["same_answers"] = (answer == exact).all(1).float().mean().item()
@@ -96,11 +94,11 @@ def compare(name: str, model, ids, mask, num_new: int, blocks, settings_of_size:
     return rows
 
 
-def on_sorting(name: str, network: Network, num_prompts: int) -> list[dict]:
+def on_sorting(network: Network, seed: int, num_prompts: int) -> list[dict]:
     """[`compare`] on held-out prompts of the sorting task."""
     from tide_hf.demo.sorting import held_out_rows
 
-    model, tokenizer = sorting_student(network)
+    model, tokenizer = sorting_student(network, seed)
     messages = held_out_rows(num_prompts)["messages"]
     prompts = [turns[:-1] for turns in messages]
     inputs = tokenizer.apply_chat_template(
@@ -109,7 +107,8 @@ def on_sorting(name: str, network: Network, num_prompts: int) -> list[dict]:
     answers = [turns[-1]["content"] + tokenizer.eos_token for turns in messages]
     right = tokenizer(answers, add_special_tokens=False, return_tensors="pt")["input_ids"]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    return compare(name, model, ids, mask, right.shape[1], SORTING_BLOCKS, ONE_TOKEN | THRESHOLD, right)
+    names = {"student": f"{network.steps} steps", "seed": seed}
+    return compare(names, model, ids, mask, right.shape[1], SORTING_BLOCKS, ONE_TOKEN | THRESHOLD, right)
 
 
 def times(model, ids, num_new: int, rounds: int) -> list[dict]:
@@ -151,12 +150,12 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(arguments.threads)
     print(LINE.format(*HEADER))
     rows = []
-    for name, network in (QUICK_SORTING if arguments.quick else SORTING).items():
-        rows += on_sorting(name, network, arguments.prompts)
+    for steps, seed in ((2, 0),) if arguments.quick else TRAININGS:
+        rows += on_sorting(replace(SORTING, steps=steps), seed, arguments.prompts)
     model = build_student(**QUICK if arguments.quick else {}, diffusion_type="full")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size - 1, (4, 32), generator=generator)
-    rows += compare("random", model, ids, None, 32, RANDOM_BLOCKS, ONE_TOKEN | FOUR_TOKENS)
+    rows += compare({"student": "random", "seed": 0}, model, ids, None, 32, RANDOM_BLOCKS, ONE_TOKEN | FOUR_TOKENS)
     timed = []
     for length in arguments.prompt_lengths:
         ids = torch.randint(0, model.config.vocab_size - 1, (1, length), generator=generator)
@@ -173,7 +172,7 @@ def format_row(row: dict) -> str:
     """A result as a line of the table."""
     match = "–" if row["exact_match"] is None else f"{row['exact_match']:.1%}"
     shares = (match, f"{row['agreement']:.1%}", f"{row['same_answers']:.1%}")
-    names = (row["student"], row["block_size"], row["setting"], row["cache"] or "none")
+    names = (row["student"], row["seed"], row["block_size"], row["setting"], row["cache"] or "none")
     return LINE.format(*names, *shares, row["forward_passes"], row["columns"], f"{row['saved']:.2f}×")
 
 

@@ -9,7 +9,7 @@ import torch
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-ROW = {"student", "new_tokens", "block_size", "setting", "cache", "exact_match", "agreement", "same_answers"}
+ROW = {"student", "seed", "new_tokens", "block_size", "setting", "cache", "exact_match", "agreement", "same_answers"}
 ROW |= {"forward_passes", "columns", "saved"}
 
 
@@ -27,7 +27,9 @@ def test_shares_and_columns_are_counted(benchmark):
     exact = model.generate(ids, **settings)[:, 6:]
     dual = model.generate(ids, approximate_cache="dual", **settings)[:, 6:]
     assert not torch.equal(exact, dual)
-    none, _, found = benchmark.compare("x", model, ids, None, 8, (4,), benchmark.ONE_TOKEN, right=exact)
+    none, _, found = benchmark.compare(
+        {"student": "x", "seed": 0}, model, ids, None, 8, (4,), benchmark.ONE_TOKEN, right=exact
+    )
     assert set(none) == ROW and none["exact_match"] == none["agreement"] == none["same_answers"] == none["saved"] == 1
     pairs = [list(zip(*rows, strict=True)) for rows in zip(exact.tolist(), dual.tolist(), strict=True)]
     assert found["agreement"] == pytest.approx(sum(a == b for row in pairs for a, b in row) / 24)
@@ -46,7 +48,7 @@ def test_the_report_holds_what_the_recipe_says(benchmark, tmp_path, capsys, monk
     report = json.loads(path.read_text())
     assert set(report) == {"arguments", "threads", "torch", "rows", "times"}
     assert len(report["rows"]) == 2 * 3 * 2 * 3 and all(set(row) == ROW for row in report["rows"])
-    assert {row["student"] for row in report["rows"]} == {"quick", "random"}
+    assert {row["student"] for row in report["rows"]} == {"2 steps", "random"}
     assert [row["cache"] for row in report["times"]] == [None, "prefix", "dual"]
     assert report["times"][0]["ratio"] == 1
     assert "as fast as none" in capsys.readouterr().out
