@@ -8,10 +8,10 @@ from naive_sampler import published_split
 from published import write_checkpoint
 from published_students import (
     BLOCK,
+    BLOCKS,
     MASK,
     PAD,
     STUDENTS,
-    block_fields,
     block_size_of,
     families,
     naive_denoiser,
@@ -143,7 +143,7 @@ def test_a_hole_sees_the_text_after_it(family, tmp_path):
 @families
 def test_mask_token_of_a_silent_config_is_the_familys(family, tmp_path, monkeypatch):
     """Catches a published checkpoint, whose [MASK] only its code names, that can neither train nor generate."""
-    fields = {"mask_token_id": None, "pad_token_id": PAD, **block_fields(family)}
+    fields = {"mask_token_id": None, "pad_token_id": PAD, **BLOCKS}
     config, weights = write_checkpoint(tmp_path, family, **fields)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = prompt_of(5)
