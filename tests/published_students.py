@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tide_hf.models import MODELS
 
 MASK, PAD, BLOCK = 23, 20, 4
+# short blocks, so that a short row has several; families without blocks have the field and do not read it
+BLOCKS = {"block_size": BLOCK}
 # how a family is trained: tokens per block where config.json is silent (None: one sequence), and what is peculiar
 STUDENTS = {
     "llada-8b": (None, ""),
@@ -88,22 +90,15 @@ def plain_logits(size: int | None, peculiar: str):
     return logits_of
 
 
-def block_fields(family: str) -> dict:
-    """Short blocks for a family that has blocks, so that a short row has several."""
-    return {} if STUDENTS[family][0] is None else {"block_size": BLOCK}
-
-
 def published_student(path, family: str, dtype=torch.float32):
     """config.json, the published tensors and the loaded network; it has a [MASK] and short blocks."""
-    config, weights = write_checkpoint(path, family, mask_token_id=MASK, pad_token_id=PAD, **block_fields(family))
+    config, weights = write_checkpoint(path, family, mask_token_id=MASK, pad_token_id=PAD, **BLOCKS)
     return config, weights, AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
 def fresh_student(path, family: str):
     """A network of the family's class and layout with small random weights, to be trained."""
-    write_checkpoint(
-        path, family, mask_token_id=MASK, pad_token_id=PAD, initializer_range=0.05, **block_fields(family)
-    )
+    write_checkpoint(path, family, mask_token_id=MASK, pad_token_id=PAD, initializer_range=0.05, **BLOCKS)
     config = AutoConfig.from_pretrained(path)
     torch.manual_seed(0)
     return MODELS[type(config)](config)

@@ -5,7 +5,7 @@ import json
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from published import write_checkpoint
-from published_students import block_fields, families
+from published_students import BLOCKS, families
 from safetensors.torch import load_file
 from tiny import tiny_trainer
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,7 @@ COMPUTED_WITH = ("rope_theta", "rms_norm_eps", "vocab_size", "block_size", "mask
 def write_base(path, family: str) -> tuple[dict, dict]:
     """A published folder whose special tokens are those of the sorting tokenizer."""
     special = {name: getattr(TOKENIZER, name) for name in ("mask_token_id", "pad_token_id", "eos_token_id")}
-    written = write_checkpoint(path, family, **special, **block_fields(family))
+    written = write_checkpoint(path, family, **special, **BLOCKS)
     TOKENIZER.save_pretrained(path)
     return written
 

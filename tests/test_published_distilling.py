@@ -7,7 +7,7 @@ import pytest
 import references
 import torch
 from published import FAMILIES, write_checkpoint
-from published_students import block_fields, families, naive_masked_logits
+from published_students import BLOCKS, families, naive_masked_logits
 from test_step_losses import PAIRS, rows_of_different_lengths
 from tiny import tiny_trainer
 
@@ -41,7 +41,7 @@ def distilling(tmp_path, family: str, pipeline: str):
     networks = {}
     for role, name in (("student", family), ("teacher", TEACHER_OF[family])):
         special = {field: getattr(tokenizers[role], field) for field in ("mask_token_id", "pad_token_id")}
-        networks[role] = name, *write_checkpoint(tmp_path / role, name, **special, **block_fields(name))
+        networks[role] = name, *write_checkpoint(tmp_path / role, name, **special, **BLOCKS)
     trainer = tiny_trainer(
         tmp_path,
         rows=rows_of_different_lengths(),

@@ -5,7 +5,7 @@ import test_few_step
 import torch
 from few_step_run import tiny_few_step
 from published import write_checkpoint
-from published_students import STUDENTS, block_fields, families, plain_logits
+from published_students import BLOCKS, STUDENTS, families, plain_logits
 from test_few_step import naive_losses, noised_step
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -18,7 +18,7 @@ def published_model(path, family: str):
     float64 needs."""
     tokenizer = build_tokenizer()
     special = {field: getattr(tokenizer, field) for field in ("mask_token_id", "pad_token_id", "eos_token_id")}
-    write_checkpoint(path, family, **special, **block_fields(family))
+    write_checkpoint(path, family, **special, **BLOCKS)
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
 
 

@@ -9,10 +9,10 @@ from naive_sampler import published_split
 from published import naive_logits, write_checkpoint
 from published_students import (
     BLOCK,
+    BLOCKS,
     MASK,
     PAD,
     STUDENTS,
-    block_fields,
     block_size_of,
     families,
     naive_denoiser,
@@ -197,7 +197,7 @@ def test_dreams_own_settings_are_read(alg, tmp_path):
 @families
 def test_mask_token_of_a_silent_config_is_the_familys(family, tmp_path, monkeypatch):
     """Catches a published checkpoint, whose [MASK] only its code names, that can neither train nor generate."""
-    fields = {"mask_token_id": None, "pad_token_id": PAD, **block_fields(family)}
+    fields = {"mask_token_id": None, "pad_token_id": PAD, **BLOCKS}
     config, weights = write_checkpoint(tmp_path, family, **fields)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = prompt_of(5)

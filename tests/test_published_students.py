@@ -191,7 +191,7 @@ def test_random_tokens_stay_at_their_entropy(family, tmp_path):
 
 @families
 def test_what_can_be_known_is_learned(family, tmp_path):
-    """Catches a target beside the position it is asked for, and a context that is not shown."""
+    """Catches a context that is not shown, and gradients that do not reach the weights."""
     assert loss_after(fresh_student(tmp_path, family), repeating_rows, 50) < 0.1
 
 
