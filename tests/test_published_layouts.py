@@ -125,6 +125,62 @@ def test_saved_config_keeps_the_published_fields(family, tmp_path):
     assert loaded.to_dict().get("n_layers", 7) == 7
 
 
+# family -> field: what its published class takes where config.json says nothing, and what this library computes
+OTHER_DEFAULTS = {
+    "llada-8b": {
+        "block_type": ("sequential", "llama"),
+        "activation_type": ("swiglu", "silu"),
+        "layer_norm_type": ("default", "rms"),
+        "rope": (False, True),
+        "rope_theta": (10_000.0, 500_000.0),
+        "weight_tying": (True, False),
+        "include_bias": (False, False),
+        "embedding_dropout": (0.1, 0.0),
+        "residual_dropout": (0.1, 0.0),
+        "attention_dropout": (0.1, 0.0),
+        "use_cache": (False, False),  # it refuses True
+    },
+    "llada-moe": {
+        "qk_layernorm": (None, True),
+        "partial_rotary_factor": (-1, 1),
+        "rope_theta": (-1, 50_000.0),
+        "moe_layer_freq": ([], [1, 1]),
+        "shared_expert_intermediate_size": (-1, None),
+        "moe_router_enable_expert_bias": (None, None),
+        "clip_qkv": (None, None),
+        "num_experts": (-1, EXPERTS),
+    },
+    "llada2": {
+        "use_bias": (True, False),
+        "use_qkv_bias": (False, False),
+        "use_qk_norm": (False, True),
+        "partial_rotary_factor": (0.5, 0.5),
+        "rope_theta": (10_000.0, 600_000.0),
+        "embedding_dropout": (0.1, 0.0),
+        "attention_dropout": (0.1, 0.0),
+        "output_dropout": (0.1, 0.0),
+        "num_experts": (16, EXPERTS),
+    },
+    "sdar": {"rope_theta": (10_000.0, 1_000_000.0), "fuse_cross_entropy": ("an AttributeError", True)},
+    "dream": {"rope_theta": (10_000.0, 1_000_000.0)},
+    "wedlm-8b": {"rope_theta": (10_000.0, 1_000_000.0), "qk_norm": (False, True), "attention_bias": (True, False)},
+}
+
+
+@pytest.mark.parametrize("family", list(OTHER_DEFAULTS))
+def test_a_config_made_here_leaves_nothing_to_the_defaults_of_others(family, tmp_path):
+    """Catches a student made without a published file whose config.json the published class reads as another net."""
+    write_checkpoint(tmp_path / "published", family)
+    loaded = AutoConfig.from_pretrained(tmp_path / "published")
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes += ("num_experts", "n_routed_experts")
+    made = type(loaded)(**{name: getattr(loaded, name) for name in sizes if hasattr(loaded, name)})
+    made.save_pretrained(tmp_path / "made")
+    saved = json.loads((tmp_path / "made" / "config.json").read_text())
+    read = {name: saved.get(name, default) for name, (default, _) in OTHER_DEFAULTS[family].items()}
+    assert read == {name: meant for name, (_, meant) in OTHER_DEFAULTS[family].items()}
+
+
 def merged(weights: dict) -> dict:
     """The same experts in one tensor per layer and projection, as training code of others keeps them."""
     kept = {name: tensor for name, tensor in weights.items() if ".mlp.experts." not in name}

@@ -24,6 +24,7 @@ class LLaDAConfig(PublishedConfig, DiffusionConfig, LlamaConfig):
     Args:
         num_key_value_heads (`int`, *optional*): key and value heads; `num_attention_heads` by default.
         bos_token_id, eos_token_id (`int`, *optional*): ids of the first and the last token of a text.
+        use_cache (`bool`): of `forward`. The published code refuses True.
 
     Raises:
         ValueError: for an option of the code's ancestry (OLMo) that no published LLaDA uses.
@@ -64,7 +65,14 @@ class LLaDAConfig(PublishedConfig, DiffusionConfig, LlamaConfig):
         "include_qkv_bias": False,
         "scale_logits": False,
     }
-
+    spelled_out: ClassVar[dict] = {
+        "block_type": "llama",
+        "activation_type": "silu",
+        "layer_norm_type": "rms",
+        "rope": True,
+        "embedding_dropout": 0.0,
+        "residual_dropout": 0.0,
+    }
     harmless: ClassVar[frozenset[str]] = frozenset(
         {
             "alibi_bias_max",
@@ -79,6 +87,7 @@ class LLaDAConfig(PublishedConfig, DiffusionConfig, LlamaConfig):
     num_key_value_heads: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    use_cache: bool = False
 
     def __post_init__(self, **kwargs):
         if kwargs.get("mlp_hidden_size") is None and kwargs.get("mlp_ratio") and "d_model" in kwargs:
@@ -137,6 +146,12 @@ class LLaDAMoEConfig(PublishedConfig, DiffusionConfig, Qwen3MoeConfig):
         "shared_expert_intermediate_size": 0,
         "num_shared_experts": 0,
     }
+    # without the last of them, the published class builds a shared expert
+    spelled_out: ClassVar[dict] = {
+        "qk_layernorm": True,
+        "partial_rotary_factor": 1,
+        "shared_expert_intermediate_size": None,
+    }
     harmless: ClassVar[frozenset[str]] = frozenset({"moe_layer_freq", "moe_router_topk_scaling_factor"})
 
     head_dim: int | None = None
@@ -146,8 +161,7 @@ class LLaDAMoEConfig(PublishedConfig, DiffusionConfig, Qwen3MoeConfig):
             raise ValueError(f"moe_layer_freq={kwargs['moe_layer_freq']}: only models with experts in every layer.")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        # the published class takes its absence for a shared expert, and builds it
-        kwargs.setdefault("shared_expert_intermediate_size", None)
+        kwargs.setdefault("moe_layer_freq", [1] * self.num_hidden_layers)  # the published class has none by default
         # the published code never renormalises, whatever its config says
         self.norm_topk_prob = False
         super().__post_init__(**kwargs)

@@ -60,6 +60,7 @@ class LLaDA2MoeConfig(PublishedConfig, DiffusionConfig, Glm4MoeConfig):
         "num_nextn_predict_layers": 0,
         "use_sliding_window": False,
     }
+    spelled_out: ClassVar[dict] = {"use_bias": False, "embedding_dropout": 0.0, "output_dropout": 0.0}
 
     head_dim: int | None = None
     use_qk_norm: bool = True

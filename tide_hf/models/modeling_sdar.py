@@ -30,6 +30,7 @@ class SDARConfig(PublishedConfig, DiffusionConfig, Qwen3Config):
     modeling = "modeling_sdar.SDARForCausalLM"
     default_theta = 1_000_000.0
     teacher_family = FAMILY
+    spelled_out: ClassVar[dict] = {"fuse_cross_entropy": True}  # the published code reads it and has no default
 
     block_size: int = 4
 

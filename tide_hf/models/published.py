@@ -69,6 +69,8 @@ class PublishedConfig(WritesForOlderReaders):
         required_values (`dict[str, Any]`): fields, theirs or the base class's, and the one value for which this class
             computes what theirs does.
         harmless (`frozenset[str]`): further fields of theirs that change no result.
+        spelled_out (`dict[str, Any]`): fields whose absence their class takes for another value than this class does;
+            config.json always holds them.
         not_written (`frozenset[str]`): fields of the base configuration that their class computes from others, and
             refuses to be given; config.json holds the others alone.
 
@@ -79,6 +81,7 @@ class PublishedConfig(WritesForOlderReaders):
     published_names: ClassVar[dict[str, str]] = {}
     required_values: ClassVar[dict[str, Any]] = {}
     harmless: ClassVar[frozenset[str]] = frozenset()
+    spelled_out: ClassVar[dict[str, Any]] = {}
     not_written: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
@@ -118,7 +121,7 @@ class PublishedConfig(WritesForOlderReaders):
                 f"{', '.join(unknown)}. They are kept and have no effect here: if one of them changes what the model "
                 "computes, its results will differ."
             )
-        super().__post_init__(**kwargs)
+        super().__post_init__(**self.spelled_out | kwargs)
         refuse_sliding_windows(self)
 
     def to_dict(self) -> dict[str, Any]:
