@@ -11,6 +11,7 @@ pipelines/llada2/sampler.py, pipelines/llada21/sampler.py; DreamLM/Dream generat
 
 import numpy as np
 import torch
+from naive_sampler import PAD, prompt, tiny
 from tiny import MASK
 
 
@@ -162,3 +163,49 @@ def dream(model, prompt, gen_length, steps, alg="entropy", temperature=1.0, top_
         for p in chosen:
             ids[p] = int(logits[p].argmax())
     return ids[len(prompt) :]
+
+
+# ---- the models and the comparison ----
+
+LENGTHS = (1, 4, 6, 9)  # inside and at the end of a block of 4 and 8
+
+
+def spread(seed, diffusion_type="block", **changes):
+    """A tiny model whose probabilities lie between 0.1 and 1."""
+    model = tiny(seed=seed, diffusion_type=diffusion_type, **changes)
+    model.lm_head.weight.data *= 2
+    return model
+
+
+def cut(answer, eos):
+    return answer[: answer.index(eos) + 1] if eos in answer else answer
+
+
+def padded(prompts, side):
+    width = max(len(row) for row in prompts) + 1
+    ids, mask = torch.full((len(prompts), width), 7), torch.zeros(len(prompts), width, dtype=torch.long)
+    for index, row in enumerate(prompts):
+        columns = slice(width - len(row), None) if side == "left" else slice(None, len(row))
+        ids[index, columns], mask[index, columns] = torch.tensor(row), 1
+    return {"inputs": ids, "attention_mask": mask}
+
+
+def assert_equals(model, published, num_new, **settings):
+    """`generate` gives what `published(prompt)` gives: row by row, as a batch padded on either side, ended by EOS."""
+    prompts = [prompt(length)[0].tolist() for length in LENGTHS]
+    answers = [published(row) for row in prompts]
+    settings |= {"max_new_tokens": num_new}
+    for row, expected in zip(prompts, answers, strict=True):
+        assert model.generate(torch.tensor([row]), **settings)[0, len(row) :].tolist() == expected
+    for eos, side in ((None, "left"), (answers[0][num_new // 2], "right"), (answers[-1][0], "left")):
+        rows = [cut(answer, eos) for answer in answers]
+        width = max(map(len, rows))
+        rows = [row + [PAD] * (width - len(row)) for row in rows]
+        batch = padded(prompts, side)
+        out = model.generate(**batch, eos_token_id=eos, pad_token_id=PAD, **settings)
+        assert out[:, batch["inputs"].shape[1] :].tolist() == rows
+    return answers
+
+
+def answer(model, **settings):
+    return model.generate(prompt(6), max_new_tokens=13, **settings).tolist()

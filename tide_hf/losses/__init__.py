@@ -27,7 +27,7 @@ reproduced.
 - Entropy bound, guidance, block grids: see `TIDEGenerationConfig`.
   models/decoding_tide.py; test_decoding.py, against a naive sampler
 - Which tokens a pass reveals; the field's samplers by name.
-  models/reveal_rules_tide.py, models/presets_tide.py; test_published_samplers.py, against naive loops
+  models/reveal_rules_tide.py, models/presets_tide.py; test_published_samplers.py, test_reveal_rules.py
 - Cards, pushes, faults: one state, one commit; a push that fails is reported.
   hub/; test_hub_*.py, against a Hub on loopback
 - The whole step: both halves in full, loops over rows.
