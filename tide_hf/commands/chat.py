@@ -16,12 +16,14 @@ from transformers import (
 
 from ..alignment import read_template, resolve_template_kwargs
 from ..hub import require_available
+from ..models.presets_tide import PRESETS
 from .refusals import refusing, require_dtype
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
 # flags that are settings of `generate`
 DECODING = (
     "max_new_tokens",
+    "decoding",
     "steps_per_block",
     "confidence_threshold",
     "entropy_bound",
@@ -199,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     command = parser.add_subparsers(required=True).add_parser("chat", description=f"Talk to a diffusion LM. {HELP}")
     command.add_argument("model", help="a repository on the Hub or a folder")
     command.add_argument("--max_new_tokens", type=int, help="maximum number of tokens per answer")
+    command.add_argument("--decoding", choices=list(PRESETS), help="decode as a published sampler")
     command.add_argument("--steps_per_block", type=int, help="forward passes per block; by default one per token")
     command.add_argument(
         "--confidence_threshold", type=float, help="reveal every token with at least this probability (0 to 1)"
