@@ -14,7 +14,7 @@ rounds' ratios.
 `agreement`, `same_answers`, `forward_passes`, `columns`, `saved`); `times`, one per cache (`prompt`, `new_tokens`,
 `block_size`, `steps_per_block`, `cache`, `seconds`, `ratio`: the time without a cache over this one's).
 
-Hardware: any CPU; about ten minutes on one core, seconds with `--quick`. Nothing is downloaded.
+Hardware: any CPU; about fifteen minutes on one core, seconds with `--quick`. Nothing is downloaded.
 
     python recipes/benchmark_caches.py --output outputs/benchmark_caches.json
 """
