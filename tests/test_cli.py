@@ -133,7 +133,14 @@ def test_flags_reach_generate(saved, monkeypatch):
     flags = ["--do_sample", "--top_k", "0", "--top_p", "0.9", "--temperature", "0.5", "--max_new_tokens", "7"]
     flags += ["--decoding", "llada"]
     main(["chat", str(saved), "--device", "cpu", *flags])
-    expected = {"decoding": "llada", "do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 0.5, "max_new_tokens": 7}
+    expected = {
+        "decoding": "llada",
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 0.9,
+        "temperature": 0.5,
+        "max_new_tokens": 7,
+    }
     assert seen[0] == {"system": None, "generator": None, "template_kwargs": {}, **expected}
 
 

@@ -194,6 +194,21 @@ def test_dreams_own_settings_are_read(alg, tmp_path):
         type(model).from_pretrained(tmp_path).generate(prompt_of(5)[None])
 
 
+def test_dream_says_where_its_logits_stand(tmp_path, monkeypatch):
+    """Catches a fill-mask pipeline that reads Dream's logits beside the [MASK] without a word, and a word where the
+    library itself looks in the right place."""
+    from tide_hf.models import modeling_dream
+
+    said = []
+    monkeypatch.setattr(modeling_dream.logger, "warning_once", said.append)
+    model, ids = published_student(tmp_path, "dream")[-1], prompt_of(5)[None]
+    model(ids, labels=ids)
+    model.generate(ids, max_new_tokens=2)
+    assert not said
+    model(ids)
+    assert "one column to the left" in said[0]
+
+
 @families
 def test_mask_token_of_a_silent_config_is_the_familys(family, tmp_path, monkeypatch):
     """Catches a published checkpoint, whose [MASK] only its code names, that can neither train nor generate."""

@@ -4,13 +4,16 @@ Full-sequence diffusion with logits for the NEXT position: those of [MASK] at po
 HKUNLP/Dream.
 """
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging
 
 from .configuration_tide import DiffusionConfig, TeacherFamily, TeacherView
 from .modeling_tide import MaskedDiffusionMixin
 from .published import PublishedConfig
 
+logger = logging.get_logger(__name__)
 # `alg` of the published sampler -> settings here, over those of decoding="dream"
 ORDERS = {
     "entropy": {},
@@ -47,6 +50,21 @@ class DreamModel(MaskedDiffusionMixin, Qwen2ForCausalLM):
 
     config_class = DreamConfig
     config: DreamConfig
+
+    def forward(self, *args, labels=None, head_fn=None, **kwargs):
+        """As in [`MaskedDiffusionMixin`], args and kwargs included; says once where the logits of a [MASK] stand.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*), head_fn (`Callable`, *optional*): with one of
+                them the loss looks in the right place by itself.
+        """
+        if labels is None and head_fn is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The logits that this DreamModel returns at a position are those of the next position, as in its "
+                "published code: those of a [MASK] stand one column to the left of it, where a fill-mask pipeline "
+                "does not look. generate, infill and forward(labels=…) do."
+            )
+        return super().forward(*args, labels=labels, head_fn=head_fn, **kwargs)
 
     def translated_settings(self, said: dict) -> dict:
         """The names of the published `diffusion_generate` in what generation_config.json has `said`.
