@@ -4,6 +4,8 @@ Full-sequence diffusion with logits for the NEXT position: those of [MASK] at po
 HKUNLP/Dream.
 """
 
+from functools import wraps
+
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -51,6 +53,8 @@ class DreamModel(MaskedDiffusionMixin, Qwen2ForCausalLM):
     config_class = DreamConfig
     config: DreamConfig
 
+    # the arguments stay visible: a Trainer drops the columns that forward does not name
+    @wraps(MaskedDiffusionMixin.forward, assigned=())
     def forward(self, *args, labels=None, head_fn=None, **kwargs):
         """As in [`MaskedDiffusionMixin`], args and kwargs included; says once where the logits of a [MASK] stand.
 
