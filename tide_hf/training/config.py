@@ -151,7 +151,8 @@ class DiffusionTrainingArguments(TrainingArguments):
     max_length: int = _knob(512, "Maximum number of tokens in a student row; longer rows are truncated.")
     eos_fill: Literal[EOS_FILLS] = _knob(
         "block",
-        "EOS tokens after the last answer, trained on: none; block, to the end of its block; end, to max_length.",
+        "EOS tokens after the last answer, trained on: none; block, to the end of its block (also of a full-sequence "
+        "student's, which is not fed blocks); end, to max_length.",
     )
     trained_turns: Literal[TRAINED_TURNS] = _knob(
         "all", "Assistant turns of a conversation that are trained on: all of them, or only the last."
