@@ -174,10 +174,11 @@ def test_a_hole_sees_the_text_after_it(family, tmp_path):
 
 @pytest.mark.parametrize("alg", ["origin", "entropy", "topk_margin", "maskgit_plus"])
 def test_dreams_own_settings_are_read(alg, tmp_path):
-    """Catches the published Dream refused for the generation_config.json that it comes with, and one that decodes in
+    """Catches a Dream refused for the generation_config.json that its published class writes, and one that decodes in
     another order than that file says."""
     _, _, model = published_student(tmp_path, "dream")
     file = {"alg": alg, "alg_temp": None, "eps": 0.001, "steps": 3, "output_history": False, "temperature": 0.0}
+    file |= {"generation_kwargs": {}, "return_dict": False, "mask_token_id": None}
     file |= {"max_length": 20, "top_k": None, "top_p": None, "transformers_version": "4.46.2", "pad_token_id": PAD}
     (tmp_path / "generation_config.json").write_text(json.dumps(file))
     loaded = type(model).from_pretrained(tmp_path)

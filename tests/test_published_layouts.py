@@ -407,12 +407,19 @@ def test_sliding_windows_are_refused(family, tmp_path):
         assert set(AutoConfig.from_pretrained(tmp_path).layer_types) == {"full_attention"}
 
 
+# what a published class, Fast-dLLM's for LLaDA, adds to config.json when it saves
+ADDED = {
+    "llada-8b": {"alibi_bias_max": 8.0, "init_fn": "normal", "train_max_sequence_length": 1024},
+    "llada-moe": {"router_num_group": -2, "router_topk_group": -2},
+}
+
+
 @pytest.mark.parametrize("family", list(PUBLISHED))
 def test_fields_nobody_knows_are_named(family, tmp_path, monkeypatch):
     """Catches a switch of a later release that is kept and read by nobody, and noise about known ones."""
     seen = []
     monkeypatch.setattr(published.logger, "warning_once", seen.append)
-    write_checkpoint(tmp_path, family)
+    write_checkpoint(tmp_path, family, **ADDED.get(family, {}))
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     AutoConfig.from_pretrained(tmp_path / "saved")
     assert seen == []

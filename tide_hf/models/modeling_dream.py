@@ -24,7 +24,13 @@ ORDERS = {
     "origin": {"remasking": "random", "step_quota": "binomial"},
 }
 # settings of the published sampler that ask for nothing, or for what is done anyway
-DEFAULTS = (("eps", 1e-3), ("alg_temp", 0), ("output_history", False))
+DEFAULTS = (
+    ("eps", 1e-3),
+    ("alg_temp", 0),
+    ("output_history", False),
+    ("return_dict", False),
+    ("generation_kwargs", {}),
+)
 
 
 @strict

@@ -81,6 +81,7 @@ class LLaDAConfig(PublishedConfig, DiffusionConfig, LlamaConfig):
             "layer_norm_eps",
             "mlp_ratio",  # read where mlp_hidden_size is missing
             "residual_dropout",
+            "train_max_sequence_length",
         }
     )
 
@@ -152,7 +153,9 @@ class LLaDAMoEConfig(PublishedConfig, DiffusionConfig, Qwen3MoeConfig):
         "partial_rotary_factor": 1,
         "shared_expert_intermediate_size": None,
     }
-    harmless: ClassVar[frozenset[str]] = frozenset({"moe_layer_freq", "moe_router_topk_scaling_factor"})
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {"moe_layer_freq", "moe_router_topk_scaling_factor", "router_num_group", "router_topk_group"}
+    )
 
     head_dim: int | None = None
 
