@@ -88,11 +88,12 @@ class TIDEGenerationConfig(GenerationConfig):
         denoise_whole_blocks (`bool`): True also denoises what follows the last new token in its block, as SDAR and
             LLaDA2 do; it is dropped in the end. Not for full-sequence students, whose answer has no such rest.
         decoding (`str`, *optional*): a published sampler, which fills in the settings below; those given in the same
-            place win, and so does what is nearer to the call. Steps, block size and grid are given beside it.
+            place win, and so does what is nearer to the call. Steps and block size are given beside it.
             `"llada"` (ML-GSAI/LLaDA), `"fast-dllm"` (NVlabs/Fast-dLLM, with a threshold), `"sdar"` (JetAstra/SDAR,
             `low_confidence_dynamic`; without its threshold, `low_confidence_static`), `"llada2"` and `"llada2.1"`
             (inclusionAI), `"dream"` (DreamLM/Dream, `entropy`; with `remasking="confidence"`, `maskgit_plus`, with
-            `"margin"`, `topk_margin`; where both are given, `top_p` narrows after `top_k`, in Dream before it).
+            `"margin"`, `topk_margin`; where both are given, `top_p` narrows after `top_k`, in Dream before it),
+            `"wedlm"` (Tencent/WeDLM, `generate_wedlm`).
             Without it students decode as in dllm and TIDE (MDLM, BD3LM).
         steps_per_block (`int`, *optional*): forward passes per block; one per token by default. Fewer reveal several
             tokens at a time.

@@ -264,7 +264,7 @@ def _remainder_last(num_masked: int, steps: int) -> tuple[int, ...]:
     """The share 1 − s/t of those left, rounded down, and in the last step the rest; in float32 as published."""
     time, counts, left = _dream_times(steps), [], num_masked
     for share in (1 - time[1:-1] / time[:-2]).unbind():
-        counts.append(int(torch.tensor(float(left)) * share))
+        counts.append(int((left * share).item()))
         left -= counts[-1]
     return (*counts, left)
 
