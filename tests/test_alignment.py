@@ -162,6 +162,7 @@ def test_chunks_of_random_text_have_equal_bytes(student, teacher):
         aligned(student, teacher, random_text(generator))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "teacher"), [("raw qwen", "deepseek"), ("deepseek", "raw qwen"), ("qwen", "qwen"), *PAIRS[-2:-1]]
 )
@@ -572,6 +573,7 @@ def test_shared_tokenizer_aligns_the_same_both_ways():
         assert by_token.prepare(row) == by_chunk.prepare(row)
 
 
+@pytest.mark.slow
 def test_report_counts_answer_bytes(across):
     """Catches a coverage over tokens only, where one long unaligned token counts as much as a short one."""
     rows = [chat("Q", "hello world"), chat("Q", "naïve cafe\u0301"), chat("Q", "")]
@@ -585,6 +587,7 @@ def test_report_counts_answer_bytes(across):
     assert report.num_aligned_tokens == sum(chunk >= 0 for chunks in prepared["chunk_ids"] for chunk in chunks)
 
 
+@pytest.mark.slow
 def test_streaming_rows_carry_no_counts(across):
     """Catches columns of the report left in a streaming dataset, where the collator would meet them."""
     streamed, _ = prepare_dataset(Dataset.from_list([chat("Q", "hello")]).to_iterable_dataset(), across)

@@ -177,6 +177,7 @@ def test_refused_arguments_of_methods_are_refused_by_name(tmp_path):
 # -- what the table says is used --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -255,6 +256,7 @@ def test_own_metrics_are_the_smaller_the_better(tmp_path, metric, expected):
     assert config("tide", tmp_path, metric_for_best_model=metric, greater_is_better=True).greater_is_better
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_one_with_the_least_ce(tmp_path):
     """Catches a best checkpoint that is not the best: a learning rate that ruins the student after two steps."""
     trainer = tiny_trainer(
@@ -288,6 +290,7 @@ def test_input_tokens_are_those_the_student_is_run_on(tmp_path, kind):
     assert 0 < counts["non_padding"] < counts["all"]
 
 
+@pytest.mark.slow
 def test_out_of_memory_begins_with_empty_logs(tmp_path):
     """Catches terms of steps that were thrown away in the logs of the run with smaller batches."""
     trainer = tiny_trainer(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16, learning_rate=0.0)
@@ -325,6 +328,7 @@ def test_optimizers_of_the_caller(tmp_path, given):
             tiny_trainer(tmp_path, model=model, trainer_kwargs=kwargs)
 
 
+@pytest.mark.slow
 def test_optimizers_that_the_fake_cannot_have(tmp_path):
     """Catches an optimizer that reaches the student alone, and a name that fails once everything is loaded."""
     plain = {"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"}
@@ -345,6 +349,7 @@ def test_optimizers_that_the_fake_cannot_have(tmp_path):
         config("idlm", tmp_path, fake_optim="sgdd")
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_reaches_the_fake(tmp_path):
     """Catches a setting that saves the memory of one of two networks."""
     plain, other = tiny_few_step(tmp_path), tiny_few_step(tmp_path, gradient_checkpointing=True)
@@ -377,6 +382,7 @@ def test_a_checkpoint_keeps_its_own_settings(tmp_path, kind):
     assert given.model.config.block_size == given.model.generation_config.block_size == 8
 
 
+@pytest.mark.slow
 def test_a_cosine_student_is_trained_with_its_own_weights(tmp_path):
     """Catches an own schedule that reaches the record and not the loss."""
     found = [
@@ -410,6 +416,7 @@ def changed_run(tmp_path, make, before: dict, after: dict):
     return losses_of(changed), losses_of(fresh), changed, fresh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "after",
     [
@@ -452,6 +459,7 @@ def test_changed_arguments_are_honoured(tmp_path, after):
     assert trainer.run_record.objective == trainer.objective.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "after",
     [
@@ -496,6 +504,7 @@ def test_evaluation_follows_changed_arguments(tmp_path):
     assert "eval_nll_0.25" in metrics
 
 
+@pytest.mark.slow
 def test_a_second_training_follows_a_changed_learning_rate(tmp_path):
     """Catches an optimizer of the first training that keeps its learning rate."""
     trainer = tiny_trainer(tmp_path, max_steps=2)

@@ -60,6 +60,7 @@ def test_the_noise_survives_a_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_foreign_loss_is_refused_when_compiled():
     """Catches the check on un-noised input lost in a compiled forward."""
     torch._dynamo.reset()

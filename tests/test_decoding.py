@@ -266,6 +266,7 @@ def test_suppressed_tokens_do_not_occur():
     assert (model.generate(prompt(6), logits_processor=rule, **settings)[:, 6:] >= 10).all()
 
 
+@pytest.mark.slow
 def test_stopping_criteria_end_rows_like_token_by_token_decoding():
     """Catches criteria asked once per block: a stop string in its middle would be passed over, rows cut at random."""
 

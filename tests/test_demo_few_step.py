@@ -70,6 +70,7 @@ class Answers:
         return type("Output", (), {"sequences": output, "tokens_per_forward": 33 / 2, "forward_passes": 2})()
 
 
+@pytest.mark.slow
 def test_measures_of_a_known_network():
     """Catches an accuracy that takes mixtures for right, one answer for two, or other settings than random order at
     temperature 1: with n independent choices of case 2^(1−n) answers are right, and half of the right pairs differ."""
@@ -199,6 +200,7 @@ def test_recipe_shows_its_flags():
 # -- the committed report ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_committed_report_is_a_whole_run():
     """Catches a report of another task, fewer seeds or other settings than the recipe's."""
     report = json.loads(REPORT.read_text())

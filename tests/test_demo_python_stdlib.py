@@ -102,6 +102,7 @@ def test_a_file_becomes_the_prompts_and_bodies_it_holds(small_library):
     assert docstring == 'Split at \\ or "x"'
 
 
+@pytest.mark.slow
 def test_every_body_is_code_under_its_signature(functions):
     """Catches bodies cut at the wrong line, or dedented out of their own indentation."""
     assert len(functions) > 5000
@@ -129,6 +130,7 @@ def test_the_split_is_the_same_in_every_process_and_version():
     assert [split_of(name) for name in ("asyncio", "pathlib", "ipaddress")] == ["train", "validation", "test"]
 
 
+@pytest.mark.slow
 def test_rows_are_conversations_that_fit(splits, tokenizer):
     """Catches rows that the trainer drops or cuts, and parts too small to measure anything."""
     for split, least in zip(SPLITS, (4000, 200, 200), strict=True):
@@ -154,6 +156,7 @@ def test_the_tokenizer_gives_unseen_code_back(splits, tokenizer):
     assert not {token for row in encoded for token in row} & set(tokenizer.all_special_ids)
 
 
+@pytest.mark.slow
 def test_rows_and_tokens_do_not_depend_on_the_order_of_files(small_library, functions, splits, tokenizer, monkeypatch):
     """Catches first rows and token ids that differ from one machine or run to the next."""
     (small_library / "csv.py").write_text(SOURCE)  # repeats: the first file's are kept

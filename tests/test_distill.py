@@ -158,6 +158,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.slow
 def test_run_from_folders_to_a_loadable_student(folders):
     """Catches a saved checkpoint that is not the trained student, and a teacher that trained along."""
     teacher_before, student_before = contents(folders["teacher"]), contents(folders["student"])
@@ -190,6 +191,7 @@ def test_run_from_folders_to_a_loadable_student(folders):
     assert tokenizer.mask_token_id not in sequences[0, prompt["input_ids"].shape[1] :]
 
 
+@pytest.mark.slow
 def test_run_with_an_adapter(folders):
     """Catches --use_peft that trains or saves the whole student, or adapts the teacher."""
     flags = [*flags_of(folders), "--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_r", "2"]
@@ -209,6 +211,7 @@ def test_run_with_an_adapter(folders):
     assert torch.equal(saved, dict(trainer.model.named_parameters())[name])
 
 
+@pytest.mark.slow
 def test_run_without_teacher(folders):
     """Catches a baseline that still asks for a teacher."""
     flags = flags_of(folders, preset="ce")
@@ -217,6 +220,7 @@ def test_run_without_teacher(folders):
     assert trainer.teacher is None and (folders["out"] / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_run_on_a_mixture_with_evaluation(folders, tmp_path):
     """Catches a mixture in a YAML file that is not what trains, and held-out rows that are not evaluated."""
     parts = [{"path": str(folders["rows.jsonl"])}, {"path": str(folders["rows.jsonl"]), "split": "train[:4]"}]

@@ -217,6 +217,7 @@ def test_packing_changes_nothing(tmp_path):
     assert_close(losses[0], losses[1])
 
 
+@pytest.mark.slow
 def test_slices_of_the_head_change_nothing(tmp_path):
     """Catches positions lost between slices, or draws that depend on the slice."""
     losses = []
@@ -296,6 +297,7 @@ def test_grid_times_are_those_of_decoding(tmp_path):
 # -- accounting -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(tmp_path):
     """Catches per-micro-batch means and times: 8x1, 4x2 and 1x8 rows give the same losses, norms and weights."""
     runs = []
@@ -345,6 +347,7 @@ def test_number_of_processes_changes_nothing(tmp_path, kind):
             assert result["metrics"][name] == pytest.approx(results[0]["metrics"][name], rel=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_resume_goes_on_exactly(tmp_path, adapters):
     """Catches a student restarted from its average, a fake or an optimizer restarted, noise from a global generator:
@@ -378,6 +381,7 @@ def test_resume_goes_on_exactly(tmp_path, adapters):
     assert len(set(rates)) > 4 and rates != logs_of(whole, "learning_rate"), "the test must see both schedules"
 
 
+@pytest.mark.slow
 def test_resume_from_another_trainers_checkpoint_is_refused(tmp_path):
     """Catches a fake and an average that silently begin anew."""
     trainer = tiny_few_step(tmp_path, save_strategy="steps", save_steps=2)
@@ -387,6 +391,7 @@ def test_resume_from_another_trainers_checkpoint_is_refused(tmp_path):
         tiny_few_step(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_resume_from_another_start_is_refused(tmp_path, adapters):
     """Catches a run that goes on towards a teacher it did not begin with; an adapter alone does not tell."""
@@ -397,6 +402,7 @@ def test_resume_from_another_start_is_refused(tmp_path, adapters):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+@pytest.mark.slow
 def test_fake_and_student_each_have_their_settings(tmp_path, monkeypatch):
     """Catches one learning rate, clipping or ratio used for both, and updates out of turn."""
     trainer = tiny_few_step(
@@ -471,6 +477,7 @@ def test_average_is_kept_in_full_precision():
     assert_close(moved, torch.full_like(moved, 1 - 0.9999**100), rtol=1e-2, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_weights", ["ema", "student"])
 def test_checkpoints_hold_the_weights_that_were_asked_for(tmp_path, save_weights):
     """Catches the other weights in a checkpoint or in the final model, or evaluated."""

@@ -61,6 +61,7 @@ def plain_trainer(model, rows, tmp_path, **settings) -> Trainer:
     return Trainer(model, args, train_dataset=rows, data_collator=stack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diffusion_type", ["block", "full"])
 @pytest.mark.parametrize("kind", ["tide_qwen2", "tide_llama", "lora"])
 def test_random_tokens_stay_at_their_entropy(kind, diffusion_type, tmp_path):
@@ -161,6 +162,7 @@ def test_trl_with_the_models_loss_trains_the_answers(rows, tmp_path):
     assert loss < 1.4, loss
 
 
+@pytest.mark.slow
 def test_trl_with_the_models_loss_stays_at_the_entropy(tmp_path):
     """Catches a leak on TRL's own batches."""
     rows = Dataset.from_list([{"input_ids": row["input_ids"]} for row in random_rows(1000, seed=5)])

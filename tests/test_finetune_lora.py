@@ -31,6 +31,7 @@ def recipe(*flags: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_example_measures_what_it_saved(tmp_path, monkeypatch):
     """Catches figures of networks in memory, an adapter that is not on its base, and a merge that changes answers."""
     measured = []

@@ -124,6 +124,7 @@ def test_row_means_one_thing(row, meaning):
 WAYS = ["mixture", "streaming mixture", "parts", "stream without columns"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_file_means_the_same_wherever_it_is_named(tmp_path, way):
     """Catches a file that is plain text by --dataset_name and a chat in a mixture, or loses its tool calls there."""

@@ -112,6 +112,7 @@ def test_ties_are_revealed_from_the_left():
     assert num_masks == [[False] * revealed + [True] * (4 - revealed) for revealed in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"steps_per_block": 2}, {"confidence_threshold": 0.3}], ids=str)
 def test_eos_ends_a_row(settings):
     """Catches text after the end of the answer, and an EOS of the prompt taken for the answer's."""
@@ -154,6 +155,7 @@ def test_batch_equals_row_by_row(settings, side, diffusion_type):
     assert len({len(row) for row in alone}) > 1, "all rows ended together"
 
 
+@pytest.mark.slow
 def test_finished_rows_cost_no_forward_passes():
     """Catches rows that are still denoised after their EOS and hold up the batch: slower, and a wrong speed."""
     model, saved = tiny(seed=3), 0

@@ -287,6 +287,7 @@ def test_a_callers_processor_stands_beside_those_of_settings():
     assert min(new) >= 10 and len(set(new)) == 9
 
 
+@pytest.mark.slow
 def test_no_eos_before_min_new_tokens_in_any_order():
     """Catches EOS revealed early at the end of a block, before the minimum is known to be reached."""
     model = tiny(seed=3)

@@ -64,6 +64,7 @@ def card_of(run) -> Path:
     return Path(run.args.output_dir, "README.md")
 
 
+@pytest.mark.slow
 def test_card_of_a_run_is_complete_and_true(run):
     """Catches a card that lacks what a stranger needs, or shows another number than was logged."""
     assert check_card(card_of(run)) == []

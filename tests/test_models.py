@@ -402,6 +402,7 @@ def random_rows(num_rows, seed):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diffusion_type", ["block", "full"])
 def test_random_tokens_stay_at_their_entropy(diffusion_type, tmp_path):
     """Catches any leak of the clean tokens: the loss would fall below log V, and a copying student looks perfect."""

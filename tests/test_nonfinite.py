@@ -233,6 +233,7 @@ def skipping(folder, bad_steps, **overrides):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["now", "late"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
@@ -269,6 +270,7 @@ def test_skip_leaves_the_step_out(tmp_path, monkeypatch, when, accumulation, cli
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
+@pytest.mark.slow
 def test_late_stop_takes_neither_step(tmp_path, late):
     """Catches a GPU's run whose next step is taken before the host has read of the bad one, or whose last step is
     never read of."""
@@ -401,6 +403,7 @@ def test_broken_start_of_an_inverse_distillation(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["now", "late"])
 def test_update_of_the_fake_is_left_out(tmp_path, monkeypatch, when):
     """Catches a fake that steps on NaN, and means that count the update it did not take."""

@@ -52,6 +52,7 @@ def test_it_is_what_trains(tmp_path):
     assert float(outputs.terms["distill"].sum()) == pytest.approx(expected, rel=1e-6) != 0
 
 
+@pytest.mark.slow
 def test_it_trains_under_accumulation_and_as_an_adapter(tmp_path):
     """Catches a divergence summed per micro-batch, and one that only whole models train with."""
     whole = own(tmp_path / "whole", per_device_train_batch_size=8)

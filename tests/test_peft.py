@@ -95,6 +95,7 @@ def assert_same(got, expected, atol: float = 0.0):
 # -- the chain --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_training_to_a_merged_checkpoint(tmp_path, base, kind):
     """Catches a step of train, save, load, generate, switch off, merge, save, reload that is not exact."""
@@ -199,6 +200,7 @@ def adapter_weights(trainer) -> dict:
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
 
 
+@pytest.mark.slow
 def test_resume_goes_on_exactly(tmp_path, base):
     """Catches an adapter, its optimizer state or its noise that starts anew after an interruption."""
     options = {"max_steps": 6, "lr_scheduler_type": "linear", "save_strategy": "steps", "save_steps": 3}
@@ -220,6 +222,7 @@ def test_seed_decides_the_adapters_start(tmp_path, base):
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(tmp_path, base, reentrant):
     """Catches a frozen embedding that cuts the graph below recomputed layers, so that the adapter never trains."""
@@ -232,6 +235,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, base, reentrant):
     assert_close(adapter_weights(recomputed), adapter_weights(plain), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("diffusion_type", ["block", "full"])
 def test_plain_peft_and_plain_trainer(tmp_path, base, diffusion_type):
     """Catches PEFT's wrapper dropping labels or counts on the way to the denoising loss, and a base that moves."""

@@ -170,6 +170,7 @@ def test_teacher_head_ignores_autocast(autocast, dtype):
     assert torch.equal(logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"divergence": "forward_kl"}, {"divergence": "calm"}], ids=str)
 def test_whole_teacher_ignores_the_runs_autocast(tmp_path, fields):
     """Catches a float32 teacher that a bf16 run asks in bfloat16, body or head: the numbers that meet the student's

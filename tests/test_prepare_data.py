@@ -138,6 +138,7 @@ def test_rows_of_two_preparations_are_not_joined():
         concatenate_datasets([one, two])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [build_tokenizer, sentencepiece, wordpiece, qwen])
 def test_fingerprint_is_of_the_content(tmp_path, kind):
     """Catches the same tokenizer refused because of its folder, its padding or how often it was used."""
@@ -234,6 +235,7 @@ def chunk_trainer(tmp_path, rows, **overrides):
     )
 
 
+@pytest.mark.slow
 def test_trainer_takes_what_was_written_for_it(tmp_path):
     """Catches a dataset refused that is this run's own, prepared again, or trained on differently; and its report,
     which the model card shows, lost."""
@@ -276,6 +278,7 @@ def test_trainer_refuses_rows_without_a_record(tmp_path):
     chunk_trainer(tmp_path / "known_stream", stream)
 
 
+@pytest.mark.slow
 def test_baseline_without_teacher_reads_aligned_rows_as_plain_ones(tmp_path):
     """Catches a ce baseline that needs a second preparation, or masks whole chunks of a teacher it does not have."""
     student, teacher = build_tokenizer(), build_tokenizer(PAIRS)
@@ -449,6 +452,7 @@ def test_mixture_of_a_config_file(folders, tmp_path):
     assert not folders["out"].exists()
 
 
+@pytest.mark.slow
 def test_template_and_settings_are_flags(folders, tmp_path):
     """Catches a preparation that renders with another template, or other settings, than the run it is for."""
     path = tmp_path / "mine.jinja"

@@ -96,6 +96,7 @@ def untrained(columns) -> list[int]:
 # -- conversations ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [None, {"enable_thinking": True}], ids=["default", "thinking"])
 @pytest.mark.parametrize("kind", [small, qwen, deepseek])
 def test_untrained_beginning_is_the_prompt(render_with, kind, settings):

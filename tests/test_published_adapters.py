@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from published import write_checkpoint
@@ -63,6 +64,7 @@ def test_full_fine_tuning_is_saved_as_published(family, tmp_path):
     assert torch.equal(logits_of(again), logits_of(trainer.model))
 
 
+@pytest.mark.slow
 @families
 def test_an_adapter_is_trained_saved_loaded_and_merged(family, tmp_path):
     """Catches an adapter that names layers the family does not have, a base that moves, and a merge that is saved

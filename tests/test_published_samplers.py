@@ -52,6 +52,7 @@ def test_where_the_remainder_goes_matters():
     assert len(differs) == 3
 
 
+@pytest.mark.slow
 def test_lladas_ends_of_text():
     """Catches EOS that orders positions although it takes no part in the confidence, or is taken out of the answer."""
     differs = collections.Counter()
@@ -103,6 +104,7 @@ def test_fast_dllm(seed, threshold):
 # ---- SDAR and LLaDA2 ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("steps", [1, 3, 5, 9])
 def test_sdar(seed, steps):
@@ -182,6 +184,7 @@ def test_a_threshold_may_be_exclusive():
 # ---- LLaDA2.1 ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("threshold", [0.3, 0.95])
 @pytest.mark.parametrize("editing_threshold", [0.0, 0.5, 0.9])
@@ -196,6 +199,7 @@ def test_llada21(seed, threshold, editing_threshold):
     assert default[0, 6:].tolist() == llada21(model, prompt(6)[0].tolist(), 14)[0]
 
 
+@pytest.mark.slow
 def test_tokens_are_edited_and_rows_converge(monkeypatch):
     """Catches a comparison in which nothing is edited, everything runs to the limit, or done rows are run on."""
     model, edits, passes = spread(0, block_size=8), [], {}
@@ -265,6 +269,7 @@ def test_dream(seed, steps, alg):
     assert_equals(model, lambda ids: dream(model, ids, 14, steps, alg), 14, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alg", ALGORITHMS)
 def test_dream_orders_by_what_it_samples_from(alg, monkeypatch):
     """Catches an order by the model's own distribution where Dream's is that after temperature and top-k."""

@@ -180,6 +180,7 @@ def loss_after(model, rows, num_steps: int) -> float:
         return model.eval()(**rows(256, 10**6)).loss.item()
 
 
+@pytest.mark.slow
 @families
 def test_random_tokens_stay_at_their_entropy(family, tmp_path):
     """Catches a loss that shows the network what it asks for, as an unshifted or an un-noised one does: it would fall
@@ -189,6 +190,7 @@ def test_random_tokens_stay_at_their_entropy(family, tmp_path):
     assert loss == pytest.approx(math.log(10), rel=0.05)
 
 
+@pytest.mark.slow
 @families
 def test_what_can_be_known_is_learned(family, tmp_path):
     """Catches a context that is not shown, and gradients that do not reach the weights."""

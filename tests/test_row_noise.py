@@ -114,6 +114,7 @@ def test_a_key_is_that_of_the_row():
 # ---- evaluation ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_depends_on_nothing_but_the_rows(kind, tmp_path):
     """Catches a plain Trainer whose evaluation loss follows the batch size, the order of the rows or the padding."""
@@ -170,6 +171,7 @@ def losses_of_rows(model, batch, monkeypatch) -> torch.Tensor:
     return found[0].double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @torch.no_grad()
 def test_evaluation_is_unbiased(schedule, monkeypatch):
@@ -251,6 +253,7 @@ def times_of(model, ids, seed=None) -> torch.Tensor:
     return (seen[0]["input_ids"][:, : ids.shape[1]] == MASK).double().mean(1)
 
 
+@pytest.mark.slow
 def test_processes_of_one_seed_draw_other_times():
     """Catches ranks that all train at the same noise levels, because Trainer gives every one the same seed."""
     model = student("full").train()

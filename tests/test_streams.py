@@ -255,6 +255,7 @@ def both(tmp_path, rows, num_shards=1, **options):
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_rows", "num_shards", "options"),
     [
@@ -299,6 +300,7 @@ class _StopAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 7])
 def test_stream_resumes_exactly(tmp_path, step):
     """Catches a resumed stream that reads other rows or noise: within the first pass of three steps, at its end, and

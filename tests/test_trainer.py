@@ -155,6 +155,7 @@ def test_batch_without_masked_position_trains(tmp_path):
 # -- accounting -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["token", "sequence", "batch"])
 def test_accumulation_changes_nothing(tmp_path, normalization):
     """Catches per-micro-batch means: 8x1, 4x2 and 1x8 rows give the same losses, terms and weights."""
@@ -233,6 +234,7 @@ def test_zero3_changes_nothing(tmp_path, tied):
             assert result["metrics"][name] == pytest.approx(reference["metrics"][name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_resume_goes_on_exactly(tmp_path):
     """Catches noise from a global generator, lost optimizer state and a restarted λ: a resumed run equals one that
     was never interrupted."""
@@ -331,6 +333,7 @@ def test_nll_at_full_noise_is_that_of_the_all_masked_row(tmp_path):
     assert got == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_saving_holds_the_student_alone(tmp_path):
     """Catches a teacher in the checkpoint or the optimizer, and a checkpoint that forgets how it was trained."""
     teacher = tiny_model(1, hidden=48)
@@ -367,6 +370,7 @@ def test_whole_sequence_students_decode_whole_answers(tmp_path):
         assert trainer.model.generation_config.block_size == expected
 
 
+@pytest.mark.slow
 def test_adapter_trains_alone(tmp_path):
     """Catches an adapter run that moves the base weights, or whose save cannot be loaded."""
     base = tiny_model(0, dtype=torch.float32)
@@ -481,6 +485,7 @@ def test_adapter_on_the_head_is_refused(tmp_path):
         tiny_trainer(tmp_path, trainer_kwargs={"peft_config": lora})
 
 
+@pytest.mark.slow
 def test_streaming_trains_like_a_table(tmp_path):
     """Catches a streaming dataset that loses rows or row ids: unshuffled, it gives the same run as the table."""
     rows = sorting_rows(16, seed=3, wrong=0.3)

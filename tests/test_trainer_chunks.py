@@ -128,6 +128,7 @@ def test_chunk_evaluation_equals_the_step_on_the_same_noise(tmp_path, preset):
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["calm", "tide-cross", "tide-shared"])
 def test_one_tokenizer_on_both_sides_trains_through_chunks(tmp_path, preset):
     """Catches the chunk pipeline failing, or computing something else, where every chunk is one token."""

@@ -80,6 +80,7 @@ def test_the_exact_teacher_needs_steps():
     assert [distance(teacher_table(k)) for k in STEPS] == pytest.approx([0.75, 0.375, 0.25, 0.1875], abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knows_time", [False, True])
 def test_no_other_table_is_better_than_the_best(knows_time):
     """Catches a bound that is not one: unequal positions and arbitrary answers in every state do not get below it."""
@@ -173,6 +174,7 @@ def test_value_is_the_reverse_divergence_and_gradient_is_not_its_derivative(monk
 # ---- what training reaches ----
 
 
+@pytest.mark.slow
 def test_a_student_that_knows_the_time_lies_between_the_teacher_and_the_best():
     """Catches losses that train to something no better than the teacher, or to more than is possible."""
     for num_steps in STEPS:
@@ -181,6 +183,7 @@ def test_a_student_that_knows_the_time_lies_between_the_teacher_and_the_best():
         assert best + 0.01 < trained < teacher - 0.01
 
 
+@pytest.mark.slow
 def test_a_sharp_teacher_makes_one_table_collapse_to_one_mode():
     """Catches a claim that inverse distillation always helps: with one table and a sharp teacher one mode is lost."""
     for num_steps in (1, 2, 4):

@@ -300,6 +300,7 @@ def test_student_grid_is_where_the_sampler_starts_its_steps():
     assert_close(alpha, torch.tensor([0.75, 0.5, 0.25, 1e-3]))
 
 
+@pytest.mark.slow
 def test_trainer_trains_resumes_and_saves_what_loads(tmp_path):
     """Catches a resume that draws other noise or loses the fake, and a checkpoint that generates otherwise."""
     options = {"save_strategy": "steps", "save_steps": 2, "eval_dataset": sorting_rows(5, seed=9)}
@@ -328,6 +329,7 @@ def test_trainer_trains_resumes_and_saves_what_loads(tmp_path):
     assert not [line for line in check_card(tmp_path / "whole" / "README.md") if "diffusion" in line]
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(tmp_path):
     """Catches noise that depends on the batch, and sums divided by the rows of a micro-batch."""
     runs = []
