@@ -1,6 +1,9 @@
 """On-policy distillation: how the student writes, the states it is trained at, the loss, what changes nothing."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from tide_hf.data.written import Prompt
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.diffusion import Written, row_uniforms
 from tide_hf.models.row_noise import RowDraws, uniforms
-from tide_hf.training.rollouts import TOKENS, Rollout, Writing, key_of, random_state, visited_state, written_row
+from tide_hf.training.rollouts import TOKENS, Rollout, Writing, key_of, random_state, visited_states, written_row
 
 WRITING = Writing(
     seed=3, temperature=1.5, steps=None, max_new_tokens=None, max_length=16, num_tokens=15, block_size=BLOCK
@@ -126,18 +129,24 @@ def a_rollout(**changes):
     return Rollout(**{**values, **changes})
 
 
+def state_of(rollout, seed, use):
+    """The state of an answer, which must not depend on the others of its batch."""
+    longer = a_rollout(row_key=99, num_steps=[2, 4, 4], answer=[1] * 10, steps=[1] * 10)
+    return visited_states([longer, rollout], seed, use, block_size=4)[1]
+
+
 def test_visited_states_are_those_of_the_sampler():
     """Catches a step that is never or always chosen, and a state that shows what was revealed at the step itself."""
     seen = {0: set(), 1: set()}
     for key in range(200):
-        state = visited_state(a_rollout(row_key=key), seed=1, use=0, block_size=4)
+        state = state_of(a_rollout(row_key=key), seed=1, use=0)
         seen[0].add(tuple(state[:2]))
         seen[1].add(tuple(state[2:]))
     assert seen[0] == {(True, True), (True, False)}
     assert seen[1] == {(True,) * 4, (False, True, True, True), (False, True, False, True), (False, True, False, False)}
-    one = [visited_state(a_rollout(), seed=1, use=use, block_size=4) for use in range(20)]
+    one = [state_of(a_rollout(), seed=1, use=use) for use in range(20)]
     assert len({tuple(state) for state in one}) > 3
-    assert one == [visited_state(a_rollout(), seed=1, use=use, block_size=4) for use in range(20)]
+    assert one == [state_of(a_rollout(), seed=1, use=use) for use in range(20)]
 
 
 def test_random_states_are_the_forward_process():
@@ -219,7 +228,7 @@ def test_loss_equals_a_naive_one_over_recorded_rollouts(tmp_path, fraction):
         else:
             clean = torch.tensor(one.prompt + one.answer + [mask_id] * (one.width - len(one.prompt + one.answer)))
             asked = torch.zeros(len(clean), dtype=torch.bool)
-            state = visited_state(one, trainer.args.seed, 0, 4)
+            state = state_of(one, trainer.args.seed, 0)
             asked[len(one.prompt) : len(one.prompt) + len(state)] = torch.tensor(state)
         shown = torch.where(asked, mask_id, clean)
         z, zt = naive_logits(model, shown, clean, 4), naive_logits(teacher, shown, clean, 4).detach()
@@ -394,3 +403,31 @@ def test_fields_have_one_definition():
     """Catches a field of the table that the configuration does not have."""
     config = TIDEConfig(output_dir="unused", preset="kl", on_policy_fraction=0.25, rollout_steps=2, use_cpu=True)
     assert (config.on_policy_fraction, config.rollout_steps, config.rollout_reuse) == (0.25, 2, 1)
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [0, 1])
+def test_number_of_processes_changes_nothing(tmp_path, adapter):
+    """Catches answers that depend on the process, a hang where processes write answers of unequal lengths, and a copy
+    that lags behind the sharded student."""
+    results = []
+    for index, (world_size, accumulation, sharding) in enumerate([(1, 1, "none"), (2, 2, "none"), (2, 1, "fsdp2")]):
+        output = tmp_path / str(index)
+        output.mkdir()
+        script = [str(Path(__file__).parent / "on_policy_run.py"), str(output)]
+        script += [str(world_size), str(accumulation), sharding, str(adapter)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world_size)]
+        launcher += ["--master_port", str(29800 + 10 * index + adapter)]
+        subprocess.run([*(launcher if world_size > 1 else [sys.executable]), *script], check=True, timeout=300)
+        results.append(torch.load(output / "result.pt", weights_only=False))
+    reference, *others = results
+    for result in others:
+        assert_close(result["weights"], reference["weights"], rtol=1e-6, atol=1e-7)
+        for ours, theirs in zip(result["losses"], reference["losses"], strict=True):
+            for name in ("loss", "on_policy", "ce", "distill", "grad_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+            for name in ("rollout_tokens", "rollout_ended"):
+                assert ours.get(name) == theirs.get(name), name

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..data import Prompt, prompt_of
 from ..diffusion import NoisedBatch, Written, row_uniforms
-from .rollouts import Rollout, Writing, is_on_policy, random_state, visited_state, written_row
+from .rollouts import Rollout, Writing, is_on_policy, random_state, visited_states, written_row
 
 
 @dataclass
@@ -99,11 +99,11 @@ class OnPolicyMixin:
         batch = self.data_collator([*rows, *written] or [self.data_collator.empty_row()])
         masked = torch.zeros_like(batch["labels"], dtype=torch.bool)
         is_written = torch.zeros(len(masked), dtype=torch.bool)
-        for row, one in enumerate(rollouts, len(rows)):
-            if args.rollout_states == "visited":
-                state = visited_state(one, args.seed, use, plan.student.block_size)
-            else:
-                state = random_state(one, args.seed, use, plan.schedule, args.time_epsilon)
+        if args.rollout_states == "visited":
+            states = visited_states(rollouts, args.seed, use, plan.student.block_size)
+        else:
+            states = [random_state(one, args.seed, use, plan.schedule, args.time_epsilon) for one in rollouts]
+        for row, (one, state) in enumerate(zip(rollouts, states, strict=True), len(rows)):
             masked[row, len(one.prompt) : len(one.prompt) + len(state)] = torch.tensor(state)
             is_written[row] = True
         draws = row_uniforms(args.seed, self._pass, batch["row_key"].tolist(), masked.shape[1])

@@ -238,29 +238,32 @@ def written_row(
     }
 
 
-def visited_state(rollout: Rollout, seed: int, use: int, block_size: int | None) -> list[bool]:
-    """What of an answer is masked at a step k of each block, drawn uniformly: what was revealed at step k or later.
+def visited_states(rollouts: Sequence[Rollout], seed: int, use: int, block_size: int | None) -> list[list[bool]]:
+    """What of each answer is masked at a step k of each block, drawn uniformly: what was revealed at step k or later.
 
     Args:
-        rollout ([`Rollout`]): the answer.
+        rollouts (`Sequence[Rollout]`): the answers.
         seed (`int`): of the run.
-        use (`int`): how many optimizer steps have trained on this answer.
-        block_size (`int`, *optional*): of the student; None if the answer is one block.
+        use (`int`): how many optimizer steps have trained on these answers.
+        block_size (`int`, *optional*): of the student; None if an answer is one block.
 
     Source: OPDLM (arXiv 2606.06712).
     """
-    key = torch.tensor([key_of(STATE, seed, rollout.row_key, rollout.number, use)])
-    draws = uniforms(key, 0, torch.arange(len(rollout.num_steps))[None])[0].tolist()
-    step = [1 + int(draw * num_steps) for draw, num_steps in zip(draws, rollout.num_steps, strict=True)]
-    blocks = rollout.blocks(block_size)
-    return [revealed >= step[block] for revealed, block in zip(rollout.steps, blocks, strict=True)]
+    keys = torch.tensor([key_of(STATE, seed, one.row_key, one.number, use) for one in rollouts], dtype=torch.long)
+    most = max((len(one.num_steps) for one in rollouts), default=0)
+    states, draws = [], uniforms(keys, 0, torch.arange(most)[None]).tolist()
+    for one, of_block in zip(rollouts, draws, strict=True):
+        chosen = [1 + int(draw * num) for draw, num in zip(of_block, one.num_steps, strict=False)]
+        blocks = one.blocks(block_size)
+        states.append([step >= chosen[block] for step, block in zip(one.steps, blocks, strict=True)])
+    return states
 
 
 def random_state(rollout: Rollout, seed: int, use: int, schedule: str, time_epsilon: float) -> list[bool]:
     """The same, masked by the forward process instead.
 
     Args:
-        rollout ([`Rollout`]), seed (`int`), use (`int`): as in [`visited_state`].
+        rollout ([`Rollout`]), seed (`int`), use (`int`): as in [`visited_states`].
         schedule (`str`), time_epsilon (`float`): of the run.
     """
     size = len(rollout.answer)
