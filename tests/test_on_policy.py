@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from naive_sampler import published_split
 from test_trainer import losses_of, naive_logits, weights_of
 from tiny import BLOCK, MASK, tiny_model, tiny_trainer
@@ -292,6 +293,10 @@ def test_resume_inside_a_buffer_goes_on_exactly(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
     assert losses_of(resumed) == losses_of(whole)
+    file = tmp_path / "whole" / "checkpoint-3" / "rollouts_0.pt"
+    torch.save({**torch.load(file), "num_processes": 2}, file)
+    with pytest.raises(ValueError, match="saved by 2 processes"):
+        resumed.train(resume_from_checkpoint=str(file.parent))
 
 
 def test_evaluation_stays_on_the_data(tmp_path):
@@ -314,6 +319,44 @@ def test_what_is_logged(tmp_path):
     assert not {"ce", "distill"} & log.keys()
     assert 0 < log["rollout_time_share"] < 1 and 0 < log["rollout_ended"] <= 1
     assert 1 <= log["rollout_tokens"] <= 8 and log["rollout_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
+@pytest.mark.parametrize("streams", [False, True])
+def test_prompts_alone_train_like_rows_with_answers(tmp_path, as_messages, streams):
+    """Catches a stand-in that leaks into a prompt, and prompts that are refused or dropped."""
+    whole = sorting_rows(16, seed=3)
+    prompts = Dataset.from_list([{"prompt": row["messages"][:1]} for row in whole])
+    if not as_messages:
+        prompts = Dataset.from_list([{"prompt": f"<user>{row['messages'][0]['content']}<assistant>"} for row in whole])
+    prompts = prompts.to_iterable_dataset() if streams else prompts
+    trainer = tiny_trainer(tmp_path, rows=prompts, model=student(), teacher=tiny_model(1), max_steps=2, **ON_POLICY)
+    reference = tiny_trainer(tmp_path, rows=whole, model=student(), teacher=tiny_model(1), max_steps=2, **ON_POLICY)
+    for run in (trainer, reference):
+        run.train()
+    written = {tuple(one.prompt) for one in trainer._rollouts.batches[0]}
+    assert written <= {tuple(prompt_of(row).ids) for row in reference.train_dataset}
+    assert len(written) == 8 and all(loss > 0 for loss in losses_of(trainer))
+
+
+def test_prompts_alone_need_a_student_that_answers_all(tmp_path):
+    """Catches rows without answers that are dropped one by one, or trained on a stand-in."""
+    prompts = Dataset.from_list([{"prompt": "12"}] * 8)
+    with pytest.raises(ValueError, match="on_policy_fraction=1 the student writes one"):
+        tiny_trainer(tmp_path, rows=prompts, teacher=tiny_model(1), preset="kl", on_policy_fraction=0.5)
+
+
+def test_answers_grow(tmp_path):
+    """Catches a limit that starts at its end, never reaches it, or is not read."""
+    options = {"rollout_initial_tokens": 2, "rollout_max_new_tokens": 6, **ON_POLICY}
+    trainer = tiny_trainer(tmp_path, model=student(), teacher=tiny_model(1), **options)
+    trainer.state.max_steps, found = 8, []
+    for trainer.state.global_step in (0, 4, 8):
+        found.append(trainer._writing().max_new_tokens)
+    assert found == [2, 4, 6]
+    trainer.state.global_step = 0
+    _, _, rollouts = recorded(trainer)
+    assert {len(one.answer) for one in rollouts} <= {1, 2}
 
 
 # -- across tokenizers ------------------------------------------------------------------------------------------------

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from datasets import Dataset, IterableDataset
 
 from ..alignment import Answer, LocatedTokens, align_chunks
+from .formats import CONVERSATIONS
 from .preparation import RowPreparation
+
+STAND_IN = "1"  # a token that every tokenizer has
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,22 @@ class Prompt:
 
     ids: list[int]
     teacher_ids: list[int]
+
+
+def with_stand_ins(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Gives rows that are prompts alone an answer that nobody reads, so that they are prepared like all others.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): raw rows; those with answers are returned as they are.
+    """
+    names = set(dataset.column_names or ())
+    has_answers = names & {*CONVERSATIONS, "completion", "text"} or {"instruction", "output"} <= names
+    return dataset if "prompt" not in names or has_answers else dataset.map(_stand_in)
+
+
+def _stand_in(row: dict) -> dict:
+    is_text = isinstance(row["prompt"], str)
+    return {"completion": STAND_IN if is_text else [{"role": "assistant", "content": STAND_IN}]}
 
 
 def prompt_of(row: dict) -> Prompt | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..data import Prompt, prompt_of
+from ..data import Prompt, is_prepared, prompt_of, with_stand_ins
 from ..diffusion import NoisedBatch, Written, row_uniforms
 from .rollouts import Rollout, Writing, is_on_policy, random_state, visited_states, written_row
 
@@ -39,6 +39,12 @@ class Rollouts:
 
 class OnPolicyMixin:
     """The rows that the student of [`~tide_hf.TIDETrainer`] writes itself; comes before its base."""
+
+    def _prepare(self, name, dataset, args, reports):
+        """Takes prompts without answers, where the student answers all of them."""
+        if name == "train" and dataset is not None and args.on_policy_fraction == 1 and not is_prepared(dataset):
+            dataset = with_stand_ins(dataset)
+        return super()._prepare(name, dataset, args, reports)
 
     def _start_on_policy(self) -> None:
         """Refuses what could not be honoured, and makes what a run needs to write."""
@@ -163,13 +169,20 @@ class OnPolicyMixin:
         if self._rollouts.use:
             batches = [[one.to_dict() for one in batch] for batch in self._rollouts.batches]
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            torch.save({"use": self._rollouts.use, "batches": batches}, self._rollouts_file(output_dir))
+            saved = {"use": self._rollouts.use, "batches": batches, "num_processes": self.accelerator.num_processes}
+            torch.save(saved, self._rollouts_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Also loads these answers, before the first step is noised."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._rollouts_file(checkpoint).is_file():
             saved = torch.load(self._rollouts_file(checkpoint), weights_only=True)
+            if saved["num_processes"] != self.accelerator.num_processes:
+                raise ValueError(
+                    f"{checkpoint} was saved by {saved['num_processes']} processes between two steps that train on "
+                    f"the same answers, and cannot be resumed by {self.accelerator.num_processes}: start as many, or "
+                    "resume from a checkpoint at a multiple of rollout_reuse."
+                )
             self._rollouts.use = saved["use"]
             self._rollouts.batches = [[Rollout(**one) for one in batch] for batch in saved["batches"]]
 

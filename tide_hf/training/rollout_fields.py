@@ -10,8 +10,8 @@ ROLLOUT_FIELDS = {
         0.0,
         "Share f of the rows, chosen by their keys, that are prompts to which the student writes the answer itself. "
         "It is compared with the teacher at states that its own sampler visited, without a loss on the tokens "
-        "written; the other rows keep the preset's loss. The two means are weighted f and 1−f. Source: OPDLM (arXiv "
-        "2606.06712).",
+        "written; the other rows keep the preset's loss. The two means are weighted f and 1−f. With 1 the "
+        "dataset may hold prompts alone, in a column prompt. Source: OPDLM (arXiv 2606.06712).",
     ),
     "rollout_temperature": (float, 1.0, "On-policy: temperature > 0 at which the student draws tokens."),
     "rollout_steps": (

@@ -40,8 +40,8 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
         teacher (`str` or `PreTrainedModel`, *optional*): the teacher; None only with `preset="ce"`.
         args ([`TIDEConfig`], *optional*): all settings.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` + `completion` or
-            `text`, or rows already prepared, for the same tokenizers and settings, by
-            [`~tide_hf.data.prepare_dataset`] or recipes/prepare_data.py.
+            `text` (with `on_policy_fraction=1` a `prompt` alone is enough to train on), or rows already prepared, for
+            the same tokenizers and settings, by [`~tide_hf.data.prepare_dataset`] or recipes/prepare_data.py.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; from `model` by default.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; from `teacher` if that is a
             name, otherwise the student's.
