@@ -171,15 +171,10 @@ class Writing:
         rollouts = []
         for row, prompt in enumerate(prompts):
             size = min(ends[row], limits[row])
-            width = len(prompt.ids) + limits[row]
-            first, last = 0, 0
+            width, num_blocks = len(prompt.ids) + limits[row], 1
             if self.block_size is not None:
-                first_window = canvas.windows[0][0]
-                first, last = (
-                    (int(canvas.answer_column[row]) + place - first_window) // self.block_size
-                    for place in (0, size - 1)
-                )
                 width = -(-(len(prompt.ids) + size) // self.block_size) * self.block_size
+                num_blocks = width // self.block_size - len(prompt.ids) // self.block_size
             answer = answers[row][:size]
             rollouts.append(
                 Rollout(
@@ -189,7 +184,7 @@ class Writing:
                     teacher_prompt=prompt.teacher_ids,
                     answer=answer,
                     steps=steps[row][:size],
-                    num_steps=of_window[row][first : last + 1],
+                    num_steps=of_window[row][:num_blocks],  # an answer begins in the first window
                     is_ended=answer[-1] in eos,
                     width=width,
                 )
