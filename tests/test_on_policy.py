@@ -252,7 +252,7 @@ def test_loss_equals_a_naive_one_over_recorded_rollouts(tmp_path, fraction):
 # -- what changes nothing ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("fraction", [pytest.param(1.0, marks=pytest.mark.slow), 0.5])
 def test_accumulation_changes_nothing(tmp_path, fraction):
     """Catches answers, states or counts that depend on how the rows of a step are divided."""
     runs = []
