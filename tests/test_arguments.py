@@ -574,6 +574,7 @@ MEANINGFUL = {
     "lambda_init": (0,),
     "lambda_max": (0,),
     "demo_ratio": (0,),
+    "on_policy_fraction": (0,),
     "mask_token_id": (0,),
     "teacher_mask_token_id": (0,),
 }

@@ -173,7 +173,10 @@ KNOWN = {
     "teacher_dtype": "auto, float32, bfloat16, float16",
     "student_times": "uniform, grid",
     "save_weights": "ema, student",
+    "rollout_states": "visited, random_mask",
 }
+# what else a field with choices needs to be read
+NEEDED = {"rollout_states": {"on_policy_fraction": 0.5}}
 CONFIGS = (TIDEConfig, IDLMConfig)
 CHOICES = [
     (cls, name)
@@ -192,7 +195,7 @@ def test_the_fields_with_choices_are_known():
 @each_choice
 def test_unknown_choice_names_the_known_ones(cls, name, tmp_path):
     """Catches a typing error that trains something else, or fails only once everything is loaded."""
-    values = {"output_dir": str(tmp_path), "use_cpu": True}
+    values = {"output_dir": str(tmp_path), "use_cpu": True, **NEEDED.get(name, {})}
     with pytest.raises(ValueError) as error:
         cls(**values, **{name: "tidal"})
     assert str(error.value) == f"{name}='tidal' is not known; choose one of {KNOWN[name]}."
@@ -208,17 +211,19 @@ def test_unknown_choice_names_the_known_ones(cls, name, tmp_path):
 @pytest.mark.parametrize("way", ["flag", "file"])
 def test_unknown_choice_is_one_line_of_a_command_line(cls, name, way, tmp_path):
     """Catches a traceback, or a usage of two hundred flags, for a typing error on a command line or in a file."""
-    path = tmp_path / "run.yaml"
-    path.write_text(f"{name}: tidal\nuse_cpu: true\n")
-    given = ["--use_cpu", f"--{name}", "tidal"] if way == "flag" else ["--config", str(path)]
+    path, needed = tmp_path / "run.yaml", NEEDED.get(name, {})
+    lines = "".join(f"{field}: {value}\n" for field, value in needed.items()) + "use_cpu: true\n"
+    flags = [part for field, value in needed.items() for part in (f"--{field}", str(value))]
+    path.write_text(f"{name}: tidal\n{lines}")
+    given = ["--use_cpu", *flags, f"--{name}", "tidal"] if way == "flag" else ["--config", str(path)]
     with pytest.raises(SystemExit) as stopped:
         parse_arguments("outputs", given, cls)
     message = stopped.value.code
     assert "\n" not in message and name in message and "'tidal'" in message
     assert all(choice in message for choice in KNOWN[name].split(", "))
     good = KNOWN[name].split(", ")[-1]
-    path.write_text(f"{name}: {good}\nuse_cpu: true\n")
-    given = ["--use_cpu", f"--{name}", good] if way == "flag" else ["--config", str(path)]
+    path.write_text(f"{name}: {good}\n{lines}")
+    given = ["--use_cpu", *flags, f"--{name}", good] if way == "flag" else ["--config", str(path)]
     assert getattr(parse_arguments("outputs", given, cls).training, name) == good
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from embedded.tasks import (
     dense_task,
     find_comparison,
     moe_task,
+    on_policy_task,
     rows_task,
     sorting_across_tokenizers_task,
     sorting_task,
@@ -178,12 +180,12 @@ def test_mean_curve_has_only_steps_of_every_seed():
     assert mean_curve(results, "ce").to_dict() == {1: 3.0} and mean_curve(results, "distill").empty
 
 
-@pytest.mark.parametrize("name", [*COMPARISONS["dense_teacher"], *COMPARISONS["moe_teacher"], "mine.jsonl"])
+@pytest.mark.parametrize("name", [*chain(*COMPARISONS.values()), "mine.jsonl"])
 def test_the_command_of_a_report_runs_its_task(name):
     """Catches a card that names the command of another comparison."""
     task, recipe, command = find_comparison(name)
     launched, _, named = command.partition(" --dataset_name ")
-    choose = {"dense_teacher": dense_task, "moe_teacher": moe_task}[recipe]
+    choose = {"dense_teacher": dense_task, "moe_teacher": moe_task, "on_policy": on_policy_task}[recipe]
     assert launched == f"accelerate launch recipes/{recipe}.py" and task.name == name
     assert choose(named or None).name == name
 

@@ -338,4 +338,4 @@ def test_noising_names_the_row_of_each_chunk():
         *[(10, 0), (11, 1), (12, 1)],
         *[(15, 2), (16, 2), (17, 2), (14, 3)],
     ]
-    assert [int(count) for count in out.counts] == [8, 7, 4, 2]
+    assert [int(count) for count in out.counts] == [8, 7, 4, 2, 0, 0]

@@ -106,6 +106,15 @@ def sorting_across_tokenizers_task(steps: int = 600, num_student_rows: int = 150
     )
 
 
+def sorting_on_policy_task(steps: int = 600, num_student_rows: int = 300, num_held_out: int = 400) -> Task:
+    """[`sorting_task`] on the student's own states, against the best of the teacher's on the data."""
+    task = sorting_task(steps, num_student_rows, num_held_out)
+    on_policy = {"preset": "kl", "temperature": 1.0, "on_policy_fraction": 1.0}
+    objectives = {name: BASELINES[name] for name in ("ce", "kl_weight_3")}
+    objectives |= {"on_policy_reuse_4": {**on_policy, "rollout_reuse": 4}, "on_policy": on_policy}
+    return replace(task, name="sorting_on_policy", objectives=objectives, distilled="on_policy")
+
+
 def sorting_few_step_task(steps: int = 100, num_held_out: int = 200) -> FewStepTask:
     """Sort six digits in blocks of four, from the dense recipe's teacher: one right answer, few steps are enough."""
     dense = sorting_task()
@@ -244,6 +253,7 @@ def _is_held_out(messages: list[dict]) -> bool:
 COMPARISONS: dict[str, dict[str, Callable[[], Task]]] = {
     "dense_teacher": {"sorting": sorting_task, "python_stdlib": python_stdlib_task},
     "moe_teacher": {"sorting_across_tokenizers": sorting_across_tokenizers_task},
+    "on_policy": {"sorting_on_policy": sorting_on_policy_task},
 }
 # the student of the first is the one that recipes/few_step.py leaves in its output folder
 FEW_STEP: dict[str, Callable[[], FewStepTask]] = {"copying": copying_task, "sorting": sorting_few_step_task}
@@ -269,7 +279,24 @@ def moe_task(name: str | None) -> Task:
     Raises:
         ValueError: for any other name.
     """
-    named = COMPARISONS["moe_teacher"]
+    return _embedded("moe_teacher", name)
+
+
+def on_policy_task(name: str | None) -> Task:
+    """The comparison of the on-policy recipe.
+
+    Args:
+        name (`str`, *optional*): its name.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    return _embedded("on_policy", name)
+
+
+def _embedded(recipe: str, name: str | None) -> Task:
+    """A comparison of a recipe that takes no rows of a user's."""
+    named = COMPARISONS[recipe]
     name = name or next(iter(named))
     if name not in named:
         raise ValueError(

@@ -8,6 +8,7 @@ from .record import PreparationRecord, require_same_preparation, tokenizer_finge
 from .report import DataError, PreparationReport
 from .shards import write_prepared
 from .streams import RowStream, StreamLoader
+from .written import Prompt, align_written, prompt_of, with_stand_ins
 
 __all__ = [
     "COLUMNS",
@@ -17,15 +18,19 @@ __all__ = [
     "DistillationCollator",
     "PreparationRecord",
     "PreparationReport",
+    "Prompt",
     "RowPreparation",
     "RowSkipped",
     "RowStream",
     "StreamLoader",
+    "align_written",
     "is_prepared",
     "prepare_dataset",
+    "prompt_of",
     "require_same_preparation",
     "row_key",
     "tokenizer_fingerprint",
+    "with_stand_ins",
     "without_weight",
     "write_prepared",
 ]

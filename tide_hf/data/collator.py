@@ -69,7 +69,7 @@ def without_weight(batch: dict[str, torch.Tensor], first: int) -> dict[str, torc
         first (`int`): number of the first repeated row.
     """
     batch = dict(batch)
-    for name, nothing in (("labels", -100), ("chunk_ids", -1), ("teacher_chunk_ids", -1)):
+    for name, nothing in (("row_key", 0), ("labels", -100), ("chunk_ids", -1), ("teacher_chunk_ids", -1)):
         if name in batch:
             batch[name] = batch[name].clone()
             batch[name][first:] = nothing

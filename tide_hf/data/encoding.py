@@ -72,10 +72,14 @@ class Encoder:
             return encoding, 0
         ids, offsets = [], []
         for start, end in pairwise([0, *crossed, len(text)]):
-            part = self._middle(text[start:end]) if start and self.begins else self._whole(text[start:end])
+            part = self.continuation(text[start:end]) if start else self._whole(text[start:end])
             ids += part.ids
             offsets += [(start + first, start + last) for first, last in part.offsets]
         return JoinedEncoding(ids, offsets), len(crossed)
+
+    def continuation(self, text: str) -> Encoding | JoinedEncoding:
+        """Tokenises a `text` that follows another one; special tokens are not added."""
+        return self._middle(text) if self.begins else self._whole(text)
 
     def _joins(self, encoding: Encoding, text: str, cut: int) -> bool:
         """Whether the text before a cut has other tokens than it would have alone."""

@@ -93,7 +93,9 @@ def unread_columns(names: list[str]) -> list[str]:
                 f"{what} For preference data, choose what to train on: dataset.rename_column('chosen', …)."
             )
         if "prompt" in there:
-            raise ValueError(f"{what} A prompt alone has no answer to train on.")
+            raise ValueError(
+                f"{what} A prompt alone has no answer to train on; with on_policy_fraction=1 the student writes one."
+            )
         raise ValueError(
             f"{what} Rename the column that holds the conversation: dataset.rename_column(old, 'messages')."
         )

@@ -1,6 +1,6 @@
 """The forward process on the host: noise, masks, CompDemo's split, and which positions a network is run on."""
 
-from .batch import Counts, NetworkInputs, NoisedBatch, PackedInputs, Pairs, Record
+from .batch import Counts, NetworkInputs, NoisedBatch, PackedInputs, Pairs, Record, Written
 from .corruption import (
     chunk_loss_weight,
     chunk_member,
@@ -26,6 +26,7 @@ __all__ = [
     "PackedLayout",
     "Pairs",
     "Record",
+    "Written",
     "block_layout",
     "chunk_loss_weight",
     "chunk_member",

@@ -62,17 +62,21 @@ class Counts(NamedTuple):
         pairs (`torch.Tensor`): masked student positions that are aligned with a teacher's.
         chunks (`torch.Tensor`): active chunks.
         rows (`torch.Tensor`): rows with trained-on tokens.
+        written_pairs, written_chunks (`torch.Tensor`): as `pairs` and `chunks`, of the rows that the student wrote,
+            which the other counts leave out.
     """
 
     tokens: torch.Tensor
     pairs: torch.Tensor
     chunks: torch.Tensor
     rows: torch.Tensor
+    written_pairs: torch.Tensor
+    written_chunks: torch.Tensor
 
     @classmethod
     def ones(cls, device: torch.device) -> "Counts":
         """Counts that divide nothing, on a `device`: the terms are plain sums."""
-        return cls(*torch.ones(4, device=device).unbind())
+        return cls(*torch.ones(len(cls._fields), device=device).unbind())
 
 
 @dataclass
@@ -135,6 +139,18 @@ class Pairs(Record):
     chunk_ends: list[int]
 
 
+class Written(NamedTuple):
+    """Which rows of a batch the student wrote itself, and the states at which it is compared with the teacher.
+
+    Args:
+        is_written_B (`torch.BoolTensor` of shape `(B,)`): those rows.
+        masked_BL (`torch.BoolTensor` of shape `(B, L)`): their masked positions, trained-on ones.
+    """
+
+    is_written_B: torch.Tensor
+    masked_BL: torch.Tensor
+
+
 @dataclass
 class NoisedBatch(Record):
     """One micro-batch of a distillation step, as [`~tide_hf.diffusion.Noising`] makes it.
@@ -150,6 +166,7 @@ class NoisedBatch(Record):
         chunk_tokens (`torch.LongTensor` of shape `(N,)`): trained-on tokens of its chunk.
         counts ([`Counts`]): of this micro-batch, until the trainer replaces them by those of the global batch.
         is_fill (`torch.BoolTensor` of shape `(N,)`, *optional*): masked positions that hold EOS fill, in evaluation.
+        is_written (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that the student wrote itself.
     """
 
     student: NetworkInputs
@@ -162,6 +179,7 @@ class NoisedBatch(Record):
     chunk_tokens: torch.Tensor
     counts: Counts
     is_fill: torch.Tensor | None = None
+    is_written: torch.Tensor | None = None
 
     @property
     def inputs(self) -> PackedInputs:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models.masked_diffusion import TIME_EPSILON
-from .batch import Counts, NetworkInputs, NoisedBatch, Pairs
+from .batch import Counts, NetworkInputs, NoisedBatch, Pairs, Written
 from .corruption import (
     chunk_member,
     complementary_split,
@@ -51,6 +51,7 @@ class Noising:
         batch: Mapping[str, torch.Tensor],
         uniforms: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         t: float | None = None,
+        given: Written | None = None,
     ) -> NoisedBatch:
         """Noises one collated batch.
 
@@ -58,6 +59,7 @@ class Noising:
             batch (`Mapping`): see [`~tide_hf.data.DistillationCollator`].
             uniforms: draws of [`~tide_hf.diffusion.row_uniforms`]: `(B,)`, `(B, L)`, `(B, L)`.
             t (`float`, *optional*): one diffusion time for all rows, instead of the drawn ones.
+            given ([`Written`], *optional*): rows whose masks are not drawn, and which are counted apart.
 
         Returns:
             [`NoisedBatch`] on the host.
@@ -71,7 +73,10 @@ class Noising:
             # only a teacher needs chunks: without one, aligned rows train as if they were not aligned
             chunk_ids = torch.full_like(chunk_ids, -1)
         t_B = diffusion_time(time_B, self.time_epsilon) if t is None else torch.full_like(time_B, t)
-        masked = mask_positions(mask_BL, t_B, labels, self.schedule)
+        masked, is_written = mask_positions(mask_BL, t_B, labels, self.schedule), None
+        if given is not None:
+            is_written = given.is_written_B
+            masked = torch.where(is_written[:, None], given.masked_BL, masked)
         # at least one column, so that rows without any chunk need no case of their own
         num_chunks = max(int(chunk_ids.max()), int(batch.get("teacher_chunk_ids", chunk_ids).max()), 0) + 1
         masked, hit_BC = complete_chunks(masked, chunk_ids, labels, num_chunks)
@@ -80,9 +85,6 @@ class Noising:
         if self.teacher is not None:
             order, teacher, pairs = self._teacher_side(batch, layout, hit_BC, demo_BL)
         position, row_tokens = layout.asked_position[order], (labels != -100).sum(1)
-        counts = row_tokens.sum(), *(0, 0), (row_tokens > 0).sum()
-        if pairs is not None:
-            counts = counts[0], len(pairs.student_chunk), len(pairs.chunk_row), counts[-1]
         return NoisedBatch(
             student=_inputs(layout, layout.asked[order], ids.flatten()[position]),
             teacher=teacher,
@@ -92,7 +94,8 @@ class Noising:
             row_key=batch["row_key"],
             row=position // labels.shape[1],
             chunk_tokens=_trained_chunk_tokens(labels, chunk_ids, num_chunks).flatten()[position],
-            counts=Counts(*torch.tensor([int(count) for count in counts], dtype=torch.float64).unbind()),
+            counts=_counts(row_tokens, position // labels.shape[1], pairs, is_written),
+            is_written=is_written,
         )
 
     def _teacher_side(self, batch, student: PackedLayout, hit_BC, demo_BL) -> tuple:
@@ -144,6 +147,25 @@ class Noising:
         (pair, chunks, student_chunk, sizes), (teacher_pair, teacher_chunks, teacher_chunk, _) = sides
         assert torch.equal(chunks, teacher_chunks), "both sides hold the same active chunks"
         return pair, teacher_pair, Pairs(student_chunk, teacher_chunk, chunks // num_chunks, sizes.cumsum(0).tolist())
+
+
+def _counts(
+    row_tokens: torch.Tensor, row: torch.Tensor, pairs: Pairs | None, is_written: torch.Tensor | None
+) -> Counts:
+    """What a batch holds; `row` is that of each asked position."""
+    drawn = torch.ones_like(row_tokens, dtype=torch.bool) if is_written is None else ~is_written
+    pair_rows, chunk_rows = row[:0], row[:0]
+    if pairs is not None:
+        pair_rows, chunk_rows = row[: len(pairs.student_chunk)], pairs.chunk_row
+    counts = (
+        row_tokens[drawn].sum(),
+        drawn[pair_rows].sum(),
+        drawn[chunk_rows].sum(),
+        (row_tokens[drawn] > 0).sum(),
+        (~drawn[pair_rows]).sum(),
+        (~drawn[chunk_rows]).sum(),
+    )
+    return Counts(*torch.tensor([int(count) for count in counts], dtype=torch.float64).unbind())
 
 
 def _inputs(layout: PackedLayout, asked: torch.Tensor, targets: torch.Tensor) -> NetworkInputs:

@@ -47,6 +47,7 @@ class Canvas:
     def __post_init__(self):
         self.finished = torch.zeros_like(self.answer_column, dtype=torch.bool)
         self.num_new = torch.full_like(self.answer_column, self.num_answer)  # up to and including a row's end
+        self.reveal_step = torch.zeros_like(self.masked, dtype=torch.long)  # 0 where nothing was revealed
         self._num_final = torch.zeros_like(self.answer_column)
 
     @property
@@ -80,8 +81,8 @@ class Canvas:
         before = torch.arange(start - first, device=order.device).expand(len(order), -1)
         return torch.cat([before, order], 1)
 
-    def reveal(self, start: int, end: int, chosen: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end).
+    def reveal(self, start: int, end: int, chosen: torch.Tensor, tokens: torch.Tensor, step: int) -> None:
+        """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end); notes the `step`.
 
         A row's negative prompt gets the same answer tokens.
         """
@@ -89,6 +90,7 @@ class Canvas:
         window = self.ids[:, start:end]
         self.ids[:, start:end] = torch.where(chosen.repeat(copies, 1), tokens.repeat(copies, 1), window)
         self.masked[:, start:end] &= ~chosen
+        self.reveal_step[:, start:end].masked_fill_(chosen, step)
 
     def answer(self) -> torch.Tensor:
         """Answer tokens `(B, A)`: [MASK] where not revealed, padding after a row's end."""

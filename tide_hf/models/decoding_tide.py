@@ -7,6 +7,7 @@ whose token is proposed: masked ones, and those that may be edited), H hidden, V
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, repeat, zip_longest
 
 import torch
@@ -18,6 +19,7 @@ from .canvas_tide import Canvas
 from .editing_tide import TokenEdits
 from .masked_diffusion import predicting_columns
 from .reveal_rules_tide import MaskedPositions, RevealRule, rule_of
+from .row_noise import RowDraws
 from .sampling_tide import RUN, Rules, Scoring, most_probable, propose_tokens
 
 NUM_LOGITS = 1 << 18  # as many float32 logits as the cache of a CPU core holds, 1 MB
@@ -31,7 +33,8 @@ class Decoder:
         model (`MaskedDiffusionMixin`): its `run_decoder` and `lm_head` are called.
         canvas ([`Canvas`]): what is denoised, in place.
         settings ([`TIDEGenerationConfig`]): with every default filled in.
-        generator (`torch.Generator`, *optional*): source of all random draws.
+        generator (`torch.Generator` or [`RowDraws`], *optional*): source of all random draws; with the second, which
+            draws tokens alone, they do not depend on the other rows of the batch.
         streamer (*optional*): gets each finished window through `put`, its states through `put_draft` if it has that.
         rules ([`~sampling_tide.Rules`], *optional*): transformers' processors, warpers and criteria.
         reveal_rule ([`RevealRule`], *optional*): instead of the one that the settings choose.
@@ -93,7 +96,7 @@ class Decoder:
             edits = TokenEdits(masked, self.settings.editing_threshold, self.settings.max_editing_steps)
         elif rule.is_exact:
             num_left = sum(num_masked)
-        for quota, num_revealed in self._quotas(num_masked, sizes):
+        for step, (quota, num_revealed) in enumerate(self._quotas(num_masked, sizes), 1):
             masked = canvas.masked[:, start:end]
             active = masked if edits is None else edits.active(masked)
             num_active = int(active.sum()) if num_left is None else num_left
@@ -102,7 +105,7 @@ class Decoder:
             # flat indices of the active positions, as nonzero() would give them; that would make the host wait for
             # their number, which it may know: a stable sort puts them first, row by row and from left to right
             flat = (~active).flatten().byte().argsort(stable=True)[:num_active]
-            tokens_N, found = self._propose(start, end, flat)
+            tokens_N, found = self._propose(start, end, flat, step)
             tokens = _spread(active, flat, tokens_N)
             found = {name: _spread(active, flat, values_N) for name, values_N in found.items()}
             chosen = rule.reveal(MaskedPositions(masked, quota, self.generator, **found)) & masked
@@ -112,7 +115,7 @@ class Decoder:
                 )
             if edits is not None:
                 chosen |= edits.changed(masked, canvas.ids[: len(masked), start:end], tokens, found["confidence"])
-            canvas.reveal(start, end, chosen, tokens)
+            canvas.reveal(start, end, chosen, tokens, step)
             num_left = None if num_left is None else num_left - num_revealed
             self._show_draft(start, end)
 
@@ -131,7 +134,9 @@ class Decoder:
         quotas = list(zip(torch.tensor(steps, device=self.canvas.ids.device), map(sum, steps), strict=True))
         return chain(quotas, repeat(quotas[-1]))
 
-    def _propose(self, start: int, end: int, flat: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _propose(
+        self, start: int, end: int, flat: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A token for each active position, `(N,)`, and the statistics asked for, `(N,)` each."""
         settings = self.settings
         row, column = flat // (end - start), flat % (end - start)
@@ -142,7 +147,11 @@ class Decoder:
             tokens, probability_N = most_probable(pieces)
             return tokens, {"confidence": probability_N}
         logits_NV = self._logits(hidden, start, row, column)
-        return propose_tokens(logits_NV, self.temperature, self.warpers, self.generator, self.scoring)
+        generator = self.generator
+        if isinstance(generator, RowDraws):
+            position = self.canvas.position[row, start + column]
+            generator = partial(generator.tokens, row_N=row, position_N=position, draw=step)
+        return propose_tokens(logits_NV, self.temperature, self.warpers, generator, self.scoring)
 
     def _logits(self, hidden: torch.Tensor, start: int, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Float32 logits `(N, V)` of the active positions, guided and processed; [MASK] has −∞."""

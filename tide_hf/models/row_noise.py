@@ -77,6 +77,34 @@ def stratified_times(keys_B: torch.Tensor, draw: int, number: int, num_times: in
     return (number + uniforms(keys_B, draw, at_BL)) / num_times
 
 
+class RowDraws:
+    """Draws of a decoder that belong to its rows: to be given to [`Decoder`] instead of a `torch.Generator`.
+
+    Args:
+        keys_B (`torch.LongTensor` of shape `(B,)`): of the rows, in [0, 2³²).
+    """
+
+    def __init__(self, keys_B: torch.LongTensor):
+        self.keys_B = keys_B
+
+    def tokens(
+        self, probability_NV: torch.Tensor, row_N: torch.LongTensor, position_N: torch.LongTensor, draw: int
+    ) -> torch.LongTensor:
+        """A token for each of N positions, `(N,)`: the inverse of the cumulative distribution, in float64.
+
+        Args:
+            probability_NV (`torch.Tensor` of shape `(N, V)`): of each token.
+            row_N, position_N (`torch.LongTensor` of shape `(N,)`): where in the batch each position is.
+            draw (`int`): which of a position's independent draws, from 0.
+        """
+        keys_N, at_N1 = self.keys_B[row_N], position_N[:, None]
+        # 24 bits alone could not tell apart the rarest tokens of a large vocabulary
+        coarse, fine = (uniforms(keys_N, 2 * draw + part, at_N1).double() for part in (0, 1))
+        below_NV = probability_NV.double().cumsum(-1)
+        # the first token beyond the draw: one of probability 0 adds nothing and is never the first
+        return torch.searchsorted(below_NV, (coarse + fine / (1 << 24)) * below_NV[:, -1:], right=True).squeeze(-1)
+
+
 def _words(keys_B, draw: int, positions_BL):
     """32 random bits of each position."""
     stream_B1 = _mixed(_mixed(keys_B) ^ (draw + 1))[:, None]

@@ -5,7 +5,7 @@ This file travels with checkpoints: it imports its siblings, torch and transform
 Shapes: B rows, N positions of them (row by row, left to right), V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -113,7 +113,7 @@ def propose_tokens(
     logits_NV: torch.Tensor,
     temperature: float,
     warpers: LogitsProcessorList,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Callable[[torch.Tensor], torch.Tensor] | None,
     scoring: Scoring | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A token for each position, `(N,)`, and the statistics asked for, `(N,)` each; by default its probability.
@@ -122,7 +122,8 @@ def propose_tokens(
         logits_NV (`torch.Tensor` of shape `(N, V)`): float; overwritten.
         temperature (`float`): 0 takes the most probable token.
         warpers (`LogitsProcessorList`): narrow what is sampled from.
-        generator (`torch.Generator`, *optional*): of the draws.
+        generator (`torch.Generator` or `Callable`, *optional*): of the draws, or what draws a token from each row of
+            probabilities `(N, V)`.
         scoring ([`Scoring`], *optional*): the statistics, and of which distribution.
     """
     scoring = Scoring() if scoring is None else scoring
@@ -131,7 +132,11 @@ def propose_tokens(
         return tokens, {"confidence": probability_N}
     if temperature:
         sampled_NV = warpers(None, logits_NV / temperature)
-        tokens = torch.multinomial(sampled_NV.softmax(-1), 1, generator=generator).squeeze(-1)
+        probability_NV = sampled_NV.softmax(-1)
+        if callable(generator):
+            tokens = generator(probability_NV)
+        else:
+            tokens = torch.multinomial(probability_NV, 1, generator=generator).squeeze(-1)
         if scoring.of_sampling:
             logits_NV = sampled_NV
     else:

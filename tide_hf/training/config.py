@@ -21,6 +21,7 @@ from .arguments import check_training_arguments
 from .checks import check_block_size
 from .objective import NO_DIVERGENCE
 from .presets import PRESETS
+from .rollout_fields import ROLLOUT_FIELDS, ROLLOUT_RANGES, check_rollout_fields
 
 # fields whose choices programs may add to: what the tables hold when a value is checked counts
 REGISTRIES: dict[str, tuple[Collection[str], ...]] = {
@@ -46,6 +47,7 @@ RANGES = {
     "demo_ratio": (0.0, 1.0, True),
     **{name: (*knob.metadata["range"], False) for name, knob in PARAMETERS.items()},
     "time_epsilon": (0.0, 1.0, False),
+    **ROLLOUT_RANGES,
 }
 # metrics of the trainers, all of them the smaller the better, with or without a dataset's name in front
 OWN_METRIC = re.compile(r"(^|_)(loss|ce|ce_answer|distill|nll_[\d.e-]+)$")
@@ -245,7 +247,8 @@ _DivergenceParameters = make_dataclass(
     [
         (name, float | None, _knob(None, f"{knob.metadata['help']}. By default {knob.default:g}."))
         for name, knob in PARAMETERS.items()
-    ],
+    ]
+    + [(name, kind, _knob(default, text)) for name, (kind, default, text) in ROLLOUT_FIELDS.items()],
     bases=(DiffusionTrainingArguments,),
 )
 
@@ -361,6 +364,7 @@ class TIDEConfig(_DivergenceParameters):
             ValueError: also for levels out of range, or so close that they would be reported under one name.
         """
         super().check_own_fields()
+        check_rollout_fields(self)
         levels = self.eval_noise_levels or []
         for level in levels:
             if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level <= 1:

@@ -71,6 +71,7 @@ class Objective:
     chunk_weighting: str
     loss_normalization: str
     tidal_scale: float = 1.0
+    on_policy_fraction: float = 0.0
 
     @property
     def by_token(self) -> bool:
@@ -85,8 +86,8 @@ class Objective:
     @property
     def evaluated(self) -> "Objective":
         """What evaluation reports: with TIDAL, the divergence to the teacher itself (λ = 1, ω = 1, no scale), which
-        does not change at fixed weights."""
-        return replace(self, tidal=False, tidal_scale=1.0)
+        does not change at fixed weights; the rows are the data's."""
+        return replace(self, tidal=False, tidal_scale=1.0, on_policy_fraction=0.0)
 
     def to_dict(self) -> dict:
         """Plain values, for logs and cards; a divergence as its name and parameters."""
@@ -113,7 +114,8 @@ class Objective:
 
         Returns:
             the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`; where the batch
-            has `is_fill`, also `ce_answer`, which leaves those positions out.
+            has `is_fill`, also `ce_answer`, which leaves those positions out; and, with an `on_policy_fraction`,
+            `on_policy`, the divergence in rows that the student wrote, of which the other terms know nothing.
         """
         precision = torch.promote_types(hidden_NH.dtype, torch.float32)
         targets_N, weights_N = batch.student.targets, self._denoising_weights(batch).to(precision)
@@ -125,7 +127,7 @@ class Objective:
             return nll
 
         def denoising(nll, rows):
-            return self.ce_weight * (nll * weights_N[rows]).sum()
+            return (1 - self.on_policy_fraction) * self.ce_weight * (nll * weights_N[rows]).sum()
 
         def alone(logits, rows):
             return denoising(nll_of(logits, rows), rows)
@@ -144,7 +146,10 @@ class Objective:
         terms = _denoising_terms(nll_N * weights_N, batch)
         if self.distills:
             terms["distill"] = _by_row(compared.values * compared.weights, compared.rows, batch)
-        return loss, terms
+        if self.on_policy_fraction:
+            terms["on_policy"] = terms["distill"] * batch.is_written
+            terms["distill"] = terms["distill"] * ~batch.is_written
+        return loss, {name: terms[name] for name in ("on_policy",)} if self.on_policy_fraction == 1 else terms
 
     def compared_rows(self, batch: NoisedBatch) -> torch.Tensor:
         """The row of each compared pair of tokens `(M,)`, or of each active chunk `(C,)`, of a `batch`."""
@@ -162,7 +167,8 @@ class Objective:
         num_items = counts.tokens if self.loss_normalization == "token" else counts.rows
         if self.loss_normalization == "sequence":
             num_items = num_items * batch.row_tokens[batch.row]
-        return weights_N / num_items.to(t_N).clamp(min=1)
+        weights_N = weights_N / num_items.to(t_N).clamp(min=1)
+        return weights_N if batch.is_written is None else weights_N * ~batch.is_written[batch.row]
 
 
 class _Compared:
@@ -170,6 +176,8 @@ class _Compared:
 
     Attributes:
         rows, weights, values (`torch.Tensor` of shape `(M,)` or `(C,)`): row; ω(t) / global count; divergence.
+        shares (`float`, or `torch.Tensor` of the same shape): what the loss counts each for: the share of its kind of
+            row, where the student writes some.
         frozen, ends: of the [`~tide_hf.losses.Segment`] of the paired positions.
     """
 
@@ -183,7 +191,13 @@ class _Compared:
         if objective.tidal:
             self.strength = tidal_lambda(lambda_progress, objective.lambda_max, t, objective.lambda_axes)
             weights = timestep_weight(t, objective.timestep_weight) * objective.tidal_scale
-        num_items = batch.counts.pairs if self.by_token else batch.counts.chunks
+        counts, self.shares = batch.counts, 1.0
+        num_items = counts.pairs if self.by_token else counts.chunks
+        if objective.on_policy_fraction:
+            written, share = batch.is_written[self.rows], objective.on_policy_fraction
+            num_written = counts.written_pairs if self.by_token else counts.written_chunks
+            num_items = torch.where(written, num_written, num_items)
+            self.shares = torch.where(written, share, 1 - share).to(precision)
         self.weights = (weights / num_items.to(t).clamp(min=1)).to(precision)
         self.values = torch.zeros_like(self.weights)
         if self.by_token:
@@ -219,7 +233,8 @@ class _Compared:
                 lambda_C=self._strength(which),
             )
         self.values[which] = values.detach()
-        return (values * self.weights[which]).sum()
+        values = values * self.weights[which]
+        return (values if isinstance(self.shares, float) else values * self.shares[which]).sum()
 
     def _strength(self, which: slice) -> torch.Tensor | None:
         return None if self.strength is None else self.strength[which]

@@ -76,8 +76,10 @@ def resolve_objective(config, alignment: str, schedule: str = "linear", given: D
         ce_weighting=config.ce_weighting,
         chunk_weighting=config.chunk_weighting,
         loss_normalization=config.loss_normalization,
+        on_policy_fraction=config.on_policy_fraction,
         **values,
     )
+    _check_on_policy(objective)
     _check_weights(objective)
     _warn_about_unread(config, objective)
     if objective.tidal and objective.tidal_normalization == "expected":
@@ -145,6 +147,22 @@ def _warn_about_unread(config, objective: Objective) -> None:
             f"These fields are given but not used, because the objective has no such part (divergence={used!r}, "
             f"distill_weight={objective.distill_weight}, tidal={objective.tidal}, comp_demo={objective.comp_demo}): "
             f"{', '.join(unread)}."
+        )
+
+
+def _check_on_policy(objective: Objective) -> None:
+    """Answers that the student wrote are compared with a teacher, at states without a diffusion time."""
+    given = f"on_policy_fraction={objective.on_policy_fraction}"
+    if objective.on_policy_fraction and not objective.distills:
+        raise ValueError(
+            f"{given} compares what the student writes with a teacher, and this objective (preset="
+            f"{objective.preset!r}, distill_weight={objective.distill_weight}) has none: choose preset='kl' (shared "
+            "tokenizer) or 'calm', or set on_policy_fraction=0."
+        )
+    if objective.on_policy_fraction and objective.tidal:
+        raise ValueError(
+            f"{given} with tidal=True: TIDAL's weights depend on the diffusion time of a row, which the states of a "
+            "sampler do not have. Choose preset='kl' (shared tokenizer) or 'calm', or set tidal=False."
         )
 
 

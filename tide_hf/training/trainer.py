@@ -25,13 +25,14 @@ from .config import PARAMETERS, TIDEConfig
 from .evaluating import EvaluationMixin
 from .measuring import predict_masked
 from .objective import Objective, TeacherStates
+from .on_policy import OnPolicyMixin
 from .plan import RunPlan, resolve_plan
 from .presets import PRESET_DEFAULTS, resolve_objective
 
 logger = logging.get_logger(__name__)
 
 
-class TIDETrainer(EvaluationMixin, DiffusionTrainer):
+class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
     """Trains a block-diffusion (or full-sequence) student, with a frozen diffusion LM as teacher or without one.
 
     Args:
@@ -39,8 +40,8 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
         teacher (`str` or `PreTrainedModel`, *optional*): the teacher; None only with `preset="ce"`.
         args ([`TIDEConfig`], *optional*): all settings.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` + `completion` or
-            `text`, or rows already prepared, for the same tokenizers and settings, by
-            [`~tide_hf.data.prepare_dataset`] or recipes/prepare_data.py.
+            `text` (with `on_policy_fraction=1` a `prompt` alone is enough to train on), or rows already prepared, for
+            the same tokenizers and settings, by [`~tide_hf.data.prepare_dataset`] or recipes/prepare_data.py.
         processing_class (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer; from `model` by default.
         teacher_processing_class (`PreTrainedTokenizerBase`, *optional*): the teacher's; from `teacher` if that is a
             name, otherwise the student's.
@@ -130,6 +131,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
         )
         if self.teacher is not None and not hasattr(self.teacher, "hf_device_map"):
             self.teacher.to(args.device)
+        self._start_on_policy()
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -182,6 +184,7 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
     def _inner_training_loop(self, *args, **kwargs):
         """Starts with empty logs, also after an interruption or a restart with smaller batches."""
         self._reset_terms()
+        self._rollouts.start_log()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _reset_terms(self) -> None:
@@ -199,9 +202,10 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of an optimizer step and makes their counts global."""
-        batches = [self._noise(batch, self._pass) for batch in self._next_batches(epoch_iterator, num_batches)]
-        if not batches:
+        rows = self._next_batches(epoch_iterator, num_batches)
+        if not rows:
             return [], None
+        batches = self._noised_batches(rows)
         self._term_steps += 1
         counts = torch.stack([torch.stack(batch.counts) for batch in batches]).sum(0)
         counts = Counts(*self.accelerator.reduce(counts.float().to(device), reduction="sum").unbind())
@@ -268,5 +272,6 @@ class TIDETrainer(EvaluationMixin, DiffusionTrainer):
             logs |= {name: value / num_steps for name, value in zip(names, sums.tolist(), strict=True)}
             if self.objective.tidal:
                 logs["lambda"] = self._lambda_progress()
+            logs |= self._rollout_logs()
             self._term_sums, self._term_steps = {}, 0
         super().log(logs, start_time)
