@@ -10,9 +10,11 @@ from .corruption import (
     mask_positions,
     masked_chunks,
     row_uniforms,
+    suffix_loss_weight,
+    suffix_masks,
 )
 from .gaussian import GaussianToDiscrete, gaussian_schedule
-from .layout import LayoutSpec, PackedLayout, block_layout
+from .layout import LayoutSpec, PackedLayout, block_layout, causal_layout
 from .noising import Noising
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Pairs",
     "Record",
     "block_layout",
+    "causal_layout",
     "chunk_loss_weight",
     "chunk_member",
     "complementary_split",
@@ -36,4 +39,6 @@ __all__ = [
     "mask_positions",
     "masked_chunks",
     "row_uniforms",
+    "suffix_loss_weight",
+    "suffix_masks",
 ]
