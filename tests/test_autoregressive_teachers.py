@@ -57,7 +57,14 @@ FAMILIES = {
     "mamba": {"state_size": 4},
     "recurrent_gemma": {"logits_soft_cap": 2.0, "num_hidden_layers": 3, "attention_window_size": 4},
     "hyperclovax": {"logits_scaling": 4.0},
-    "minicpm3": {"dim_model_base": 8, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 16},
+    "minicpm3": {
+        "dim_model_base": 8,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    },
 }
 
 
