@@ -155,9 +155,10 @@ def test_expected_normalization_divides_by_the_average_strength(config):
 
 # every field with choices, written out a second time
 KNOWN = {
-    "preset": "tide-shared, tide-cross, kl, reverse-kl, calm, ce",
+    "preset": "tide-shared, tide-cross, kl, reverse-kl, calm, ar-kl, ar-calm, ce",
     "alignment": "auto, token, chunk",
     "divergence": "forward_kl, jsd, reverse_kl, bernoulli_reverse_kl, calm, reverse_calm, none",
+    "ar_targets": "exact, all, annealed",
     "lambda_growth": "linear, cosine",
     "lambda_axes": "both, progress, time",
     "timestep_weight": "midrange, uniform",

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from tiny import BLOCK, MASK, SHAPE, VOCAB
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, ViTConfig
 
 from tide_hf.diffusion import LayoutSpec, NetworkInputs, block_layout
 from tide_hf.models import TIDEQwen3Config, TIDEQwen3ForBlockDiffusion, WeDLMConfig, WeDLMForCausalLM
@@ -167,9 +167,9 @@ def test_contracts_of_the_known_families():
 
 
 def test_unknown_family_is_refused():
-    """Catches an autoregressive model taken for a diffusion teacher."""
-    with pytest.raises(ValueError, match="'qwen3' is not a known teacher family") as error:
-        contract_for(Qwen3Config(**SHAPE), MASK, "paper", BLOCK)
+    """Catches a model of any other kind taken for a teacher: its outputs would be read as predictions."""
+    with pytest.raises(ValueError, match="'vit' is not a known teacher") as error:
+        contract_for(ViTConfig(), MASK, "paper", BLOCK)
     assert set(FAMILIES) >= {"tide_qwen3", "a2d-qwen3", "wedlm"}
     assert all(family in str(error.value) for family in FAMILIES)
 

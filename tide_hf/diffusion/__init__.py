@@ -10,9 +10,11 @@ from .corruption import (
     mask_positions,
     masked_chunks,
     row_uniforms,
+    suffix_loss_weight,
+    suffix_masks,
 )
 from .gaussian import GaussianToDiscrete, gaussian_schedule
-from .layout import LayoutSpec, PackedLayout, block_layout
+from .layout import LayoutSpec, PackedLayout, block_layout, causal_layout
 from .noising import Noising
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Record",
     "Written",
     "block_layout",
+    "causal_layout",
     "chunk_loss_weight",
     "chunk_member",
     "complementary_split",
@@ -37,4 +40,6 @@ __all__ = [
     "mask_positions",
     "masked_chunks",
     "row_uniforms",
+    "suffix_loss_weight",
+    "suffix_masks",
 ]

@@ -131,12 +131,15 @@ class Pairs(Record):
             chunk, 0 … C−1 in order, of the first M asked positions of the student and of all those of the teacher.
         chunk_row (`torch.LongTensor` of shape `(C,)`): the row of each chunk.
         chunk_ends (`list[int]`): on the host, for each chunk the student position after its last one.
+        is_exact (`torch.BoolTensor` of shape `(C,)`, *optional*): of an autoregressive teacher: chunks with no token
+            to their right that the student sees in the block or blocks that they lie in.
     """
 
     student_chunk: torch.Tensor
     teacher_chunk: torch.Tensor
     chunk_row: torch.Tensor
     chunk_ends: list[int]
+    is_exact: torch.Tensor | None = None
 
 
 class Written(NamedTuple):
@@ -167,6 +170,8 @@ class NoisedBatch(Record):
         counts ([`Counts`]): of this micro-batch, until the trainer replaces them by those of the global batch.
         is_fill (`torch.BoolTensor` of shape `(N,)`, *optional*): masked positions that hold EOS fill, in evaluation.
         is_written (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that the student wrote itself.
+        suffix_weight (`torch.Tensor` of shape `(N,)`, *optional*): weight of the denoising loss in rows that suffix
+            masks were drawn for; 0 in other rows.
     """
 
     student: NetworkInputs
@@ -180,6 +185,7 @@ class NoisedBatch(Record):
     counts: Counts
     is_fill: torch.Tensor | None = None
     is_written: torch.Tensor | None = None
+    suffix_weight: torch.Tensor | None = None
 
     @property
     def inputs(self) -> PackedInputs:

@@ -66,6 +66,61 @@ def mask_positions(
     return (uniform_BL < masked_probability(t_B, schedule)[:, None]) & (labels_BL != -100)
 
 
+def suffix_masks(
+    uniform_BL: torch.Tensor, block_BL: torch.Tensor, labels_BL: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks the end of each block: of its n trained-on tokens those from a cut on, which is uniform on 0 … n−1.
+
+    The j-th of them, from 0, is masked with probability (j+1)/n. Weighted by the reciprocal, its nats count once on
+    average, as under −α′/(1−α) at random times.
+
+    Args:
+        uniform_BL (`torch.Tensor` of shape `(B, L)`): draws in [0, 1); the b-th is that of block b.
+        block_BL (`torch.LongTensor` of shape `(B, L)`): block number of each position, never decreasing along a row.
+        labels_BL (`torch.LongTensor` of shape `(B, L)`): −100 where not trained on.
+
+    Returns:
+        the mask, bool `(B, L)`, and the probability with which each trained-on position is masked, `(B, L)`, 0
+        elsewhere.
+    """
+    trained = (labels_BL != -100).long()
+    size_BK = torch.zeros_like(block_BL).scatter_add_(1, block_BL, trained)
+    before_BK = size_BK.cumsum(1) - size_BK
+    rank = trained.cumsum(1) - 1 - before_BK.gather(1, block_BL)
+    # a product with a draw just below 1 may be rounded to n
+    cut_BK = torch.minimum((uniform_BL * size_BK).long(), (size_BK - 1).clamp(min=0))
+    masked = (trained == 1) & (rank >= cut_BK.gather(1, block_BL))
+    return masked, trained * (rank + 1) / size_BK.gather(1, block_BL).clamp(min=1)
+
+
+def suffix_loss_weight(
+    probability_BL: torch.Tensor, block_BL: torch.Tensor, chunk_ids_BL: torch.Tensor, num_chunks: int
+) -> torch.Tensor:
+    """1/P, P the probability with which a position is masked by [`suffix_masks`] and the completion of its chunk.
+
+    The cuts of blocks are independent, and inside a block a chunk is hit as soon as its last token there is: P = 1 −
+    Π (1 − p) over the last token of the chunk in each of its blocks.
+
+    Args:
+        probability_BL (`torch.Tensor` of shape `(B, L)`): of [`suffix_masks`].
+        block_BL (`torch.LongTensor` of shape `(B, L)`): block number of each position.
+        chunk_ids_BL (`torch.LongTensor` of shape `(B, L)`): chunk of each position, −1 for none; a chunk's trained-on
+            tokens are consecutive.
+        num_chunks (`int`): C.
+
+    Returns:
+        `torch.Tensor` of shape `(B, L)`, 0 where not trained on.
+    """
+    trained = probability_BL > 0
+    same = (chunk_ids_BL[:, 1:] == chunk_ids_BL[:, :-1]) & (block_BL[:, 1:] == block_BL[:, :-1]) & trained[:, 1:]
+    is_last = trained & ~torch.nn.functional.pad(same, (0, 1))
+    index = torch.where(is_last & (chunk_ids_BL >= 0), chunk_ids_BL, num_chunks)
+    log_missed = torch.zeros(len(trained), num_chunks + 1).scatter_add_(1, index, torch.log1p(-probability_BL))
+    hit_BL = -torch.expm1(log_missed.gather(1, index.where(chunk_ids_BL < 0, chunk_ids_BL)))
+    probability = torch.where(chunk_ids_BL >= 0, hit_BL, probability_BL)
+    return torch.where(trained, 1 / probability, 0.0)
+
+
 def complete_chunks(
     masked_BL: torch.Tensor, chunk_ids_BL: torch.Tensor, labels_BL: torch.Tensor, num_chunks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

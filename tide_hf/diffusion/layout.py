@@ -20,23 +20,25 @@ class LayoutSpec:
     """How one network is fed.
 
     Args:
-        mask_token_id (`int`): id of its [MASK].
+        mask_token_id (`int`, *optional*): id of its [MASK]; None for an autoregressive network.
         block_size (`int`, *optional*): tokens per block, counted from position 0; None: the whole row is one block.
         clean_copy (`bool`): whether the clean copy of earlier blocks stands beside the noised sequence.
         shifted (`bool`): whether its logits at position i − 1 are those of position i (position 0 predicts itself).
         causal (`bool`): whether inside a block everything is causal, with the unmasked tokens first and every token at
             its own position; otherwise a block is bidirectional.
+        autoregressive (`bool`): whether it is run on clean rows, see [`causal_layout`].
 
     Raises:
         ValueError: for a shifted network with blocks: the position before a block lies in another one, which a packed
             layout may leave out.
     """
 
-    mask_token_id: int
+    mask_token_id: int | None
     block_size: int | None
     clean_copy: bool = True
     shifted: bool = False
     causal: bool = False
+    autoregressive: bool = False
 
     def __post_init__(self):
         if self.shifted and self.block_size is not None:
@@ -73,6 +75,22 @@ class PackedLayout:
         return PackedLayout(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
+def block_numbers(valid_BL: torch.Tensor, block_size: int | None) -> torch.Tensor:
+    """The block that each position lies in, `(B, L)`, never decreasing along a row.
+
+    Args:
+        valid_BL (`torch.BoolTensor` of shape `(B, L)`): False at padding. Blocks are counted over the valid columns.
+        block_size (`int`, *optional*): tokens per block; None: the whole row is block 0.
+    """
+    position = _positions(valid_BL)
+    return position // block_size if block_size else torch.zeros_like(position)
+
+
+def _positions(valid_BL: torch.Tensor) -> torch.Tensor:
+    """Each column's position in its row, counted over the valid ones; at padding that of the column before."""
+    return valid_BL.long().cumsum(-1).sub(1).clamp(min=0)
+
+
 def block_layout(
     input_ids_BL: torch.Tensor,
     valid_BL: torch.Tensor,
@@ -95,8 +113,8 @@ def block_layout(
     """
     assert len(masks_BL) < STREAMS_PER_ROW
     num_rows, length = input_ids_BL.shape
-    position = valid_BL.long().cumsum(-1).sub(1).clamp(min=0)
-    block = position // spec.block_size if spec.block_size else torch.zeros_like(position)
+    position = _positions(valid_BL)
+    block = block_numbers(valid_BL, spec.block_size)
     ids, stream, keep, asked = _copies(input_ids_BL, valid_BL, masks_BL, block, spec, pack)
     row, column = _kept_columns(keep, asked, block, spec)
 
@@ -128,6 +146,45 @@ def block_layout(
     if spec.shifted:
         layout.asked = _previous_column(layout.stream, layout.position_ids).flatten()[layout.asked]
     return layout
+
+
+def causal_layout(input_ids_BL: torch.Tensor, valid_BL: torch.Tensor, asked_BL: torch.Tensor) -> PackedLayout:
+    """Lays out clean rows for an autoregressive network, whose prediction of a token stands at the one before.
+
+    Each row has a line of its own and begins in its first column, so that the network needs no mask but its own: what
+    pads a line stands behind the row, where no token sees it. Nothing is hidden, so the layout depends on the noise
+    only in where a row ends: at the last column that is asked. Rows where nothing is asked are left out.
+
+    Args:
+        input_ids_BL (`torch.LongTensor` of shape `(B, L)`): clean tokens, padded anywhere.
+        valid_BL (`torch.BoolTensor` of shape `(B, L)`): False at padding.
+        asked_BL (`torch.BoolTensor` of shape `(B, L)`): positions to predict, inside `valid_BL`; never a row's first,
+            which nothing stands before.
+
+    Returns:
+        [`PackedLayout`]
+    """
+    position = _positions(valid_BL)
+    assert not (asked_BL & (position == 0)).any()
+    width_B = torch.where(asked_BL, position, 0).amax(1) if asked_BL.numel() else asked_BL.new_zeros(0).long()
+    line = (width_B > 0).long().cumsum(0) - 1
+    shape = (max(int((width_B > 0).sum()), 1), max(int(width_B.max()) if len(width_B) else 0, 1))
+    row, column = (valid_BL & (position < width_B[:, None])).nonzero(as_tuple=True)
+    target = line[row] * shape[1] + position[row, column]
+
+    def on_lines(values: torch.Tensor, fill: int) -> torch.Tensor:
+        return torch.full((shape[0] * shape[1],), fill).scatter_(0, target, values).view(shape)
+
+    asked_row, asked_column = asked_BL.nonzero(as_tuple=True)
+    return PackedLayout(
+        input_ids=on_lines(input_ids_BL[row, column], 0),
+        position_ids=on_lines(position[row, column], 0),
+        stream=on_lines(torch.full_like(row, CLEAN_STREAM), PADDING_STREAM),
+        block=on_lines(torch.zeros_like(row), -1),
+        source=on_lines(row * input_ids_BL.shape[1] + column, -1),
+        asked=line[asked_row] * shape[1] + position[asked_row, asked_column] - 1,
+        asked_position=asked_row * input_ids_BL.shape[1] + asked_column,
+    )
 
 
 def _copies(ids, valid, masks, block, spec: LayoutSpec, pack: bool) -> tuple[torch.Tensor, ...]:

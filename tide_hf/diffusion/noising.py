@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models.masked_diffusion import TIME_EPSILON
+from .autoregressive import exact_chunks, predictable_chunks
 from .batch import Counts, NetworkInputs, NoisedBatch, Pairs, Written
 from .corruption import (
     chunk_member,
@@ -21,8 +22,10 @@ from .corruption import (
     diffusion_time,
     mask_positions,
     masked_chunks,
+    suffix_loss_weight,
+    suffix_masks,
 )
-from .layout import LayoutSpec, PackedLayout, block_layout
+from .layout import LayoutSpec, PackedLayout, block_layout, block_numbers, causal_layout
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Noising:
         time_epsilon (`float`): smallest t.
         comp_demo (`bool`), demo_ratio (`float`): CompDemo's two teacher views and the share of the first.
         pack (`bool`): leave out blocks that carry no loss; False is the textbook layout, for comparison.
+        exact_targets (`bool`): with an autoregressive teacher, compare only chunks with no token to their right that
+            the student sees in their block.
+        suffix_mask_fraction (`float`): share of the rows that suffix masks are drawn for, if draws for them are given.
     """
 
     student: LayoutSpec
@@ -45,6 +51,8 @@ class Noising:
     comp_demo: bool = False
     demo_ratio: float = 0.5
     pack: bool = True
+    exact_targets: bool = False
+    suffix_mask_fraction: float = 0.0
 
     def __call__(
         self,
@@ -52,6 +60,7 @@ class Noising:
         uniforms: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         t: float | None = None,
         given: Written | None = None,
+        suffix_uniforms: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> NoisedBatch:
         """Noises one collated batch.
 
@@ -60,6 +69,8 @@ class Noising:
             uniforms: draws of [`~tide_hf.diffusion.row_uniforms`]: `(B,)`, `(B, L)`, `(B, L)`.
             t (`float`, *optional*): one diffusion time for all rows, instead of the drawn ones.
             given ([`Written`], *optional*): rows whose masks are not drawn, and which are counted apart.
+            suffix_uniforms (*optional*): draws `(B,)` and `(B, L)`: which rows get suffix masks, and the cut of each
+                of their blocks. The diffusion time of such a row is the share of its trained-on tokens that is masked.
 
         Returns:
             [`NoisedBatch`] on the host.
@@ -67,24 +78,31 @@ class Noising:
         Raises:
             ValueError: if there is a teacher and the rows were prepared without one.
         """
-        time_B, mask_BL, demo_BL = uniforms
         ids, labels, chunk_ids = batch["input_ids"], batch["labels"], batch["chunk_ids"]
         if self.teacher is None:
             # only a teacher needs chunks: without one, aligned rows train as if they were not aligned
             chunk_ids = torch.full_like(chunk_ids, -1)
-        t_B = diffusion_time(time_B, self.time_epsilon) if t is None else torch.full_like(time_B, t)
-        masked, is_written = mask_positions(mask_BL, t_B, labels, self.schedule), None
-        if given is not None:
-            is_written = given.is_written_B
-            masked = torch.where(is_written[:, None], given.masked_BL, masked)
         # at least one column, so that rows without any chunk need no case of their own
         num_chunks = max(int(chunk_ids.max()), int(batch.get("teacher_chunk_ids", chunk_ids).max()), 0) + 1
+        t_B = diffusion_time(uniforms[0], self.time_epsilon) if t is None else torch.full_like(uniforms[0], t)
+        masked, suffix_weight_BL = mask_positions(uniforms[1], t_B, labels, self.schedule), None
+        if suffix_uniforms is not None:
+            masked, suffix_weight_BL = self._with_suffix_masks(batch, masked, suffix_uniforms, chunk_ids, num_chunks)
+        is_written = None if given is None else given.is_written_B
+        if given is not None:
+            masked = torch.where(is_written[:, None], given.masked_BL, masked)
+            if suffix_weight_BL is not None:
+                suffix_weight_BL = suffix_weight_BL.masked_fill(is_written[:, None], 0.0)
         masked, hit_BC = complete_chunks(masked, chunk_ids, labels, num_chunks)
+        row_tokens = (labels != -100).sum(1)
+        if suffix_weight_BL is not None:
+            share_B = (masked.sum(1) / row_tokens.clamp(min=1)).clamp(min=self.time_epsilon)
+            t_B = torch.where((suffix_weight_BL > 0).any(1), share_B, t_B)
         layout = block_layout(ids, batch["attention_mask"].bool(), [masked], self.student, self.pack)
         order, teacher, pairs = torch.arange(len(layout.asked)), None, None
         if self.teacher is not None:
-            order, teacher, pairs = self._teacher_side(batch, layout, hit_BC, demo_BL)
-        position, row_tokens = layout.asked_position[order], (labels != -100).sum(1)
+            order, teacher, pairs = self._teacher_side(batch, layout, masked, hit_BC, uniforms[2])
+        position = layout.asked_position[order]
         return NoisedBatch(
             student=_inputs(layout, layout.asked[order], ids.flatten()[position]),
             teacher=teacher,
@@ -96,9 +114,18 @@ class Noising:
             chunk_tokens=_trained_chunk_tokens(labels, chunk_ids, num_chunks).flatten()[position],
             counts=_counts(row_tokens, position // labels.shape[1], pairs, is_written),
             is_written=is_written,
+            suffix_weight=None if suffix_weight_BL is None else suffix_weight_BL.flatten()[position],
         )
 
-    def _teacher_side(self, batch, student: PackedLayout, hit_BC, demo_BL) -> tuple:
+    def _with_suffix_masks(self, batch, masked, uniforms, chunk_ids, num_chunks: int) -> tuple:
+        """The masks `(B, L)`, those of some rows replaced by suffix masks, and the weights in these rows, `(B, L)`."""
+        block = block_numbers(batch["attention_mask"].bool(), self.student.block_size)
+        suffix, probability = suffix_masks(uniforms[1], block, batch["labels"])
+        is_suffix = (uniforms[0] < self.suffix_mask_fraction)[:, None]
+        weight = suffix_loss_weight(probability, block, chunk_ids, num_chunks)
+        return torch.where(is_suffix, suffix, masked), weight * is_suffix
+
+    def _teacher_side(self, batch, student: PackedLayout, masked, hit_BC, demo_BL) -> tuple:
         """The order in which the student's positions are asked, those without a partner last; what the teacher is run
         on; and the pairs."""
         if "teacher_input_ids" not in batch:
@@ -106,9 +133,21 @@ class Noising:
                 "The rows have no teacher side: this dataset was prepared without a teacher tokenizer. Prepare it "
                 "again with the teacher's, or give the trainer the raw rows."
             )
-        ids, masks = batch["teacher_input_ids"], self._teacher_masks(batch, hit_BC, demo_BL)
-        layout = block_layout(ids, batch["teacher_attention_mask"].bool(), masks, self.teacher, self.pack)
-        pair, teacher_pair, pairs = self._pairs(batch, student.asked_position, layout.asked_position, hit_BC.shape[1])
+        ids, valid = batch["teacher_input_ids"], batch["teacher_attention_mask"].bool()
+        is_exact_BC = None
+        if self.teacher.autoregressive:
+            is_real, teacher_chunks = batch["attention_mask"].bool(), batch["teacher_chunk_ids"]
+            block = block_numbers(is_real, self.student.block_size)
+            is_exact_BC = exact_chunks(is_real & ~masked, block, batch["chunk_ids"], hit_BC)
+            asked_BC = predictable_chunks(ids, valid, teacher_chunks, is_exact_BC if self.exact_targets else hit_BC)
+            layout = causal_layout(ids, valid, chunk_member(asked_BC, teacher_chunks))
+        else:
+            layout = block_layout(ids, valid, self._teacher_masks(batch, hit_BC, demo_BL), self.teacher, self.pack)
+        pair, teacher_pair, pairs, chunks = self._pairs(
+            batch, student.asked_position, layout.asked_position, hit_BC.shape[1]
+        )
+        if is_exact_BC is not None:
+            pairs.is_exact = is_exact_BC.flatten()[chunks]
         order = torch.cat([pair, _complement(pair, len(student.asked))])
         targets = ids.flatten()[layout.asked_position[teacher_pair]]
         return order, _inputs(layout, layout.asked[teacher_pair], targets), pairs
@@ -123,7 +162,8 @@ class Noising:
         return [chunk_member(part_b, teacher_chunks), chunk_member(part_a, teacher_chunks)]
 
     def _pairs(self, batch, student_position, teacher_position, num_chunks) -> tuple:
-        """Asked student and teacher positions of the active chunks, both ordered by row and chunk; and the [`Pairs`].
+        """Asked student and teacher positions of the active chunks, both ordered by row and chunk; the [`Pairs`]; and
+        the number of each active chunk, counted over all rows.
 
         A masked chunk that holds an untrained-on token, or has no token on one side, is inactive.
         """
@@ -146,7 +186,8 @@ class Noising:
             sides.append((order, *key[order].unique_consecutive(return_inverse=True, return_counts=True)))
         (pair, chunks, student_chunk, sizes), (teacher_pair, teacher_chunks, teacher_chunk, _) = sides
         assert torch.equal(chunks, teacher_chunks), "both sides hold the same active chunks"
-        return pair, teacher_pair, Pairs(student_chunk, teacher_chunk, chunks // num_chunks, sizes.cumsum(0).tolist())
+        pairs = Pairs(student_chunk, teacher_chunk, chunks // num_chunks, sizes.cumsum(0).tolist())
+        return pair, teacher_pair, pairs, chunks
 
 
 def _counts(

@@ -6,6 +6,7 @@ What a family is stands on its configuration class (`teacher_family`); this file
 from ..diffusion import LayoutSpec
 from ..models import MODELS
 from ..models.configuration_tide import TeacherFamily
+from .autoregressive import AUTOREGRESSIVE, is_autoregressive, reason_to_refuse
 
 CONTEXTS = ("paper", "native")
 # model_types of the families known here, for messages
@@ -24,15 +25,16 @@ def family_of(config) -> TeacherFamily | None:
     return getattr(type(config), "teacher_family", None)
 
 
-def contract_for(config, mask_token_id: int, context: str, student_block_size: int) -> LayoutSpec:
-    """The contract of a teacher of a known family.
+def contract_for(config, mask_token_id: int | None, context: str, student_block_size: int) -> LayoutSpec:
+    """The contract of a teacher: of a known family, or autoregressive.
 
     Args:
         config (`PretrainedConfig`): the teacher's.
-        mask_token_id (`int`): its resolved [MASK].
+        mask_token_id (`int`, *optional*): its resolved [MASK]; an autoregressive one has none.
         context (`str`): `teacher_context`: `"paper"`, as the published TIDE (2604.26951) feeds it, or `"native"`, as
             it was trained. They differ for LLaDA2 (the noised sequence alone; blocks with a clean prefix) and WeDLM
-            (bidirectional blocks of the student's size; its reordered causal stream).
+            (bidirectional blocks of the student's size; its reordered causal stream). An autoregressive teacher reads
+            the clean row in either.
         student_block_size (`int`): tokens per block of the student.
 
     Returns:
@@ -46,6 +48,8 @@ def contract_for(config, mask_token_id: int, context: str, student_block_size: i
         raise ValueError(
             f"teacher_context={context!r} is not available for {config.model_type}; it has {', '.join(CONTEXTS)}."
         )
+    if is_autoregressive(config):
+        return AUTOREGRESSIVE
     view = family_of(config).view(context)
     block_size = None
     if view.blocks == "student":
@@ -66,9 +70,13 @@ def refuse_unknown(config) -> None:
     """
     if config.model_type in REFUSED:
         raise ValueError(f"model_type={config.model_type!r} cannot be a teacher. {REFUSED[config.model_type]}")
-    if family_of(config) is None:
+    if is_autoregressive(config):
+        if (reason := reason_to_refuse(config)) is not None:
+            raise ValueError(f"model_type={config.model_type!r} cannot be a teacher. {reason}")
+    elif family_of(config) is None:
         raise ValueError(
-            f"model_type={config.model_type!r} is not a known teacher family; known are {', '.join(FAMILIES)}. To add "
-            "one, give its configuration class a teacher_family (tide_hf.teachers.TeacherFamily) and register its "
-            "model class with AutoModelForCausalLM."
+            f"model_type={config.model_type!r} is not a known teacher: neither an autoregressive LM of transformers "
+            f"nor a diffusion LM of a known family ({', '.join(FAMILIES)}). To add one, give its configuration class "
+            "a teacher_family (tide_hf.teachers.TeacherFamily) and register its model class with "
+            "AutoModelForCausalLM."
         )

@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 
 from ..diffusion import LayoutSpec, NetworkInputs
 from ..models.masked_diffusion import attention_mask_for, block_visibility
+from .autoregressive import transformed_logits
 
 
 class Teacher:
-    """A frozen diffusion LM that gives hidden states where they are asked for, and its head for them.
+    """A frozen LM that gives hidden states where they are asked for, and its head for them.
 
     It is not a submodule of the student or of the trainer's model: it is never trained or saved, and the optimizer
     does not see it.
@@ -40,7 +41,12 @@ class Teacher:
             they are asked; [`logits`] takes any selection of them.
         """
         asked = inputs.asked
-        device = self._device(asked.device)
+        device = self.device(asked.device)
+        if self.contract.autoregressive:
+            # rows begin in the first column of their own lines: the network's own causal mask is all they need
+            network = {"input_ids": inputs.input_ids.to(device)}
+            hidden = self.model.base_model(**network, use_cache=False).last_hidden_state
+            return hidden.flatten(0, 1)[asked.to(hidden.device)].to(asked.device)
         input_ids, position_ids, stream, block = (
             tensor.to(device) for tensor in (inputs.input_ids, inputs.position_ids, inputs.stream, inputs.block)
         )
@@ -62,8 +68,11 @@ class Teacher:
         head = self.model.get_output_embeddings()
         device = hidden_RK.device if head.weight.is_meta else head.weight.device
         with torch.autocast(device.type, enabled=False):
-            return head(hidden_RK.to(device)).to(hidden_RK.device)
+            logits = head(hidden_RK.to(device))
+            if self.contract.autoregressive:
+                logits = transformed_logits(self.model.config, logits)
+            return logits.to(hidden_RK.device)
 
-    def _device(self, default: torch.device) -> torch.device:
-        """Where its input goes: the device of its first weight that is not off-loaded."""
+    def device(self, default: torch.device) -> torch.device:
+        """Where its input goes: the device of its first weight that is not off-loaded; `default` without any."""
         return next((weight.device for weight in self.model.parameters() if not weight.is_meta), default)

@@ -52,7 +52,7 @@ def require_tokenizer(name: str, tokenizer) -> None:
         )
 
 
-def require_vocabulary(who: str, tokenizer, config) -> None:
+def require_vocabulary(who: str, tokenizer, config, unused: int | None = None) -> None:
     """Refuses a tokenizer with ids that a network has no embedding for.
 
     Special tokens that the tokenizer never writes by itself only occur in texts that spell them out, and some
@@ -63,11 +63,13 @@ def require_vocabulary(who: str, tokenizer, config) -> None:
         who (`str`): `"student"` or `"teacher"`, for the message.
         tokenizer (`PreTrainedTokenizerBase`): encodes the rows.
         config (`PreTrainedConfig`): of the network.
+        unused (`int`, *optional*): id of a token that the network is never given, and may have no embedding for.
 
     Raises:
         ValueError: naming the token, its id and the vocabulary.
     """
     beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size}
+    beyond.pop(unused, None)
     if not beyond:
         return
     written = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}

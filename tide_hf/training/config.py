@@ -45,6 +45,7 @@ RANGES = {
     "lambda_init": (0.0, 1.0, True),
     "lambda_max": (0.0, 1.0, True),
     "demo_ratio": (0.0, 1.0, True),
+    "suffix_mask_fraction": (0.0, 1.0, True),
     **{name: (*knob.metadata["range"], False) for name, knob in PARAMETERS.items()},
     "time_epsilon": (0.0, 1.0, False),
     **ROLLOUT_RANGES,
@@ -268,7 +269,7 @@ class TIDEConfig(_DivergenceParameters):
         "tide-shared",
         "Objective to start from: tide-shared (CE + TIDAL + CompDemo), tide-cross (CE + Reverse CALM; with one shared "
         "tokenizer reverse KL), or a baseline: kl, reverse-kl, calm, ce (no teacher). Source: TIDE (arXiv "
-        "2604.26951), table of hyperparameters.",
+        "2604.26951), table of hyperparameters. With an autoregressive teacher: ar-kl (shared tokenizer) or ar-calm.",
     )
     alignment: Literal[("auto", *ALIGNMENTS)] = _knob(
         "auto", "token (one shared tokenizer), chunk (two tokenizers), or auto: decided by comparing the tokenizers."
@@ -288,6 +289,19 @@ class TIDEConfig(_DivergenceParameters):
     allow_reverse_tidal: bool = _knob(False, "Allow tidal with reverse_calm, an ablation in the paper's code.")
     comp_demo: bool | None = _knob(
         None, "CompDemo: the teacher predicts each half of the masked positions with the other half revealed."
+    )
+    ar_targets: Literal["exact", "all", "annealed"] | None = _knob(
+        None,
+        "Which masked positions an autoregressive teacher is a target at: exact, those without a visible token to "
+        "their right in their block, where its prediction is right on average; all, which teaches faster and is "
+        "biased in the end; annealed, all, with a weight of the inexact ones that falls from 1 to 0 over training "
+        "(the term is divided by the number of all of them). By default all.",
+    )
+    suffix_mask_fraction: float | None = _knob(
+        None,
+        "Share of the rows, drawn anew for each pass, in which the end of each block is masked from a uniform cut on, "
+        "instead of single tokens: what decoding from left to right sees. Their denoising loss has the weight 1/P, P "
+        "the probability with which a token is masked so. By default 0; 0.5 where ar_targets is exact.",
     )
     demo_ratio: float | None = _knob(
         None, "CompDemo: probability that a masked position falls into the first half. Preset value: 0.5."

@@ -72,6 +72,8 @@ class Objective:
     loss_normalization: str
     tidal_scale: float = 1.0
     on_policy_fraction: float = 0.0
+    suffix_mask_fraction: float = 0.0
+    ar_targets: str | None = None
 
     @property
     def by_token(self) -> bool:
@@ -86,8 +88,9 @@ class Objective:
     @property
     def evaluated(self) -> "Objective":
         """What evaluation reports: with TIDAL, the divergence to the teacher itself (λ = 1, ω = 1, no scale), which
-        does not change at fixed weights; the rows are the data's."""
-        return replace(self, tidal=False, tidal_scale=1.0, on_policy_fraction=0.0)
+        does not change at fixed weights; for the same reason, annealed targets all count. The rows are the data's."""
+        ar_targets = "all" if self.ar_targets == "annealed" else self.ar_targets
+        return replace(self, tidal=False, tidal_scale=1.0, ar_targets=ar_targets, on_policy_fraction=0.0)
 
     def to_dict(self) -> dict:
         """Plain values, for logs and cards; a divergence as its name and parameters."""
@@ -102,6 +105,7 @@ class Objective:
         batch: NoisedBatch,
         lambda_progress: float,
         teacher: TeacherStates | None = None,
+        progress: float = 0.0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one micro-batch: each term is its local sum divided by its global count.
 
@@ -111,6 +115,7 @@ class Objective:
             batch ([`~tide_hf.diffusion.NoisedBatch`]): with the counts of the global batch.
             lambda_progress (`float`): λ(s) at this step.
             teacher ([`TeacherStates`], *optional*): needed if the objective distils.
+            progress (`float`): s, the share of training that is done; annealed targets weigh 1 − s where not exact.
 
         Returns:
             the scalar loss, and the detached, unweighted terms `ce` and `distill` of each row, `(B,)`; where the batch
@@ -134,7 +139,7 @@ class Objective:
 
         segments = [Segment(slice(num_paired, len(targets_N)), alone)]
         if self.distills:
-            compared = _Compared(self, batch, lambda_progress, teacher, precision, len(weight_VH))
+            compared = _Compared(self, batch, lambda_progress, progress, teacher, precision, len(weight_VH))
 
             def paired(logits, rows, *teacher_logits):
                 nll = nll_of(logits, rows)
@@ -164,6 +169,8 @@ class Objective:
             weights_N = chunk_loss_weight(t_N, batch.chunk_tokens, self.schedule)
         elif self.ce_weighting == "schedule":
             weights_N = loss_weight(t_N, self.schedule)
+        if self.ce_weighting == "schedule" and batch.suffix_weight is not None:
+            weights_N = torch.where(batch.suffix_weight > 0, batch.suffix_weight.to(t_N), weights_N)
         num_items = counts.tokens if self.loss_normalization == "token" else counts.rows
         if self.loss_normalization == "sequence":
             num_items = num_items * batch.row_tokens[batch.row]
@@ -181,7 +188,7 @@ class _Compared:
         frozen, ends: of the [`~tide_hf.losses.Segment`] of the paired positions.
     """
 
-    def __init__(self, objective: Objective, batch: NoisedBatch, lambda_progress: float, teacher, precision, vocab):
+    def __init__(self, objective: Objective, batch, lambda_progress, progress, teacher, precision, vocab):
         self.divergence, self.temperature = objective.divergence, objective.temperature
         self.by_token, self.pairs = objective.by_token, batch.pairs
         self.shared_vocab_size, self.strength = teacher.shared_vocab_size, None
@@ -191,6 +198,9 @@ class _Compared:
         if objective.tidal:
             self.strength = tidal_lambda(lambda_progress, objective.lambda_max, t, objective.lambda_axes)
             weights = timestep_weight(t, objective.timestep_weight) * objective.tidal_scale
+        if objective.ar_targets == "annealed":
+            # with a shared vocabulary a chunk is one token
+            weights = torch.where(self.pairs.is_exact, weights, weights * (1 - progress))
         counts, self.shares = batch.counts, 1.0
         num_items = counts.pairs if self.by_token else counts.chunks
         if objective.on_policy_fraction:

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..data import Prompt, is_prepared, prompt_of, with_stand_ins
-from ..diffusion import NoisedBatch, Written, row_uniforms
+from ..diffusion import NoisedBatch, Written
 from .rollouts import Rollout, Writing, is_on_policy, random_state, visited_states, written_row
 
 
@@ -112,8 +112,7 @@ class OnPolicyMixin:
         for row, (one, state) in enumerate(zip(rollouts, states, strict=True), len(rows)):
             masked[row, len(one.prompt) : len(one.prompt) + len(state)] = torch.tensor(state)
             is_written[row] = True
-        draws = row_uniforms(args.seed, self._pass, batch["row_key"].tolist(), masked.shape[1])
-        return self.noising(batch, draws, given=Written(is_written, masked))
+        return self._noise(batch, self._pass, given=Written(is_written, masked))
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

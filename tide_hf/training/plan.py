@@ -8,8 +8,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from ..alignment import resolve_alignment
 from ..data import PreparationRecord, RowPreparation
 from ..diffusion import LayoutSpec
-from ..teachers import contract_for, resolve_mask_token_id
+from ..teachers import contract_for, is_autoregressive, refuse_unknown, resolve_mask_token_id
 from .checks import check_block_size, require_vocabulary
+from .presets import with_teacher
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ def resolve_plan(
     if teacher_config is not None and (decide is None or objective.distills):
         teacher_settings = teacher_config()
         teacher_tokenizer = teacher_tokenizer or tokenizer
-        require_vocabulary("teacher", teacher_tokenizer, teacher_settings)
-        mask = resolve_mask_token_id(args.teacher_mask_token_id, teacher_settings, teacher_tokenizer, "teacher")
+        mask = _teacher_mask(args, teacher_settings, teacher_tokenizer)
         side = teacher_tokenizer, mask
         sizes.append(teacher_settings.vocab_size)
         if decide is not None:
             teacher = contract_for(teacher_settings, mask, args.teacher_context, block_size)
+            objective = with_teacher(objective, args, teacher.autoregressive)
     student = None
     if has_mask:
         full = config.diffusion_type == "full"
@@ -109,6 +110,21 @@ def resolve_plan(
         preparation=RowPreparation.for_run(args, block_size, alignment, (tokenizer, mask_token_id), side),
         objective=objective,
     )
+
+
+def _teacher_mask(args, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the teacher's [MASK]; None for an autoregressive one, which is given clean rows, without any mask."""
+    refuse_unknown(config)
+    if not is_autoregressive(config):
+        require_vocabulary("teacher", tokenizer, config)
+        return resolve_mask_token_id(args.teacher_mask_token_id, config, tokenizer, "teacher")
+    require_vocabulary("teacher", tokenizer, config, unused=tokenizer.mask_token_id)
+    if args.teacher_mask_token_id is not None:
+        raise ValueError(
+            f"teacher_mask_token_id={args.teacher_mask_token_id} has no meaning for an autoregressive teacher "
+            f"({config.model_type}), which reads clean text: leave it out."
+        )
+    return None
 
 
 def _block_size(args, config: PreTrainedConfig) -> int:

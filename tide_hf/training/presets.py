@@ -27,8 +27,12 @@ PRESETS = {
     "kl": {"divergence": ("forward_kl", None)},
     "reverse-kl": {"divergence": ("reverse_kl", None)},
     "calm": {"divergence": ("calm", "calm")},
+    # for autoregressive teachers; at T ≠ 1 the mean of their predictions is not the student's target
+    "ar-kl": {"divergence": ("forward_kl", None), "temperature": 1.0},
+    "ar-calm": {"divergence": ("calm", "calm"), "temperature": 1.0},
     "ce": {"divergence": (NO_DIVERGENCE, NO_DIVERGENCE)},
 }
+AR_TARGETS_DEFAULT, SUFFIX_FRACTION_DEFAULT = "all", 0.5
 PRESET_DEFAULTS = {
     "tidal": False,
     "comp_demo": False,
@@ -77,6 +81,7 @@ def resolve_objective(config, alignment: str, schedule: str = "linear", given: D
         chunk_weighting=config.chunk_weighting,
         loss_normalization=config.loss_normalization,
         on_policy_fraction=config.on_policy_fraction,
+        suffix_mask_fraction=config.suffix_mask_fraction or 0.0,
         **values,
     )
     _check_on_policy(objective)
@@ -94,6 +99,49 @@ def resolve_objective(config, alignment: str, schedule: str = "linear", given: D
         )
         objective = replace(objective, tidal_scale=1 / strength)
     return objective
+
+
+def with_teacher(objective: Objective, config, autoregressive: bool) -> Objective:
+    """An objective once the kind of its teacher is known.
+
+    Args:
+        objective ([`Objective`]): of [`resolve_objective`]; it distils.
+        config ([`TIDEConfig`]): the configuration it was made from.
+        autoregressive (`bool`): whether the teacher is; otherwise it is a diffusion LM.
+
+    Raises:
+        ValueError: for fields that mean nothing for such a teacher.
+    """
+    if not autoregressive:
+        if config.ar_targets is not None or str(config.preset).startswith("ar-"):
+            raise ValueError(
+                f"preset={config.preset!r} and ar_targets={config.ar_targets!r} are for an autoregressive teacher, "
+                "and this one is a diffusion LM: choose preset='kl' (shared tokenizer) or 'calm', without ar_targets."
+            )
+        return objective
+    if objective.comp_demo:
+        raise ValueError(
+            "comp_demo=True reveals part of the masked positions to the teacher, and an autoregressive teacher reads "
+            f"the clean text, where nothing is masked (preset={config.preset!r}): choose preset='ar-kl' (shared "
+            "tokenizer) or 'ar-calm', or set comp_demo=False."
+        )
+    if config.teacher_context != "paper":
+        raise ValueError(
+            f"teacher_context={config.teacher_context!r} says how a diffusion teacher is fed; an autoregressive one "
+            "reads the clean text in any case: leave it out."
+        )
+    if objective.divergence.direction != "forward":
+        logger.warning(
+            f"divergence={objective.divergence.name!r} with an autoregressive teacher: only a forward divergence is "
+            "smallest at the mean of the teacher's predictions over the tokens that the student does not see. "
+            "Consider preset='ar-kl' or 'ar-calm'."
+        )
+    ar_targets = config.ar_targets or AR_TARGETS_DEFAULT
+    fraction = objective.suffix_mask_fraction
+    if config.suffix_mask_fraction is None:
+        fraction = SUFFIX_FRACTION_DEFAULT if ar_targets == "exact" else 0.0
+    temperature = objective.temperature if config.temperature is not None else 1.0
+    return replace(objective, ar_targets=ar_targets, suffix_mask_fraction=fraction, temperature=temperature)
 
 
 def _divergence(config, alignment: str, name: str | None, given: Divergence | None) -> Divergence | None:

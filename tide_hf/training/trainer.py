@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_
 from transformers.utils import logging
 
 from ..data import DistillationCollator
-from ..diffusion import Counts, NoisedBatch, Noising, row_uniforms
+from ..diffusion import Counts, NoisedBatch, Noising, Written, row_uniforms
 from ..losses import Divergence, lambda_schedule
-from ..teachers import Teacher, load_teacher
+from ..teachers import Teacher, check_logits, load_teacher
 from .adapter import prepare_adapter
 from .base import DiffusionTrainer, load_student, pad_token_id, run_packed
 from .checks import refuse_loading_arguments, refuse_own_teacher, require_divergence, require_tokenizer
@@ -27,17 +27,19 @@ from .measuring import predict_masked
 from .objective import Objective, TeacherStates
 from .on_policy import OnPolicyMixin
 from .plan import RunPlan, resolve_plan
-from .presets import PRESET_DEFAULTS, resolve_objective
+from .presets import PRESET_DEFAULTS, resolve_objective, with_teacher
 
 logger = logging.get_logger(__name__)
+SUFFIX_STREAM = 0  # draws of suffix masks, apart from those of random ones
 
 
 class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
-    """Trains a block-diffusion (or full-sequence) student, with a frozen diffusion LM as teacher or without one.
+    """Trains a block-diffusion (or full-sequence) student, with a frozen teacher or without one.
 
     Args:
         model (`str` or `PreTrainedModel`): the student: an instance, a Hub name or a folder.
-        teacher (`str` or `PreTrainedModel`, *optional*): the teacher; None only with `preset="ce"`.
+        teacher (`str` or `PreTrainedModel`, *optional*): a diffusion LM, or any autoregressive one of transformers;
+            None only with `preset="ce"`.
         args ([`TIDEConfig`], *optional*): all settings.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` + `completion` or
             `text` (with `on_policy_fraction=1` a `prompt` alone is enough to train on), or rows already prepared, for
@@ -68,7 +70,7 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
             *PRESET_DEFAULTS,
             *PARAMETERS,
             *("preset", "divergence", "allow_reverse_tidal", "schedule", "time_epsilon"),
-            *("ce_weighting", "chunk_weighting", "loss_normalization"),
+            *("ce_weighting", "chunk_weighting", "loss_normalization", "ar_targets", "suffix_mask_fraction"),
         }
     )
 
@@ -132,6 +134,8 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
         if self.teacher is not None and not hasattr(self.teacher, "hf_device_map"):
             self.teacher.to(args.device)
         self._start_on_policy()
+        if self.signal is not None and self.signal.contract.autoregressive:
+            check_logits(self.signal)
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -166,6 +170,8 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
             time_epsilon=args.time_epsilon,
             comp_demo=objective.comp_demo,
             demo_ratio=objective.demo_ratio,
+            exact_targets=objective.ar_targets == "exact",
+            suffix_mask_fraction=objective.suffix_mask_fraction,
         )
 
     def _resolve_again(self) -> None:
@@ -178,6 +184,8 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
                 "The changed arguments ask for distillation, but this trainer was made without a teacher: make a new "
                 "one with teacher=…."
             )
+        if objective.distills:
+            objective = with_teacher(objective, self.args, self.plan.teacher.autoregressive)
         config.noise_schedule = schedule
         self._take(replace(self.plan, objective=objective, schedule=schedule), self.args)
 
@@ -192,13 +200,16 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
         self._step_sums: dict[str, torch.Tensor] = {}
         self._term_sums: dict[str, torch.Tensor] = {}
         self._term_steps = 0
+        self._num_masked, self._num_targets = 0, 0
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _noise(self, batch, epoch: int | None, t: float | None = None) -> NoisedBatch:
-        """One micro-batch, noised by draws keyed by (seed, epoch, row)."""
-        uniforms = row_uniforms(self.args.seed, epoch, batch["row_key"].tolist(), batch["labels"].shape[1])
-        return self.noising(batch, uniforms, t)
+    def _noise(self, batch, epoch: int | None, t: float | None = None, given: Written | None = None) -> NoisedBatch:
+        """One micro-batch, noised by draws keyed by (seed, epoch, row), but for the rows whose masks are given."""
+        keys, length, suffix = batch["row_key"].tolist(), batch["labels"].shape[1], None
+        if epoch is not None and self.noising.suffix_mask_fraction:
+            suffix = row_uniforms(self.args.seed, epoch, keys, length, stream=SUFFIX_STREAM)[:2]
+        return self.noising(batch, row_uniforms(self.args.seed, epoch, keys, length), t, given, suffix)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of an optimizer step and makes their counts global."""
@@ -207,9 +218,16 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
             return [], None
         batches = self._noised_batches(rows)
         self._term_steps += 1
+        self._count_targets(batches)
         counts = torch.stack([torch.stack(batch.counts) for batch in batches]).sum(0)
         counts = Counts(*self.accelerator.reduce(counts.float().to(device), reduction="sum").unbind())
         return [replace(batch, counts=counts) for batch in batches], counts.tokens
+
+    def _count_targets(self, batches: list[NoisedBatch]) -> None:
+        """Adds the masked positions of a step, and those of them that are compared with the teacher."""
+        for batch in batches:
+            self._num_masked += len(batch.student.asked)
+            self._num_targets += 0 if batch.pairs is None else len(batch.pairs.student_chunk)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted sum of the objective's terms, each divided by its global count."""
@@ -244,7 +262,8 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
 
         def head_fn(hidden_BPH, weight_VH):
             hidden_NH = hidden_BPH.flatten(0, 1)[batch.student.asked]
-            loss, terms = objective(hidden_NH, weight_VH, batch, self._lambda_progress(), states)
+            progress = self.state.global_step / max(self.state.max_steps, 1)
+            loss, terms = objective(hidden_NH, weight_VH, batch, self._lambda_progress(), states, progress)
             if predicts:
                 preprocess = self.preprocess_logits_for_metrics
                 terms["predictions"] = predict_masked(hidden_NH, weight_VH, batch.student.targets, preprocess)
@@ -273,5 +292,10 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
             if self.objective.tidal:
                 logs["lambda"] = self._lambda_progress()
             logs |= self._rollout_logs()
+            if self.objective.ar_targets is not None:
+                counts = torch.tensor([self._num_targets, self._num_masked], device=self.args.device)
+                num_targets, num_masked = self.accelerator.reduce(counts, reduction="sum").tolist()
+                logs["target_share"] = num_targets / max(num_masked, 1)
             self._term_sums, self._term_steps = {}, 0
+            self._num_masked, self._num_targets = 0, 0
         super().log(logs, start_time)
