@@ -93,7 +93,10 @@ def unread_columns(names: list[str]) -> list[str]:
                 f"{what} For preference data, choose what to train on: dataset.rename_column('chosen', …)."
             )
         if "prompt" in there:
-            raise ValueError(f"{what} A prompt alone has no answer to train on.")
+            raise ValueError(
+                f"{what} A prompt alone has no answer to train on. Have a teacher write it: "
+                "recipes/prepare_data.py --teacher_answers greedy."
+            )
         raise ValueError(
             f"{what} Rename the column that holds the conversation: dataset.rename_column(old, 'messages')."
         )
