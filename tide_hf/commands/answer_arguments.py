@@ -1,9 +1,10 @@
 """What decides a teacher's answers: its name and how it is loaded, and the flags of `--teacher_answers`."""
 
 import json
+import os
 from dataclasses import dataclass, field, fields
 
-from accelerate import PartialState
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from ..teachers.answers import AnswerDecoding, kind_of, load_writer
@@ -130,5 +131,20 @@ class TeacherModel:
         """The model, on this process's device unless `device_map` says where."""
         kwargs = dict(self.init_kwargs)
         if not self.load_in_4bit and "device_map" not in kwargs:
-            kwargs["device_map"] = {"": PartialState().device}
+            kwargs["device_map"] = {"": _device()}
         return load_writer(self.name, kind_of(self.config()), self.dtype, self.load_in_4bit, **kwargs)
+
+
+def launched() -> tuple[int, int]:
+    """Number of this process, and how many accelerate or torchrun started.
+
+    They never have to talk to each other, so that no process group is opened, whose calls would time out while one
+    process still writes.
+    """
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Features, Json, List, Value, load_from_disk
 from datasets.utils.tqdm import tqdm
 
@@ -23,7 +22,7 @@ from ..data.encoding import Encoder
 from ..data.formats import Conversation, PlainText, to_json
 from ..hub import answers_card, find_source
 from ..teachers.answers import DIFFUSION, AnswerWriter, answer_key, kind_of, prompt_key
-from .answer_arguments import AnswerArguments, TeacherModel
+from .answer_arguments import AnswerArguments, TeacherModel, launched
 
 PLAN_FILE = "answers.json"
 POLL_SECONDS = 0.5
@@ -74,37 +73,27 @@ def write_answers(
         ValueError: if the folder holds something else, with what differs; also for streams.
         DataError: for a split without any answer left.
     """
-    folder, state = Path(folder), PartialState()
+    folder, (rank, num_processes) = Path(folder), launched()
     if any(not isinstance(rows, Dataset) for rows in splits.values()):
         raise ValueError("A stream cannot be answered, since its rows are not known: turn streaming off.")
     config, tokenizer = teacher.config(), teacher.tokenizer()
-    kind = kind_of(config)
-    settings = _settings(teacher, config, kind, how)
     template = resolve_template_kwargs(chat_template_kwargs, [tokenizer])
-    plan = json.loads(
-        json.dumps({"settings": settings, "template": template, "source": source, "splits": list(splits)})
-    )
+    plan = {"model": teacher.name, "template": template, "source": source, "splits": list(splits)}
+    plan = json.loads(json.dumps({"settings": _settings(teacher, config, how), **plan}))
     if folder.exists() and any(folder.iterdir()):
         _require_same_plan(folder, plan)
-        return load_from_disk(folder) if state.is_main_process else None
+        return load_from_disk(folder) if rank == 0 else None
     work = Path(f"{str(folder).rstrip('/')}.parts")
-    if not _open_work(work, {**plan, "prompts_per_part": how.prompts_per_part}, state.is_main_process, folder):
+    if not _open_work(work, {**plan, "prompts_per_part": how.prompts_per_part}, rank == 0, folder):
         return None
-    mask = getattr(config, "mask_token_id", None) if kind == DIFFUSION else None
-    room = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - how.max_new_tokens
-    render = _Prompts(tokenizer, Encoder.of(tokenizer), template, mask, room)
+    render = _Prompts(tokenizer, template, config, how.max_new_tokens)
     prompts = {name: _rendered(rows, render, num_proc) for name, rows in splits.items()}
-    parts = [
-        (work / f"{name}-{start // how.prompts_per_part:05d}.jsonl", name, start)
-        for name, (asked, _) in prompts.items()
-        for start in range(0, len(asked), how.prompts_per_part)
-    ]
-    mine = [part for part in parts[state.process_index :: state.num_processes] if not part[0].is_file()]
+    parts = _parts(work, prompts, how.prompts_per_part)
+    mine = [part for part in parts[rank::num_processes] if not part[0].is_file()]
     if mine and not (folder / PLAN_FILE).is_file():  # else the first process has joined and removed them since
-        _write_parts(
-            mine, prompts, AnswerWriter(teacher.load(), tokenizer, how.decoding(), how.answer_batch_size), how
-        )
-    if not state.is_main_process:
+        writer = AnswerWriter(teacher.load(), tokenizer, how.decoding(), how.answer_batch_size)
+        _write_parts(mine, prompts, writer, how)
+    if rank:
         return None
     while not all(path.is_file() for path, _, _ in parts):  # those of the other processes
         time.sleep(POLL_SECONDS)
@@ -112,21 +101,32 @@ def write_answers(
     return load_from_disk(folder)
 
 
-def _settings(teacher: TeacherModel, config, kind: str, how: AnswerArguments) -> dict:
+def _parts(work: Path, prompts: dict, size: int) -> list[tuple[Path, str, int]]:
+    """File, split and first prompt of each part."""
+    return [
+        (work / f"{name}-{start // size:05d}.jsonl", name, start)
+        for name, (asked, _) in prompts.items()
+        for start in range(0, len(asked), size)
+    ]
+
+
+def _settings(teacher: TeacherModel, config, how: AnswerArguments) -> dict:
     """Everything that the answers depend on but the rows, as plain values."""
     source = find_source(teacher.name)
     revision = getattr(config, "_commit_hash", None) or teacher.init_kwargs.get("revision")
     told = {name: value for name, value in asdict(how).items() if name not in NOT_TOLD}
     precision = "4 bits" if teacher.load_in_4bit else teacher.dtype
-    named = {"teacher": source.name, "revision": revision, "kind": kind, "decoding": how.in_words()}
+    named = {"teacher": source.name, "revision": revision, "kind": kind_of(config), "decoding": how.in_words()}
     return {**named, "precision": precision, **told}
 
 
 class _Prompts:
     """Renders raw rows into the teacher's prompts; a callable for `Dataset.map`."""
 
-    def __init__(self, tokenizer, encoder: Encoder, settings: dict, mask: int | None, room: int):
-        self.tokenizer, self.encoder, self.settings, self.mask, self.room = tokenizer, encoder, settings, mask, room
+    def __init__(self, tokenizer, settings: dict, config, max_new_tokens: int):
+        self.tokenizer, self.encoder, self.settings = tokenizer, Encoder.of(tokenizer), settings
+        self.mask = getattr(config, "mask_token_id", None) if kind_of(config) == DIFFUSION else None
+        self.room = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - max_new_tokens
 
     def __call__(self, row: dict, index: int) -> dict:
         try:

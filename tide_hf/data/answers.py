@@ -132,5 +132,5 @@ def describe_answers(answers: dict) -> str:
     )
     if answers["num_repeated"]:
         text += f", {answers['num_repeated']:,} repeated"
-    dropped = [f"{count:,} rows without a prompt to answer: {reason}" for reason, count in answers["dropped"].items()]
+    dropped = [f"{count:,} rows not answered: {reason}" for reason, count in answers["dropped"].items()]
     return "; ".join([text, *dropped])
