@@ -1,5 +1,9 @@
-"""Preparing a dataset once, from names to a saved or pushed one: reads two tokenizers and configs, no weights."""
+"""Preparing a dataset once, from names to a saved or pushed one.
 
+Reads two tokenizers and configs; weights only of a teacher that writes the answers.
+"""
+
+import json
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -11,11 +15,15 @@ from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig
 
 from ..data import PreparationRecord, RowPreparation, write_prepared
+from ..data.answers import AnswerRecord, describe_answers
 from ..data.loading import MixtureConfig, load_mixture
-from ..hub import dataset_card, find_source
+from ..hub import dataset_card, find_source, require_available
 from ..hub.sources import PERMISSIVE, Source, resolve_license
+from ..teachers.answers import DIFFUSION, kind_of
 from ..training.config import RANGES, TIDEConfig, check_ranges, check_types, declared_types
 from ..training.plan import resolve_plan
+from .answer_arguments import AnswerArguments, TeacherModel
+from .answers import write_answers
 from .distill import DistillArguments, check_available, load_named
 from .parsing import RecipeParser
 from .refusals import refusing
@@ -33,6 +41,9 @@ OF_THE_RUN = (
     "mask_token_id",
     "teacher_mask_token_id",
     "dataset_num_proc",
+    "teacher_dtype",
+    "teacher_load_in_4bit",
+    "teacher_model_init_kwargs",
 )
 DECLARED = {name: kind for name, kind in declared_types(TIDEConfig).items() if name in OF_THE_RUN}
 
@@ -81,6 +92,7 @@ class PrepareArguments:
         write ([`WriteArguments`]): where the rows go.
         model (`ModelConfig`): the student.
         mixture ([`MixtureConfig`]): datasets of a YAML file.
+        answers ([`AnswerArguments`]): whether and how the teacher writes the answers.
     """
 
     script: DistillArguments
@@ -88,6 +100,7 @@ class PrepareArguments:
     write: WriteArguments
     model: ModelConfig
     mixture: MixtureConfig
+    answers: AnswerArguments = field(default_factory=AnswerArguments)
 
 
 def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArguments:
@@ -99,7 +112,7 @@ def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArg
         command_line (`list[str]`, *optional*): `sys.argv[1:]` by default.
     """
     command_line = sys.argv[1:] if command_line is None else command_line
-    parser = RecipeParser((DistillArguments, RunSettings, WriteArguments, ModelConfig, MixtureConfig))
+    parser = RecipeParser((DistillArguments, RunSettings, WriteArguments, ModelConfig, MixtureConfig, AnswerArguments))
     *parsed, remaining = parser.parse_args_and_config(command_line, return_remaining_strings=True)
     arguments = PrepareArguments(*parsed)
     flags = [word[2:].split("=")[0].replace("-", "_") for word in remaining if word.startswith("--")]
@@ -108,7 +121,10 @@ def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArg
         parser.error(f"unknown: {', '.join('--' + name for name in unknown)}")
     if not any(word.split("=")[0].replace("-", "_") == "__output_dir" for word in command_line):
         arguments.write.output_dir = WriteArguments.output_dir
-    if arguments.model.model_name_or_path is None or not (arguments.mixture.datasets or arguments.script.dataset_name):
+    named = arguments.mixture.datasets or arguments.script.dataset_name
+    if arguments.answers.teacher_answers is not None:
+        _check_answers(arguments, named)
+    elif arguments.model.model_name_or_path is None or not named:
         sys.exit(
             "Nothing to prepare: give --model_name_or_path (the student, for its tokenizer), "
             "--teacher_model_name_or_path and --dataset_name (a Hub name, a .jsonl or .parquet file), or --config "
@@ -118,8 +134,28 @@ def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArg
     return arguments
 
 
-def run_preparation(arguments: PrepareArguments) -> DatasetDict:
+def _check_answers(arguments: PrepareArguments, named) -> None:
+    """Exits with one line for what the teacher's answers miss; without a student only they are written."""
+    script, model, write = arguments.script, arguments.model, arguments.write
+    if script.teacher_model_name_or_path is None or not named:
+        sys.exit(
+            "Nothing to answer: --teacher_answers needs --teacher_model_name_or_path and --dataset_name (a Hub name, "
+            "a .jsonl or .parquet file), or --config with them."
+        )
+    if model.model_name_or_path is None and write.hub_dataset_id is not None:
+        sys.exit(
+            "--hub_dataset_id pushes a prepared dataset, and without --model_name_or_path (the student) there is "
+            "none: give it, or push the answers yourself with load_from_disk(…).push_to_hub(…)."
+        )
+    with refusing():
+        datasets = [part.path for part in arguments.mixture.datasets] or [script.dataset_name]
+        require_available([script.teacher_model_name_or_path], list(dict.fromkeys(datasets)))
+
+
+def run_preparation(arguments: PrepareArguments) -> DatasetDict | None:
     """Loads tokenizers, configs and rows; prepares, saves, and pushes where asked to. Prints the reports.
+
+    With `teacher_answers` the teacher first writes the answers; without a student, only that is done.
 
     Exits with one line for what the user has to mend.
 
@@ -127,10 +163,12 @@ def run_preparation(arguments: PrepareArguments) -> DatasetDict:
         arguments ([`PrepareArguments`]): as [`parse_prepare_arguments`] reads them.
 
     Returns:
-        `DatasetDict`: the prepared splits.
+        `DatasetDict`: the prepared splits, or the answers; None in the further processes of a launch.
     """
     with refusing():
         dataset = _prepared(arguments)
+        if dataset is None or arguments.model.model_name_or_path is None:
+            return dataset
         write = arguments.write
         for name, prepared in dataset.items():
             print(f"{name}: {PreparationRecord.read(prepared).reports[name]}")
@@ -141,10 +179,15 @@ def run_preparation(arguments: PrepareArguments) -> DatasetDict:
     return dataset
 
 
-def _prepared(arguments: PrepareArguments) -> DatasetDict:
+def _prepared(arguments: PrepareArguments) -> DatasetDict | None:
     """From names to a saved dataset."""
     script, write, mixture = arguments.script, arguments.write, arguments.mixture
-    preparation = preparation_from_names(script.teacher_model_name_or_path, arguments.model, arguments.run)
+    writes, preparation = arguments.answers.teacher_answers is not None, None
+    if arguments.model.model_name_or_path is not None:
+        teacher = script.teacher_model_name_or_path
+        if writes and kind_of(_teacher_model(arguments).config()) != DIFFUSION:
+            teacher = None  # it writes the answers, and the student is trained on these alone
+        preparation = preparation_from_names(teacher, arguments.model, arguments.run)
     rows = load_named(script) if script.dataset_name is not None else load_mixture(mixture)
     wanted = dict.fromkeys([script.dataset_train_split, script.dataset_test_split])
     splits = {name: rows[name] for name in wanted if name in rows}
@@ -153,14 +196,51 @@ def _prepared(arguments: PrepareArguments) -> DatasetDict:
             f"The dataset has the splits {', '.join(rows)}, but none of {', '.join(wanted)}: set "
             "--dataset_train_split and --dataset_test_split."
         )
+    source = _source(arguments, splits)
+    if writes:
+        answers_dir = arguments.answers.answers_dir or f"{write.output_dir}{'' if preparation is None else '-answers'}"
+        splits = _answered(arguments, splits, answers_dir, source)
+        if splits is None or preparation is None:
+            return splits
+        source = {**source, "answers": AnswerRecord.read(next(iter(splits.values()))).settings}
     return write_prepared(
         splits,
         preparation,
         write.output_dir,
-        source=_source(arguments, splits),
+        source=source,
         num_proc=arguments.run.dataset_num_proc,
         rows_per_part=write.rows_per_part,
     )
+
+
+def _teacher_model(arguments: PrepareArguments) -> TeacherModel:
+    """The teacher that writes."""
+    run, given = arguments.run, arguments.run.teacher_model_init_kwargs or {}
+    given = json.loads(given) if isinstance(given, str) else given
+    return TeacherModel(
+        arguments.script.teacher_model_name_or_path, run.teacher_dtype, run.teacher_load_in_4bit, given
+    )
+
+
+def _answered(arguments: PrepareArguments, splits: dict, folder: str, source: dict) -> DatasetDict | None:
+    """The answers of the teacher to all splits, with what became of them printed."""
+    sources = _data_sources(arguments)
+    answers = write_answers(
+        splits,
+        _teacher_model(arguments),
+        arguments.answers,
+        folder,
+        source,
+        arguments.run.chat_template_kwargs,
+        arguments.run.dataset_num_proc,
+        _license([*sources, *_writers(arguments)]),
+    )
+    if answers is not None:
+        record = AnswerRecord.read(next(iter(answers.values())))
+        for name in answers:
+            print(f"{name}: {describe_answers(record.of_split(name))}")
+        print(f"The answers are in {folder}: prepare them for any student with --dataset_name {folder}")
+    return answers
 
 
 def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSettings) -> RowPreparation:
@@ -187,7 +267,7 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
 
 def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
     """Pushes the card first: no state on the Hub has rows without one, and `push_to_hub` adds its metadata to it."""
-    write, script, mixture, api = arguments.write, arguments.script, arguments.mixture, HfApi()
+    write, api = arguments.write, HfApi()
     created = api.create_repo(
         write.hub_dataset_id, repo_type="dataset", private=write.hub_private or None, exist_ok=True
     )
@@ -196,8 +276,7 @@ def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
         existing = Path(api.hf_hub_download(filename=constants.REPOCARD_NAME, **repo)).read_text(encoding="utf-8")
     except EntryNotFoundError:
         existing = ""
-    names = [part.path for part in mixture.datasets] if script.dataset_name is None else [script.dataset_name]
-    sources = [find_source(name, is_dataset=True) for name in dict.fromkeys(names)]
+    sources = _data_sources(arguments)
     record = PreparationRecord.read(next(iter(dataset.values())))
     settings = {name: value for name, value in record.settings.items() if value is not None}
     tokenizers = {name: value for name, value in settings.items() if isinstance(value, dict)}
@@ -210,12 +289,26 @@ def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
         settings=settings | {name: f"fingerprint {value['fingerprint']}" for name, value in tokenizers.items()},
         languages=list(dict.fromkeys(code for source in sources for code in source.languages)),
         existing=existing,
-        **_license(sources),
+        **_license([*sources, *_writers(arguments)]),
     )
     api.upload_file(
         path_or_fileobj=card.encode(), path_in_repo=constants.REPOCARD_NAME, commit_message="Dataset card", **repo
     )
     dataset.push_to_hub(created.repo_id)
+
+
+def _data_sources(arguments: PrepareArguments) -> list[Source]:
+    """The datasets that the rows come from."""
+    script = arguments.script
+    names = [part.path for part in arguments.mixture.datasets]
+    names = names if script.dataset_name is None else [script.dataset_name]
+    return [find_source(name, is_dataset=True) for name in dict.fromkeys(names)]
+
+
+def _writers(arguments: PrepareArguments) -> list[Source]:
+    """The teacher, if it wrote the answers."""
+    writes = arguments.answers.teacher_answers is not None
+    return [find_source(arguments.script.teacher_model_name_or_path)] if writes else []
 
 
 def _license(sources: list[Source]) -> dict[str, str]:

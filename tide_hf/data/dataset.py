@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers.utils import logging
 
+from .answers import AnswerRecord
 from .formats import unread_columns
 from .preparation import COLUMNS, COVERAGE, COVERAGE_COUNTS, STATUS, RowPreparation, nth_key
 from .record import CARRIER, PreparationRecord
@@ -98,7 +99,8 @@ def prepare_table(
         desc="Preparing rows",
         **caching,
     )
-    report, kept = PreparationReport(), []
+    written = AnswerRecord.read(dataset)
+    report, kept = PreparationReport(answers=written.of_split(str(dataset.split)) if written else {}), []
     for batch in prepared.select_columns([STATUS, COVERAGE]).iter(1000):
         indices, part = report_of(batch[STATUS], batch[COVERAGE])
         kept += [report.num_rows + index for index in indices]

@@ -94,7 +94,8 @@ def unread_columns(names: list[str]) -> list[str]:
             )
         if "prompt" in there:
             raise ValueError(
-                f"{what} A prompt alone has no answer to train on; with on_policy_fraction=1 the student writes one."
+                f"{what} A prompt alone has no answer to train on: have a teacher write it (recipes/prepare_data.py "
+                "--teacher_answers greedy), or the student (on_policy_fraction=1)."
             )
         raise ValueError(
             f"{what} Rename the column that holds the conversation: dataset.rename_column(old, 'messages')."

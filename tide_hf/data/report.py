@@ -30,6 +30,7 @@ class PreparationReport:
         num_split_answers (`int`): answers whose beginning the tokenizer would have joined with the end of the prompt;
             the two are tokenised separately, as at inference.
         num_dropped_reasonings (`int`): reasonings, mostly of earlier turns, that the chat template leaves out.
+        answers (`dict`): who wrote the answers, if a teacher did; see [`~tide_hf.data.answers.AnswerRecord`].
     """
 
     num_rows: int = 0
@@ -47,6 +48,7 @@ class PreparationReport:
     num_unprompted_turns: int = 0
     num_split_answers: int = 0
     num_dropped_reasonings: int = 0
+    answers: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
         cut = f"{self.num_truncated:,} truncated"
@@ -90,7 +92,8 @@ class PreparationReport:
     def add(self, part: "PreparationReport") -> None:
         """Adds `part`, the report of further rows."""
         self.dropped = dict(Counter(self.dropped) + Counter(part.dropped))
-        for name in (part.name for part in fields(self) if part.name != "dropped"):
+        self.answers = self.answers or part.answers
+        for name in (part.name for part in fields(self) if part.name not in ("dropped", "answers")):
             setattr(self, name, getattr(self, name) + getattr(part, name))
 
     @classmethod

@@ -3,7 +3,7 @@
 from .availability import NotAvailableError, require_available
 from .card import write_card
 from .check import check_card, python_blocks
-from .data_card import dataset_card
+from .data_card import answers_card, dataset_card
 from .pushing import PushError
 from .record import Decoding, Measurement, RunFacts, RunRecord
 from .sources import Source, find_source
@@ -18,6 +18,7 @@ __all__ = [
     "RunFacts",
     "RunRecord",
     "Source",
+    "answers_card",
     "check_card",
     "dataset_card",
     "find_source",

@@ -6,6 +6,7 @@ from importlib.resources import files
 
 import jinja2
 
+from ..data.answers import describe_answers
 from .curves import CURVES_FILE
 from .record import RunRecord
 from .sources import IN_MEMORY
@@ -47,6 +48,7 @@ def render_text(record: RunRecord, metadata: dict, remote_code: bool, has_curves
             "licenses": _license_table(record),
         },
         result_notes=_result_notes(record),
+        answers=_answers(record),
         has_curves=has_curves,
         curves_file=CURVES_FILE,
         license_line=_license_line(metadata),
@@ -63,6 +65,12 @@ def render_template(name: str, **values: object) -> str:
         values: by the names that the template uses, every one of which must be given.
     """
     return re.sub(r"\n{3,}", "\n\n", _template(name).render(**values)).strip()
+
+
+def _answers(record: RunRecord) -> dict[str, str]:
+    """Who wrote the answers of each dataset, where a teacher did."""
+    written = {name: report.get("answers") for name, report in record.preparation.items()}
+    return {name: describe_answers(answers) for name, answers in written.items() if answers}
 
 
 @functools.cache

@@ -29,13 +29,7 @@ def load_teacher(name_or_path: str, dtype: str = "auto", load_in_4bit: bool = Fa
             model's, or rotary frequencies that are not what the config says.
     """
     if load_in_4bit:
-        if not is_bitsandbytes_available():
-            raise ImportError("teacher_load_in_4bit needs bitsandbytes: pip install 'tide-hf[quant]'.")
-        from transformers import BitsAndBytesConfig
-
-        init_kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+        init_kwargs["quantization_config"] = quantization_4bit()
     _check_family(name_or_path, {name: init_kwargs[name] for name in HUB_ARGUMENTS if name in init_kwargs})
     model, info = AutoModelForCausalLM.from_pretrained(
         name_or_path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **init_kwargs
@@ -45,6 +39,15 @@ def load_teacher(name_or_path: str, dtype: str = "auto", load_in_4bit: bool = Fa
     if load_in_4bit:
         _warn_about_packed_experts(model)
     return model
+
+
+def quantization_4bit():
+    """The `BitsAndBytesConfig` of a teacher in NF4; raises ImportError without bitsandbytes."""
+    if not is_bitsandbytes_available():
+        raise ImportError("teacher_load_in_4bit needs bitsandbytes: pip install 'tide-hf[quant]'.")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _check_family(name_or_path: str, hub_arguments: dict) -> None:

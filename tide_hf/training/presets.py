@@ -125,6 +125,12 @@ def with_teacher(objective: Objective, config, autoregressive: bool) -> Objectiv
             f"the clean text, where nothing is masked (preset={config.preset!r}): choose preset='ar-kl' (shared "
             "tokenizer) or 'ar-calm', or set comp_demo=False."
         )
+    if objective.on_policy_fraction:
+        raise ValueError(
+            f"on_policy_fraction={objective.on_policy_fraction} compares states that the student's sampler visited, "
+            "where tokens stand to the right of others, and an autoregressive teacher's predictions are right only "
+            "without them: use a diffusion teacher, or set on_policy_fraction=0."
+        )
     if config.teacher_context != "paper":
         raise ValueError(
             f"teacher_context={config.teacher_context!r} says how a diffusion teacher is fed; an autoregressive one "
