@@ -78,6 +78,7 @@ class Task:
         curve_every (`int`): steps between points of the curve.
         num_completion_tokens (`int`): length of the completions that a text task prints.
         distilled (`str`): the objective whose student ends up in the output folder.
+        equal_time (`bool`): whether CE alone is also given the time of the last objective.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Task:
     curve_every: int = 100
     num_completion_tokens: int = 48
     distilled: str = "tide"
+    equal_time: bool = True
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list
     """Teacher and every student row for every seed.
 
     Students are compared at equal steps, and the row `ce_equal_time` gives CE alone as many CPU seconds as the last
-    objective took.
+    objective took, if the task asks for it.
 
     Args:
         task ([`Task`]): what to run.
@@ -129,6 +131,8 @@ def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list
             for seed in seeds
         ]
         students = run(f"{', '.join(task.objectives)} x {len(seeds)}", jobs)
+        if not task.equal_time:
+            return teachers + students
         jobs = [job(EQUAL_TIME, seed, _equal_time(task, students, seed), task.objectives["ce"]) for seed in seeds]
         return teachers + students + run(f"{EQUAL_TIME} x {len(seeds)}", jobs)
 

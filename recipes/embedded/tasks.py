@@ -112,7 +112,7 @@ def sorting_on_policy_task(steps: int = 600, num_student_rows: int = 300, num_he
     on_policy = {"preset": "kl", "temperature": 1.0, "on_policy_fraction": 1.0}
     objectives = {name: BASELINES[name] for name in ("ce", "kl_weight_3")}
     objectives |= {"on_policy_reuse_4": {**on_policy, "rollout_reuse": 4}, "on_policy": on_policy}
-    return replace(task, name="sorting_on_policy", objectives=objectives, distilled="on_policy")
+    return replace(task, name="sorting_on_policy", objectives=objectives, distilled="on_policy", equal_time=False)
 
 
 def sorting_few_step_task(steps: int = 100, num_held_out: int = 200) -> FewStepTask:
