@@ -416,7 +416,7 @@ def test_recipe_writes_answers_without_a_student(files, tmp_path):
         (dict(teacher_model_name_or_path=None), "needs --teacher_model_name_or_path"),
         (dict(dataset_name=None), "needs --teacher_model_name_or_path and --dataset_name"),
         (dict(student=None, hub_dataset_id="a/b"), "there is none"),
-        (dict(teacher="uniform"), "not a known teacher family"),
+        (dict(teacher="uniform"), "is not a known teacher: neither"),
         (dict(rows="text"), "plain text without a prompt"),
         (dict(dataset_streaming="true"), "turn streaming off"),
     ],
