@@ -299,11 +299,10 @@ def test_diffusion_gemma_is_refused_before_its_weights(tmp_path):
         load_teacher(str(tmp_path))
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "somebodys"])
-def test_unknown_family_is_refused_before_its_weights(model_type, tmp_path):
-    """Catches an autoregressive model, or one nobody knows, taken for a teacher after a long download."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError, match=f"'{model_type}' is not a known teacher family") as error:
+def test_unknown_family_is_refused_before_its_weights(tmp_path):
+    """Catches a model that nobody knows taken for a teacher after a long download."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "somebodys"}))
+    with pytest.raises(ValueError, match="'somebodys' is not a known teacher") as error:
         load_teacher(str(tmp_path))
     for known in ("llada2_moe", "Dream", "sdar", "wedlm", "llada", "model class with AutoModelForCausalLM"):
         assert known in str(error.value)
