@@ -132,7 +132,15 @@ def summaries(entry: dict, path: str = "") -> dict[str, dict]:
 
 
 @pytest.mark.parametrize(
-    "name", ["sorting", "sorting_across_tokenizers", "python_stdlib", "python_stdlib_1000_rows", "few_step"]
+    "name",
+    [
+        "sorting",
+        "sorting_across_tokenizers",
+        "sorting_on_policy",
+        "python_stdlib",
+        "python_stdlib_1000_rows",
+        "few_step",
+    ],
 )
 def test_statistics_are_those_of_the_committed_reports(name):
     """Catches another mean or standard deviation (of the population, or over missing seeds) than the reports', which
