@@ -142,7 +142,7 @@ def test_small_table_is_that_of_the_report():
     assert expected in README, f"The README's table should read\n{expected}"
 
 
-@pytest.mark.parametrize("name", ["sorting", "sorting_across_tokenizers", "python_stdlib"])
+@pytest.mark.parametrize("name", ["sorting", "sorting_across_tokenizers", "sorting_on_policy", "python_stdlib"])
 def test_tables_are_those_of_the_reports(name):
     """Catches a number in the recipes' README that no run measured."""
     assert f"```\n{comparison_table(report_of(name))}\n```" in RECIPES
