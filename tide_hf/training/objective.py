@@ -95,7 +95,7 @@ class Objective:
     def to_dict(self) -> dict:
         """Plain values, for logs and cards; a divergence as its name and parameters."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("suffix_mask_fraction", "ar_targets"):
+        for name in ("suffix_mask_fraction", "ar_targets", "on_policy_fraction"):
             if not values[name]:  # most runs have no such part
                 del values[name]
         values["divergence"] = NO_DIVERGENCE if self.divergence is None else self.divergence.name
