@@ -42,7 +42,7 @@ MODELS = {
     "{empty}": "empty' holds no config.json",
     "{rows}": "rows.jsonl' holds no config.json",
     "nobody/nothing": "HF_HUB_OFFLINE is set and the model nobody/nothing is neither a local path nor in the cache",
-    "{autoregressive}": "qwen3|Qwen3ForCausalLM",
+    "{autoregressive}": "qwen3|Qwen3ForCausalLM|an autoregressive teacher reads the clean text",
     "{broken_config}": "broken_config/config.json' is not a valid JSON file",
     "{unknown_type}": "whatever",
     "{broken_weights}": "A file of weights cannot be read",

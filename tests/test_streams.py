@@ -365,7 +365,7 @@ def test_weightless_rows_change_nothing(tmp_path):
         results.append((loss.detach(), tuple(batch.counts), [p.grad.clone() for p in trainer.model.parameters()]))
     assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
     alone = trainer._noise(trainer.data_collator([trainer.data_collator.empty_row()]), 0)
-    assert [int(count) for count in alone.counts] == [0, 0, 0, 0]
+    assert not any(int(count) for count in alone.counts)
     assert trainer.compute_loss(trainer.model, replace(alone, counts=Counts(*results[0][1]))) == 0
 
 
