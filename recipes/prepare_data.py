@@ -15,6 +15,12 @@ A recipe's mixture; and a corpus whose raw rows fit neither memory nor disk (--s
 
     python recipes/prepare_data.py --config recipes/configs/wedlm_to_qwen3.yaml --output_dir prepared --streaming true
 
+Answers that a teacher writes first, instead of the dataset's own (any causal LM of transformers or diffusion LM;
+greedy, or drawn: --teacher_answers sample --num_answers 4); the student then trains on them with any preset:
+
+    python recipes/prepare_data.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
+        --dataset_name NAME_OR_FILE --teacher_answers greedy --max_new_tokens 512 --output_dir prepared
+
 Also push it (a private dataset with --hub_private), and train on it:
 
     python recipes/prepare_data.py … --output_dir prepared --hub_dataset_id NAME/DATASET

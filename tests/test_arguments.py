@@ -561,7 +561,6 @@ def test_distillation_cannot_be_asked_for_without_a_teacher(tmp_path):
 # field -> values that mean something although they look odd, of which the documentation says what
 MEANINGFUL = {
     "suffix_mask_fraction": (0, 0.5),
-    "on_policy_fraction": (0, 0.5),
     "learning_rate": (0,),
     "weight_decay": (0,),
     "max_grad_norm": (0,),
