@@ -25,6 +25,7 @@ from tide_hf.hub import (
     check_card,
     dataset_card,
     find_source,
+    named_model,
     python_blocks,
     write_card,
 )
@@ -192,7 +193,7 @@ def test_facts_alone_make_a_record():
     history = [{"step": step, "eval_ce": value, "eval_other": 1.0} for step, value in ((0, 3.0), (2, 2.0), (4, 1.0))]
     facts = RunFacts(
         model=tiny_model(),
-        teachers=[tiny_model(seed=1)],
+        teachers=[named_model(tiny_model(seed=1))],
         tokenizer=tokenizer,
         args=args,
         objective={"method": "mine", "max_length": 16},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from ..teachers import load_teacher
 from ..teachers.answers import AnswerDecoding, kind_of, load_writer
 
 
@@ -107,7 +108,7 @@ class AnswerArguments:
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A teacher that writes, by name.
+    """A teacher that writes or predicts, by name.
 
     Args:
         name (`str`): Hub name or folder.
@@ -128,11 +129,18 @@ class TeacherModel:
         return AutoTokenizer.from_pretrained(self.name, revision=self.init_kwargs.get("revision"))
 
     def load(self):
-        """The model, on this process's device unless `device_map` says where."""
+        """The model to write with, on this process's device unless `device_map` says where."""
+        return load_writer(self.name, kind_of(self.config()), self.dtype, self.load_in_4bit, **self._placed())
+
+    def load_to_predict(self):
+        """The model as training would load it, placed in the same way."""
+        return load_teacher(self.name, self.dtype, self.load_in_4bit, **self._placed())
+
+    def _placed(self) -> dict:
         kwargs = dict(self.init_kwargs)
         if not self.load_in_4bit and "device_map" not in kwargs:
             kwargs["device_map"] = {"": _device()}
-        return load_writer(self.name, kind_of(self.config()), self.dtype, self.load_in_4bit, **kwargs)
+        return kwargs
 
 
 def launched() -> tuple[int, int]:

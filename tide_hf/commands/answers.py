@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -23,9 +22,9 @@ from ..data.formats import Conversation, PlainText, to_json
 from ..hub import answers_card, find_source
 from ..teachers.answers import DIFFUSION, AnswerWriter, answer_key, kind_of, prompt_key
 from .answer_arguments import AnswerArguments, TeacherModel, launched
+from .part_folder import PartFolder, wait_until
 
 PLAN_FILE = "answers.json"
-POLL_SECONDS = 0.5
 # of the arguments: what the answers do not depend on
 NOT_TOLD = ("answers_dir", "prompts_per_part", "answer_batch_size")
 # what a rendered prompt is held as, until it is answered
@@ -78,26 +77,25 @@ def write_answers(
         raise ValueError("A stream cannot be answered, since its rows are not known: turn streaming off.")
     config, tokenizer = teacher.config(), teacher.tokenizer()
     template = resolve_template_kwargs(chat_template_kwargs, [tokenizer])
-    plan = {"model": teacher.name, "template": template, "source": source, "splits": list(splits)}
-    plan = json.loads(json.dumps({"settings": _settings(teacher, config, how), **plan}))
-    if folder.exists() and any(folder.iterdir()):
-        _require_same_plan(folder, plan)
+    settings = json.loads(json.dumps(_settings(teacher, config, how)))
+    plan = {**settings, "model": teacher.name, "template": template, "source": source, "splits": list(splits)}
+    plan = json.loads(json.dumps(plan))
+    result = PartFolder(folder, plan, PLAN_FILE, "a teacher's answers", "answers_dir")
+    if result.is_finished():
         return load_from_disk(folder) if rank == 0 else None
-    work = Path(f"{str(folder).rstrip('/')}.parts")
-    if not _open_work(work, {**plan, "prompts_per_part": how.prompts_per_part}, rank == 0, folder):
+    if not result.open(rank == 0, prompts_per_part=how.prompts_per_part):
         return None
     render = _Prompts(tokenizer, template, config, how.max_new_tokens)
     prompts = {name: _rendered(rows, render, num_proc) for name, rows in splits.items()}
-    parts = _parts(work, prompts, how.prompts_per_part)
+    parts = _parts(result.work, prompts, how.prompts_per_part)
     mine = [part for part in parts[rank::num_processes] if not part[0].is_file()]
     if mine and not (folder / PLAN_FILE).is_file():  # else the first process has joined and removed them since
         writer = AnswerWriter(teacher.load(), tokenizer, how.decoding(), how.answer_batch_size)
         _write_parts(mine, prompts, writer, how)
     if rank:
         return None
-    while not all(path.is_file() for path, _, _ in parts):  # those of the other processes
-        time.sleep(POLL_SECONDS)
-    _join(work, folder, parts, prompts, how, plan, license or {})
+    wait_until(lambda: all(path.is_file() for path, _, _ in parts))  # those of the other processes
+    result.finish(_joined(result, parts, prompts, how, settings, license or {}))
     return load_from_disk(folder)
 
 
@@ -208,11 +206,11 @@ def _write_parts(parts: list, prompts: dict, writer: AnswerWriter, how: AnswerAr
         os.replace(unfinished, path)
 
 
-def _join(
-    work: Path, folder: Path, parts: list, prompts: dict, how: AnswerArguments, plan: dict, license: Mapping[str, str]
-) -> None:
-    """Makes one dataset of all parts; it appears whole, by one rename."""
-    settings, counts, tables = plan["settings"], {}, {}
+def _joined(
+    result: PartFolder, parts: list, prompts: dict, how: AnswerArguments, settings: dict, license: Mapping[str, str]
+) -> Path:
+    """One dataset of all parts, in a folder beside them."""
+    counts, tables = {}, {}
     for name, (asked, dropped) in prompts.items():
         paths = [path for path, split, _ in parts if split == name]
         counts[name] = _counted(paths, how) | {"num_rows": len(asked) + sum(dropped.values()), "dropped": dropped}
@@ -226,17 +224,14 @@ def _join(
         paths = [str(path) for path, split, _ in parts if split == name]
         rows = partial(_rows, paths, asked, how)
         tables[name] = Dataset.from_generator(
-            rows, features=record.features(), cache_dir=str(work / "cache" / name), split=name
+            rows, features=record.features(), cache_dir=str(result.work / "cache" / name), split=name
         )
-    staging = work / "whole"
+    staging = result.work / "whole"
     shutil.rmtree(staging, ignore_errors=True)
     DatasetDict(tables).save_to_disk(staging)
-    (staging / PLAN_FILE).write_text(json.dumps(plan, indent=1), encoding="utf-8")
-    (staging / "README.md").write_text(answers_card(record, folder.name, **license), encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    os.replace(staging, folder)
-    shutil.rmtree(work)
+    card = answers_card(record, result.folder.name, **license)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    return staging
 
 
 def _kept(answers: list, how: AnswerArguments) -> Iterator[tuple[int, str, bool, str]]:
@@ -287,45 +282,3 @@ def _rows(paths: list[str], asked: Dataset, how: AnswerArguments) -> Iterator[di
         for number, text, finished, fate in _kept(answers, how):
             if fate == "kept":
                 yield answer_row(content, text, finished, prompt["index"], number)
-
-
-def _flat(plan: dict) -> dict:
-    """The settings of a plan beside its other parts."""
-    return {**plan["settings"], **{name: value for name, value in plan.items() if name != "settings"}}
-
-
-def _require_same_plan(folder: Path, plan: dict) -> None:
-    """Refuses a folder that was begun with another teacher, other rows or settings."""
-    path = folder / PLAN_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} holds something other than a teacher's answers: choose a new or empty folder.")
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(plan)
-    different = [
-        f"{name}: written with {before.get(name)}, this run has {value}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if different:
-        raise ValueError(
-            f"{folder} was written for something else. {'; '.join(different)}. Give the same again to go on with it, "
-            "choose another folder (answers_dir), or remove this one."
-        )
-
-
-def _open_work(work: Path, plan: dict, is_main_process: bool, folder: Path) -> bool:
-    """Begins a folder of parts, or checks that an existing one was begun for the same.
-
-    Only the first process begins one; False in another that finds the result there already.
-    """
-    if is_main_process and not work.exists():
-        begun = work.with_name(f"{work.name}.new")
-        shutil.rmtree(begun, ignore_errors=True)
-        begun.mkdir(parents=True)
-        (begun / PLAN_FILE).write_text(json.dumps(plan, indent=1), encoding="utf-8")
-        os.replace(begun, work)
-    while not (work / PLAN_FILE).is_file():
-        if (folder / PLAN_FILE).is_file():
-            return False
-        time.sleep(POLL_SECONDS)
-    _require_same_plan(work, plan)
-    return True

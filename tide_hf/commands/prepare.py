@@ -1,56 +1,44 @@
 """Preparing a dataset once, from names to a saved or pushed one.
 
-Reads two tokenizers and configs; weights only of a teacher that writes the answers.
+Reads two tokenizers and configs; weights only of a teacher that writes the answers or whose predictions are kept.
 """
 
 import json
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig
 
-from ..data import PreparationRecord, RowPreparation, write_prepared
+from ..data import PreparationRecord, write_prepared
 from ..data.answers import AnswerRecord, describe_answers
 from ..data.loading import MixtureConfig, load_mixture
 from ..hub import dataset_card, find_source, require_available
 from ..hub.sources import PERMISSIVE, Source, resolve_license
 from ..teachers.answers import DIFFUSION, kind_of
 from ..training.config import RANGES, TIDEConfig, check_ranges, check_types, declared_types
-from ..training.plan import resolve_plan
-from .answer_arguments import AnswerArguments, TeacherModel
+from ..training.plan import RunPlan, resolve_plan
+from ..training.presets import resolve_objective
+from .answer_arguments import AnswerArguments, TeacherModel, launched
 from .answers import write_answers
+from .cache import CacheArguments, add_predictions, describe_predictions, plan_of
 from .distill import DistillArguments, check_available, load_named
 from .parsing import RecipeParser
+from .part_folder import PartFolder, wait_until
 from .refusals import refusing
 
-# the settings of a run that its preparation depends on
-OF_THE_RUN = (
-    "max_length",
-    "teacher_max_length",
-    "block_size",
-    "eos_fill",
-    "alignment",
-    "trained_turns",
-    "chat_template",
-    "chat_template_kwargs",
-    "mask_token_id",
-    "teacher_mask_token_id",
-    "dataset_num_proc",
-    "teacher_dtype",
-    "teacher_load_in_4bit",
-    "teacher_model_init_kwargs",
-)
-DECLARED = {name: kind for name, kind in declared_types(TIDEConfig).items() if name in OF_THE_RUN}
+# all settings of a run: its rows depend on some of them, and what is kept of a teacher's predictions on others
+DECLARED = declared_types(TIDEConfig)
 
 
 def _check_settings(settings) -> None:
     check_types(settings, DECLARED)
-    check_ranges(settings, {name: RANGES[name] for name in RANGES.keys() & DECLARED.keys()})
+    check_ranges(settings, RANGES)
 
 
 # the same fields, defaults and help texts, without the checks of a training run on this machine
@@ -60,6 +48,13 @@ RunSettings = make_dataclass(
         (knob.name, DECLARED[knob.name], field(default=knob.default, metadata=knob.metadata))
         for knob in fields(TIDEConfig)
         if knob.name in DECLARED
+    ]
+    + [
+        (name, kind, field(default=default, metadata={"help": f"Of the run: {text}; read by teacher_cache."}))
+        for name, kind, default, text in (
+            ("seed", int, 42, "the seed of its noise"),
+            ("num_train_epochs", float, 3.0, "passes over the rows"),
+        )
     ],
     namespace={"__post_init__": _check_settings},
 )
@@ -88,11 +83,12 @@ class PrepareArguments:
 
     Args:
         script ([`DistillArguments`]): teacher and dataset.
-        run (`RunSettings`): those settings of a [`TIDEConfig`] that preparation depends on.
+        run (`RunSettings`): the library's own settings of a [`TIDEConfig`], its seed and number of passes.
         write ([`WriteArguments`]): where the rows go.
         model (`ModelConfig`): the student.
         mixture ([`MixtureConfig`]): datasets of a YAML file.
         answers ([`AnswerArguments`]): whether and how the teacher writes the answers.
+        cache ([`CacheArguments`]): whether and how its predictions are kept.
     """
 
     script: DistillArguments
@@ -101,6 +97,7 @@ class PrepareArguments:
     model: ModelConfig
     mixture: MixtureConfig
     answers: AnswerArguments = field(default_factory=AnswerArguments)
+    cache: CacheArguments = field(default_factory=CacheArguments)
 
 
 def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArguments:
@@ -112,7 +109,16 @@ def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArg
         command_line (`list[str]`, *optional*): `sys.argv[1:]` by default.
     """
     command_line = sys.argv[1:] if command_line is None else command_line
-    parser = RecipeParser((DistillArguments, RunSettings, WriteArguments, ModelConfig, MixtureConfig, AnswerArguments))
+    kinds = (
+        DistillArguments,
+        RunSettings,
+        WriteArguments,
+        ModelConfig,
+        MixtureConfig,
+        AnswerArguments,
+        CacheArguments,
+    )
+    parser = RecipeParser(kinds)
     *parsed, remaining = parser.parse_args_and_config(command_line, return_remaining_strings=True)
     arguments = PrepareArguments(*parsed)
     flags = [word[2:].split("=")[0].replace("-", "_") for word in remaining if word.startswith("--")]
@@ -130,8 +136,25 @@ def parse_prepare_arguments(command_line: list[str] | None = None) -> PrepareArg
             "--teacher_model_name_or_path and --dataset_name (a Hub name, a .jsonl or .parquet file), or --config "
             "with them."
         )
+    if arguments.cache.teacher_cache:
+        _check_cache(arguments)
     check_available(arguments.script, arguments.model, arguments.mixture)
     return arguments
+
+
+def _check_cache(arguments: PrepareArguments) -> None:
+    """Exits with one line for what the teacher's predictions miss."""
+    script, model = arguments.script, arguments.model
+    if script.teacher_model_name_or_path is None or model.model_name_or_path is None:
+        sys.exit(
+            "--teacher_cache keeps what a student needs of a teacher's predictions: give --model_name_or_path (the "
+            "student) and --teacher_model_name_or_path."
+        )
+    if arguments.answers.teacher_answers is not None and launched()[1] > 1:
+        sys.exit(
+            "--teacher_answers and --teacher_cache in one call go with one process: write the answers first, then "
+            "give their folder as --dataset_name with --teacher_cache."
+        )
 
 
 def _check_answers(arguments: PrepareArguments, named) -> None:
@@ -182,12 +205,12 @@ def run_preparation(arguments: PrepareArguments) -> DatasetDict | None:
 def _prepared(arguments: PrepareArguments) -> DatasetDict | None:
     """From names to a saved dataset."""
     script, write, mixture = arguments.script, arguments.write, arguments.mixture
-    writes, preparation = arguments.answers.teacher_answers is not None, None
+    writes, predicts, plan = arguments.answers.teacher_answers is not None, arguments.cache.teacher_cache, None
     if arguments.model.model_name_or_path is not None:
         teacher = script.teacher_model_name_or_path
-        if writes and kind_of(_teacher_model(arguments).config()) != DIFFUSION:
+        if writes and not predicts and kind_of(_teacher_model(arguments).config()) != DIFFUSION:
             teacher = None  # it writes the answers, and the student is trained on these alone
-        preparation = preparation_from_names(teacher, arguments.model, arguments.run)
+        plan = plan_from_names(teacher, arguments.model, arguments.run, predicts)
     rows = load_named(script) if script.dataset_name is not None else load_mixture(mixture)
     wanted = dict.fromkeys([script.dataset_train_split, script.dataset_test_split])
     splits = {name: rows[name] for name in wanted if name in rows}
@@ -198,23 +221,38 @@ def _prepared(arguments: PrepareArguments) -> DatasetDict | None:
         )
     source = _source(arguments, splits)
     if writes:
-        answers_dir = arguments.answers.answers_dir or f"{write.output_dir}{'' if preparation is None else '-answers'}"
+        answers_dir = arguments.answers.answers_dir or f"{write.output_dir}{'' if plan is None else '-answers'}"
         splits = _answered(arguments, splits, answers_dir, source)
-        if splits is None or preparation is None:
+        if splits is None or plan is None:
             return splits
         source = {**source, "answers": AnswerRecord.read(next(iter(splits.values()))).settings}
-    return write_prepared(
-        splits,
-        preparation,
-        write.output_dir,
-        source=source,
-        num_proc=arguments.run.dataset_num_proc,
-        rows_per_part=write.rows_per_part,
-    )
+    portions = {"num_proc": arguments.run.dataset_num_proc, "rows_per_part": write.rows_per_part}
+    if predicts:
+        return _with_predictions(arguments, splits, plan, source, portions)
+    return write_prepared(splits, plan.preparation, write.output_dir, source=source, **portions)
+
+
+def _with_predictions(
+    arguments: PrepareArguments, splits: dict, plan: RunPlan, source: dict, portions: dict
+) -> DatasetDict | None:
+    """Rows with the teacher's predictions; None in the further processes of a launch, which share the work."""
+    folder, teacher, how = Path(arguments.write.output_dir), _teacher_model(arguments), arguments.cache
+    cache = describe_predictions(teacher, plan, arguments.run, how)
+    kept = plan_of(PreparationRecord.of(plan.preparation).settings, cache, source, list(splits))
+    result = PartFolder(folder, kept, "teacher_cache.json", "rows with a teacher's predictions", "output_dir")
+    is_main = launched()[0] == 0
+    if not result.is_finished() and result.open(is_main, cache_rows_per_part=how.cache_rows_per_part):
+        rows = result.work / "rows"
+        if is_main:
+            write_prepared(splits, plan.preparation, rows, source=source, **portions)
+        wait_until(rows.is_dir)
+        train_split = arguments.script.dataset_train_split
+        add_predictions(load_from_disk(rows), cache, plan, teacher, how, result, train_split)
+    return load_from_disk(folder) if is_main else None
 
 
 def _teacher_model(arguments: PrepareArguments) -> TeacherModel:
-    """The teacher that writes."""
+    """The teacher that writes or predicts."""
     run, given = arguments.run, arguments.run.teacher_model_init_kwargs or {}
     given = json.loads(given) if isinstance(given, str) else given
     return TeacherModel(
@@ -243,13 +281,16 @@ def _answered(arguments: PrepareArguments, splits: dict, folder: str, source: di
     return answers
 
 
-def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSettings) -> RowPreparation:
-    """What a training run of these models with these settings would prepare its rows with; loads no weights.
+def plan_from_names(
+    teacher: str | None, model: ModelConfig, run: RunSettings, with_objective: bool = False
+) -> RunPlan:
+    """What a training run of these models with these settings would feed its networks; loads no weights.
 
     Args:
-        teacher (`str`, *optional*): Hub name or folder; None prepares for a run without teacher.
+        teacher (`str`, *optional*): Hub name or folder; None for a run without teacher.
         model (`ModelConfig`): names the student.
         run (`RunSettings`): the settings that preparation and training have in common.
+        with_objective (`bool`): whether the objective is decided too, and with it how the teacher is fed.
     """
     config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
@@ -259,10 +300,11 @@ def preparation_from_names(teacher: str | None, model: ModelConfig, run: RunSett
             "this library knows: name one of its own (tide_…), a published one (a2d-…, LLaDA, LLaDA2, SDAR, Dream, "
             "WeDLM), or convert one with recipes/convert_ar.py."
         )
+    decide = partial(resolve_objective, run) if with_objective else None
     if teacher is None:
-        return resolve_plan(run, config, tokenizer).preparation
+        return resolve_plan(run, config, tokenizer, decide=decide)
     settings, teacher_tokenizer = AutoConfig.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
-    return resolve_plan(run, config, tokenizer, teacher_tokenizer, lambda: settings).preparation
+    return resolve_plan(run, config, tokenizer, teacher_tokenizer, lambda: settings, decide)
 
 
 def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .report import DataError
+from .teacher_cache import CACHE_COLUMNS
 
 
 @dataclass
@@ -18,8 +20,9 @@ class DistillationCollator:
         vocab_size, teacher_vocab_size (`int`, *optional*): number of rows of the two embeddings; larger ids are
             refused with a `DataError`.
 
-    A call returns `row_key (B,)`; `input_ids`, `labels`, `chunk_ids` and `attention_mask (B, L)`; and, where rows have
-    a teacher side, `teacher_input_ids`, `teacher_chunk_ids` and `teacher_attention_mask (B, L_T)`.
+    A call returns `row_key (B,)`; `input_ids`, `labels`, `chunk_ids` and `attention_mask (B, L)`; where rows have a
+    teacher side, `teacher_input_ids`, `teacher_chunk_ids` and `teacher_attention_mask (B, L_T)`; and, where they carry
+    its predictions, the keys of [`~tide_hf.diffusion.cached`].
     """
 
     pad_token_id: int
@@ -41,6 +44,7 @@ class DistillationCollator:
                 "teacher_chunk_ids": _pad([row["teacher_chunk_ids"] for row in rows], -1),
                 "teacher_attention_mask": _pad([[1] * len(row["teacher_input_ids"]) for row in rows], 0),
             }
+        batch |= _predictions(rows)
         for name, size in (("input_ids", self.vocab_size), ("teacher_input_ids", self.teacher_vocab_size)):
             if size is not None and name in batch and int(batch[name].max()) >= size:
                 raise DataError(
@@ -74,6 +78,20 @@ def without_weight(batch: dict[str, torch.Tensor], first: int) -> dict[str, torc
             batch[name] = batch[name].clone()
             batch[name][first:] = nothing
     return batch
+
+
+def _predictions(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """The teacher's predictions that rows carry, padded; a row that stands in for a missing one has none."""
+    names = [name for name in CACHE_COLUMNS if any(name in row for row in rows)]
+    values = {name: [np.asarray(row.get(name, ())) for row in rows] for name in names}
+    padded = {}
+    for name, arrays in values.items():
+        dtype = np.int64 if CACHE_COLUMNS[name].feature.dtype == "int32" else np.float32
+        table = np.zeros((len(rows), max(map(len, arrays))), dtype)
+        for row, array in zip(table, arrays, strict=True):
+            row[: len(array)] = array
+        padded[name] = torch.from_numpy(table)
+    return padded
 
 
 def _pad(rows: list[list[int]], value: int) -> torch.Tensor:

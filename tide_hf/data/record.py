@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..alignment import without_defaults
 from .preparation import RowPreparation
 from .report import PreparationReport
+from .teacher_cache import TeacherCache
 
 CARRIER = "row_key"
 # 1: rows were numbered instead of hashed, had no BOS, and were trained on the generation prompt
@@ -46,10 +47,12 @@ class PreparationRecord:
         settings (`dict`): a value for each of `SETTINGS`, None for one that plays no part; tokenizers as
             `{"name", "fingerprint"}`, of which only the fingerprint is compared.
         reports (`dict[str, PreparationReport]`): of each split; empty if they were not recorded.
+        cache ([`TeacherCache`], *optional*): whose predictions the rows carry, if they carry any.
     """
 
     settings: dict
     reports: dict[str, PreparationReport] = field(default_factory=dict)
+    cache: TeacherCache | None = None
 
     @classmethod
     def of(cls, preparation: RowPreparation) -> "PreparationRecord":
@@ -87,12 +90,15 @@ class PreparationRecord:
         if not isinstance(content, dict) or content.get("tide_hf_preparation") != VERSION:
             return None
         reports = {name: PreparationReport(**report) for name, report in content["reports"].items()}
-        return cls(content["settings"], reports)
+        cache = content.get("teacher_cache")
+        return cls(content["settings"], reports, None if cache is None else TeacherCache(**cache))
 
     def feature(self) -> Value:
         """The feature of `row_key` that carries this record."""
         reports = {name: asdict(report) for name, report in self.reports.items()}
         content = {"tide_hf_preparation": VERSION, "settings": self.settings, "reports": reports}
+        if self.cache is not None:
+            content["teacher_cache"] = asdict(self.cache)
         return Value("int64", id=json.dumps(content))
 
     def attach(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -9,6 +9,7 @@ from typing import NamedTuple, get_args, get_type_hints
 import torch
 
 from ..models.masked_diffusion import PADDING_STREAM, STREAMS_PER_ROW
+from .cached import CachedPredictions
 
 
 class Record:
@@ -172,6 +173,8 @@ class NoisedBatch(Record):
         is_written (`torch.BoolTensor` of shape `(B,)`, *optional*): rows that the student wrote itself.
         suffix_weight (`torch.Tensor` of shape `(N,)`, *optional*): weight of the denoising loss in rows that suffix
             masks were drawn for; 0 in other rows.
+        cached ([`~tide_hf.diffusion.cached.CachedPredictions`], *optional*): the teacher's predictions, if the rows
+            carry them.
     """
 
     student: NetworkInputs
@@ -186,6 +189,7 @@ class NoisedBatch(Record):
     is_fill: torch.Tensor | None = None
     is_written: torch.Tensor | None = None
     suffix_weight: torch.Tensor | None = None
+    cached: CachedPredictions | None = None
 
     @property
     def inputs(self) -> PackedInputs:

@@ -15,6 +15,7 @@ import torch
 from ..models.masked_diffusion import TIME_EPSILON
 from .autoregressive import exact_chunks, predictable_chunks
 from .batch import Counts, NetworkInputs, NoisedBatch, Pairs, Written
+from .cached import COUNTS, CachedPredictions, look_up, predictable_positions
 from .corruption import (
     chunk_member,
     complementary_split,
@@ -22,10 +23,13 @@ from .corruption import (
     diffusion_time,
     mask_positions,
     masked_chunks,
+    row_uniforms,
     suffix_loss_weight,
     suffix_masks,
 )
 from .layout import LayoutSpec, PackedLayout, block_layout, block_numbers, causal_layout
+
+SUFFIX_STREAM = 0  # draws of suffix masks, apart from those of random ones
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,30 @@ class Noising:
     exact_targets: bool = False
     suffix_mask_fraction: float = 0.0
 
+    def keyed(
+        self,
+        batch: Mapping[str, torch.Tensor],
+        seed: int,
+        epoch: int | None,
+        t: float | None = None,
+        given: Written | None = None,
+    ) -> NoisedBatch:
+        """Noises one collated batch by draws keyed by (seed, epoch, row).
+
+        Args:
+            batch (`Mapping`), t (`float`, *optional*), given ([`Written`], *optional*): as in a call.
+            seed (`int`): of the noise.
+            epoch (`int`, *optional*): the pass over the rows; None for the noise of evaluation, which has no suffix
+                masks. Rows that carry a teacher's predictions have a part for each, see [`~tide_hf.diffusion.cached`].
+
+        Returns:
+            [`NoisedBatch`] on the host.
+        """
+        keys, length, suffix = batch["row_key"].tolist(), batch["labels"].shape[1], None
+        if epoch is not None and self.suffix_mask_fraction:
+            suffix = row_uniforms(seed, epoch, keys, length, stream=SUFFIX_STREAM)[:2]
+        return self(batch, row_uniforms(seed, epoch, keys, length), t, given, suffix, epoch)
+
     def __call__(
         self,
         batch: Mapping[str, torch.Tensor],
@@ -61,6 +89,7 @@ class Noising:
         t: float | None = None,
         given: Written | None = None,
         suffix_uniforms: tuple[torch.Tensor, torch.Tensor] | None = None,
+        epoch: int | None = None,
     ) -> NoisedBatch:
         """Noises one collated batch.
 
@@ -71,6 +100,7 @@ class Noising:
             given ([`Written`], *optional*): rows whose masks are not drawn, and which are counted apart.
             suffix_uniforms (*optional*): draws `(B,)` and `(B, L)`: which rows get suffix masks, and the cut of each
                 of their blocks. The diffusion time of such a row is the share of its trained-on tokens that is masked.
+            epoch (`int`, *optional*): which of a diffusion teacher's predictions, if the rows carry any.
 
         Returns:
             [`NoisedBatch`] on the host.
@@ -99,9 +129,10 @@ class Noising:
             share_B = (masked.sum(1) / row_tokens.clamp(min=1)).clamp(min=self.time_epsilon)
             t_B = torch.where((suffix_weight_BL > 0).any(1), share_B, t_B)
         layout = block_layout(ids, batch["attention_mask"].bool(), [masked], self.student, self.pack)
-        order, teacher, pairs = torch.arange(len(layout.asked)), None, None
+        order, teacher, pairs, cached = torch.arange(len(layout.asked)), None, None, None
         if self.teacher is not None:
-            order, teacher, pairs = self._teacher_side(batch, layout, masked, hit_BC, uniforms[2])
+            order, teacher, pairs, asked = self._teacher_side(batch, layout, masked, hit_BC, uniforms[2])
+            cached = self._cached(batch, asked, epoch) if COUNTS in batch else None
         position = layout.asked_position[order]
         return NoisedBatch(
             student=_inputs(layout, layout.asked[order], ids.flatten()[position]),
@@ -115,6 +146,7 @@ class Noising:
             counts=_counts(row_tokens, position // labels.shape[1], pairs, is_written),
             is_written=is_written,
             suffix_weight=None if suffix_weight_BL is None else suffix_weight_BL.flatten()[position],
+            cached=cached,
         )
 
     def _with_suffix_masks(self, batch, masked, uniforms, chunk_ids, num_chunks: int) -> tuple:
@@ -127,7 +159,7 @@ class Noising:
 
     def _teacher_side(self, batch, student: PackedLayout, masked, hit_BC, demo_BL) -> tuple:
         """The order in which the student's positions are asked, those without a partner last; what the teacher is run
-        on; and the pairs."""
+        on; the pairs; and the positions in the teacher's rows of their tokens."""
         if "teacher_input_ids" not in batch:
             raise ValueError(
                 "The rows have no teacher side: this dataset was prepared without a teacher tokenizer. Prepare it "
@@ -149,8 +181,16 @@ class Noising:
         if is_exact_BC is not None:
             pairs.is_exact = is_exact_BC.flatten()[chunks]
         order = torch.cat([pair, _complement(pair, len(student.asked))])
-        targets = ids.flatten()[layout.asked_position[teacher_pair]]
-        return order, _inputs(layout, layout.asked[teacher_pair], targets), pairs
+        asked = layout.asked_position[teacher_pair]
+        return order, _inputs(layout, layout.asked[teacher_pair], ids.flatten()[asked]), pairs, asked
+
+    def _cached(self, batch, asked: torch.Tensor, epoch: int | None) -> CachedPredictions:
+        """What the rows carry of the teacher's predictions at the asked positions."""
+        if not self.teacher.autoregressive:
+            return look_up(batch, asked, 0 if epoch is None else epoch + 1, None)
+        valid = batch["teacher_attention_mask"].bool()
+        kept = predictable_positions(batch["teacher_input_ids"], valid, batch["teacher_chunk_ids"])
+        return look_up(batch, asked, 0, kept)
 
     def _teacher_masks(self, batch, hit_BC, demo_BL) -> list[torch.Tensor]:
         """Masked teacher positions of each view: one view, or CompDemo's two (B masked first, then A)."""

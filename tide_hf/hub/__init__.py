@@ -5,7 +5,7 @@ from .card import write_card
 from .check import check_card, python_blocks
 from .data_card import answers_card, dataset_card
 from .pushing import PushError
-from .record import Decoding, Measurement, RunFacts, RunRecord
+from .record import Decoding, Measurement, RunFacts, RunRecord, named_model
 from .sources import Source, find_source
 from .trainer_mixin import HubTrainerMixin
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_card",
     "dataset_card",
     "find_source",
+    "named_model",
     "python_blocks",
     "require_available",
     "write_card",

@@ -27,7 +27,8 @@ class RunFacts:
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the student, without the wrappers of accelerate.
-        teachers (`list[PreTrainedModel]`): what it learns from; empty without a teacher.
+        teachers (`list[tuple[str, str | None]]`): name, or folder, and commit of what it learns from; empty without a
+            teacher.
         tokenizer (`PreTrainedTokenizerBase`): the student's.
         args (`TrainingArguments`): of the run.
         objective (`dict`): what the run optimises, every field decided.
@@ -41,7 +42,7 @@ class RunFacts:
     """
 
     model: PreTrainedModel | PeftModel
-    teachers: list[PreTrainedModel]
+    teachers: list[tuple[str, str | None]]
     tokenizer: PreTrainedTokenizerBase
     args: TrainingArguments
     objective: dict
@@ -185,8 +186,8 @@ def record_run(facts: RunFacts) -> RunRecord:
     record = RunRecord(
         model_name="",
         location=".",
-        start=_model_source(base, args),
-        teachers=[_model_source(teacher, args) for teacher in facts.teachers],
+        start=_source(*named_model(base), args),
+        teachers=[_source(*teacher, args) for teacher in facts.teachers],
         network={
             "architecture": type(base).__name__,
             "parameters": base.num_parameters(),
@@ -268,9 +269,13 @@ def today() -> str:
     return datetime.now(timezone.utc).date().isoformat()
 
 
-def _model_source(model, args) -> Source:
-    commit = getattr(model.config, "_commit_hash", None)
-    return find_source(model.name_or_path, revision=commit, token=args.hub_token)
+def named_model(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Name, or folder, and commit of a loaded `model`."""
+    return model.name_or_path, getattr(model.config, "_commit_hash", None)
+
+
+def _source(name: str, commit: str | None, args) -> Source:
+    return find_source(name, revision=commit, token=args.hub_token)
 
 
 def _understood_prompt(tokenizer) -> str:

@@ -55,6 +55,7 @@ from .inverse import (
 )
 from .slices import Segment, default_slice_rows, sliced_log_probs, sliced_loss
 from .tidal import expected_tidal_strength, lambda_schedule, tidal_lambda, timestep_weight
+from .top_k import top_k_divergence, top_k_log_probs
 
 __all__ = [
     "DIVERGENCES",
@@ -82,6 +83,8 @@ __all__ = [
     "tidal_lambda",
     "timestep_weight",
     "token_divergence",
+    "top_k_divergence",
+    "top_k_log_probs",
     "true_token_log_probs",
     "without_mask_token",
 ]

@@ -114,7 +114,7 @@ def token_divergence(
     if lambda_N is not None:
         target_NS = tidal_logits(student_NS, target_NS, lambda_N)
     log_student, log_target = (student_NS / temperature).log_softmax(-1), (target_NS / temperature).log_softmax(-1)
-    return temperature**2 * _values(divergence, log_student, log_target)
+    return temperature**2 * values_of(divergence, log_student, log_target)
 
 
 def chunk_divergence(
@@ -144,11 +144,19 @@ def chunk_divergence(
     target = chunk_log_probability(teacher_log_likelihood_C, temperature).detach()
     if lambda_C is not None:
         target = tidal_log_probabilities(student, target, lambda_C)
-    return _values(divergence, student, target)
+    return values_of(divergence, student, target)
 
 
-def _values(divergence: Divergence, log_student: torch.Tensor, log_target: torch.Tensor) -> torch.Tensor:
-    """One value per position or chunk; refuses a user's own divergence that returns something else."""
+def values_of(divergence: Divergence, log_student: torch.Tensor, log_target: torch.Tensor) -> torch.Tensor:
+    """One value per position or chunk, of a divergence that may be a user's own.
+
+    Args:
+        divergence ([`Divergence`]): D.
+        log_student, log_target (`torch.Tensor`): see [`Divergence.values`].
+
+    Raises:
+        ValueError: if it returns anything else.
+    """
     values = divergence.values(log_student, log_target)
     if values.shape != log_student.shape[:1]:
         raise ValueError(

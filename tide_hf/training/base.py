@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..diffusion import PackedInputs, Record
-from ..hub import HubTrainerMixin, RunFacts
+from ..hub import HubTrainerMixin, RunFacts, named_model
 from ..models.masked_diffusion import block_visibility
 from .arguments import (
     check_engine,
@@ -271,6 +271,10 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
         if isinstance(self.model, PeftModel):
             self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
+    def _teacher_sources(self) -> list[tuple[str, str | None]]:
+        """Name, or folder, and commit of each teacher."""
+        return [] if self.teacher is None else [named_model(self.teacher)]
+
     def _run_facts(self) -> RunFacts:
         """What the model card says of this run, as it stands now."""
         try:
@@ -280,7 +284,7 @@ class DiffusionTrainer(LaterChangesMixin, RowReadingMixin, HubTrainerMixin, Trai
             num_evaluated_rows = 0 if report is None else report.num_kept
         return RunFacts(
             model=self.accelerator.unwrap_model(self.model),
-            teachers=[] if self.teacher is None else [self.teacher],
+            teachers=self._teacher_sources(),
             tokenizer=self.processing_class,
             args=self.args,
             objective=self.objective.to_dict(),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from ..diffusion import NoisedBatch, chunk_loss_weight
+from ..diffusion.cached import CachedPredictions
 from ..losses import (
     Divergence,
     Segment,
@@ -22,6 +23,7 @@ from ..losses import (
     tidal_lambda,
     timestep_weight,
     token_divergence,
+    top_k_divergence,
 )
 from ..models.masked_diffusion import loss_weight
 
@@ -30,7 +32,7 @@ NO_DIVERGENCE = "none"
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What the teacher provides for a batch.
+    """What a teacher that has just been run provides for a batch.
 
     Args:
         hidden (`torch.Tensor` of shape `(M_T, K)`): its hidden states at its asked positions.
@@ -41,6 +43,45 @@ class TeacherStates:
     hidden: torch.Tensor
     head: Callable[[torch.Tensor], torch.Tensor]
     shared_vocab_size: int
+
+    @property
+    def frozen(self) -> tuple[Callable[[slice], torch.Tensor], ...]:
+        """Its logits at some of the paired positions, for a [`~tide_hf.losses.Segment`]."""
+        return (lambda rows: self.head(self.hidden[rows]),)
+
+    def divergence(self, divergence: Divergence, logits: torch.Tensor, rows: slice, *frozen, **settings):
+        """[`~tide_hf.losses.token_divergence`] of the student's `logits` at some paired positions, `(R,)`."""
+        return token_divergence(divergence, logits, *frozen, shared_vocab_size=self.shared_vocab_size, **settings)
+
+    def log_probs(self, targets: torch.Tensor, vocab: int) -> torch.Tensor:
+        """Log-probabilities `(M_T,)` of its true tokens `targets`, in slices for a head of `vocab` tokens."""
+        return sliced_log_probs(self.hidden, self.head, targets, vocab)
+
+
+@dataclass(frozen=True)
+class CachedStates:
+    """The same of a teacher that was run before.
+
+    Args:
+        predictions ([`~tide_hf.diffusion.cached.CachedPredictions`]): at its asked positions.
+        shared_vocab_size (`int`): as there.
+    """
+
+    predictions: CachedPredictions
+    shared_vocab_size: int
+
+    frozen = ()
+
+    def divergence(self, divergence: Divergence, logits: torch.Tensor, rows: slice, **settings):
+        """[`~tide_hf.losses.top_k_divergence`] of the student's `logits` at some paired positions, `(R,)`."""
+        ids, log_probs = self.predictions.top_ids[rows], self.predictions.top_log_probs[rows]
+        return top_k_divergence(
+            divergence, logits, ids, log_probs, shared_vocab_size=self.shared_vocab_size, **settings
+        )
+
+    def log_probs(self, targets: torch.Tensor, vocab: int) -> torch.Tensor:
+        """Log-probabilities `(M_T,)` of its true tokens."""
+        return self.predictions.log_probs
 
 
 @dataclass(frozen=True)
@@ -107,7 +148,7 @@ class Objective:
         weight_VH: torch.Tensor,
         batch: NoisedBatch,
         lambda_progress: float,
-        teacher: TeacherStates | None = None,
+        teacher: TeacherStates | CachedStates | None = None,
         progress: float = 0.0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one micro-batch: each term is its local sum divided by its global count.
@@ -117,7 +158,7 @@ class Objective:
             weight_VH (`torch.Tensor` of shape `(V, H)`): its head's weight.
             batch ([`~tide_hf.diffusion.NoisedBatch`]): with the counts of the global batch.
             lambda_progress (`float`): λ(s) at this step.
-            teacher ([`TeacherStates`], *optional*): needed if the objective distils.
+            teacher ([`TeacherStates`] or [`CachedStates`], *optional*): needed if the objective distils.
             progress (`float`): s, the share of training that is done; annealed targets weigh 1 − s where not exact.
 
         Returns:
@@ -194,7 +235,7 @@ class _Compared:
     def __init__(self, objective: Objective, batch, lambda_progress, progress, teacher, precision, vocab):
         self.divergence, self.temperature = objective.divergence, objective.temperature
         self.by_token, self.pairs = objective.by_token, batch.pairs
-        self.shared_vocab_size, self.strength = teacher.shared_vocab_size, None
+        self.teacher, self.strength = teacher, None
         self.rows = objective.compared_rows(batch)
         t = batch.t[self.rows]
         weights = torch.ones_like(t)
@@ -214,10 +255,10 @@ class _Compared:
         self.weights = (weights / num_items.to(t).clamp(min=1)).to(precision)
         self.values = torch.zeros_like(self.weights)
         if self.by_token:
-            self.frozen, self.ends = (lambda rows: teacher.head(teacher.hidden[rows]),), None
+            self.frozen, self.ends = teacher.frozen, None
         else:
             self.frozen, self.ends = (), self.pairs.chunk_ends
-            log_probs = sliced_log_probs(teacher.hidden, teacher.head, batch.teacher.targets, vocab)
+            log_probs = teacher.log_probs(batch.teacher.targets, vocab)
             self.teacher_C = chunk_log_likelihood(log_probs, self.pairs.teacher_chunk, len(self.rows))
 
     def weighted(
@@ -226,14 +267,8 @@ class _Compared:
         """Σ ω · D / count over some positions, scalar; records each value. `log_probs` are the true tokens'."""
         if self.by_token:
             which = rows
-            values = token_divergence(
-                self.divergence,
-                logits,
-                *teacher_logits,
-                temperature=self.temperature,
-                shared_vocab_size=self.shared_vocab_size,
-                lambda_N=self._strength(which),
-            )
+            settings = {"temperature": self.temperature, "lambda_N": self._strength(which)}
+            values = self.teacher.divergence(self.divergence, logits, which, *teacher_logits, **settings)
         else:
             # the positions are cut at the ends of chunks only, so these are whole
             which = slice(bisect_left(self.ends, rows.start + 1), bisect_left(self.ends, rows.stop) + 1)

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..alignment import resolve_alignment
 from ..data import PreparationRecord, RowPreparation
+from ..data.teacher_cache import TeacherCache
 from ..diffusion import LayoutSpec
 from ..teachers import contract_for, is_autoregressive, refuse_unknown, resolve_mask_token_id
 from .checks import check_block_size, require_vocabulary
@@ -27,6 +28,8 @@ class RunPlan:
         teacher ([`~tide_hf.diffusion.LayoutSpec`], *optional*): how it is fed, if there is one.
         preparation ([`~tide_hf.data.RowPreparation`]): how rows are prepared.
         objective (*optional*): what is optimised ([`~tide_hf.Objective`], or IDLM's); None if rows are only prepared.
+        cache ([`~tide_hf.data.teacher_cache.TeacherCache`], *optional*): of the teacher's predictions that the rows
+            carry, if training uses them.
     """
 
     alignment: str
@@ -37,6 +40,7 @@ class RunPlan:
     teacher: LayoutSpec | None
     preparation: RowPreparation
     objective: object | None = None
+    cache: TeacherCache | None = None
 
     def to_dict(self) -> dict:
         """Plain values, for logs and cards, without the objective, which is shown separately."""
@@ -48,6 +52,7 @@ class RunPlan:
             "shared_vocab_size": self.shared_vocab_size,
             **rows,
             **{f"{name}_layout": asdict(spec) for name, spec in layouts.items() if spec is not None},
+            **({} if self.cache is None else {"teacher_cache": self.cache.describe()}),
         }
 
 
@@ -58,6 +63,7 @@ def resolve_plan(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_config: Callable[[], PreTrainedConfig] | None = None,
     decide: Callable[[str, str], object] | None = None,
+    cache: TeacherCache | None = None,
 ) -> RunPlan:
     """Decides what a run feeds its networks.
 
@@ -69,6 +75,8 @@ def resolve_plan(
         teacher_config (`Callable`, *optional*): returns the teacher's configuration; called only if the objective
             needs a teacher, since it may load weights.
         decide (`Callable`, *optional*): `(alignment, schedule) -> objective`.
+        cache ([`~tide_hf.data.teacher_cache.TeacherCache`], *optional*): of predictions that the rows carry. It says
+            how the teacher was fed, and what the two tokenizers share, where there is no `teacher_config`.
 
     Raises:
         ValueError: for a block size that does not divide the row length, tokenizers that do not belong to their
@@ -81,9 +89,12 @@ def resolve_plan(
         schedule = getattr(args, "schedule", None) or schedule
         mask_token_id = resolve_mask_token_id(args.mask_token_id, config, tokenizer, "student")
         block_size = _block_size(args, config)
-    alignment, shared = resolve_alignment(
-        getattr(args, "alignment", "token"), tokenizer, teacher_tokenizer or tokenizer
-    )
+    if cache is not None and teacher_config is None:
+        alignment, shared = cache.alignment, cache.shared_vocab_size
+    else:
+        alignment, shared = resolve_alignment(
+            getattr(args, "alignment", "token"), tokenizer, teacher_tokenizer or tokenizer
+        )
     objective = None if decide is None else decide(alignment, schedule)
     teacher, side, sizes = None, None, [config.vocab_size]
     if teacher_config is not None and (decide is None or objective.distills):
@@ -94,7 +105,10 @@ def resolve_plan(
         sizes.append(teacher_settings.vocab_size)
         if decide is not None:
             teacher = contract_for(teacher_settings, mask, args.teacher_context, block_size)
-            objective = with_teacher(objective, args, teacher.autoregressive)
+    elif cache is not None and objective.distills:
+        teacher = LayoutSpec(**cache.layout)
+    if teacher is not None:
+        objective = with_teacher(objective, args, teacher.autoregressive)
     student = None
     if has_mask:
         full = config.diffusion_type == "full"
@@ -109,6 +123,7 @@ def resolve_plan(
         teacher=teacher,
         preparation=RowPreparation.for_run(args, block_size, alignment, (tokenizer, mask_token_id), side),
         objective=objective,
+        cache=cache if teacher is not None else None,
     )
 
 

@@ -15,31 +15,32 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments, set_
 from transformers.utils import logging
 
 from ..data import DistillationCollator
-from ..diffusion import Counts, NoisedBatch, Noising, Written, row_uniforms
+from ..diffusion import Counts, NoisedBatch, Noising, Written
 from ..losses import Divergence, lambda_schedule
 from ..teachers import Teacher, check_logits, load_teacher
 from .adapter import prepare_adapter
 from .base import DiffusionTrainer, load_student, pad_token_id, run_packed
+from .cached_teacher import CachedTeacherMixin, check_predictions, record_of_predictions
 from .checks import refuse_loading_arguments, refuse_own_teacher, require_divergence, require_tokenizer
 from .config import PARAMETERS, TIDEConfig
 from .evaluating import EvaluationMixin
 from .measuring import predict_masked
-from .objective import Objective, TeacherStates
+from .objective import CachedStates, Objective, TeacherStates
 from .on_policy import OnPolicyMixin
-from .plan import RunPlan, resolve_plan
+from .plan import RunPlan
 from .presets import PRESET_DEFAULTS, resolve_objective, with_teacher
 
 logger = logging.get_logger(__name__)
-SUFFIX_STREAM = 0  # draws of suffix masks, apart from those of random ones
 
 
-class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
+class TIDETrainer(EvaluationMixin, OnPolicyMixin, CachedTeacherMixin, DiffusionTrainer):
     """Trains a block-diffusion (or full-sequence) student, with a frozen teacher or without one.
 
     Args:
         model (`str` or `PreTrainedModel`): the student: an instance, a Hub name or a folder.
         teacher (`str` or `PreTrainedModel`, *optional*): a diffusion LM, or any autoregressive one of transformers;
-            None only with `preset="ce"`.
+            None with `preset="ce"`, and where the rows carry its predictions (recipes/prepare_data.py
+            --teacher_cache): a name given beside them is only compared.
         args ([`TIDEConfig`], *optional*): all settings.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): rows of `messages`, `prompt` + `completion` or
             `text` (with `on_policy_fraction=1` a `prompt` alone is enough to train on), or rows already prepared, for
@@ -98,11 +99,11 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
         require_divergence(objective)
         teacher = str(teacher) if isinstance(teacher, PathLike) else teacher
         refuse_own_teacher(model, teacher, adapts=peft_config is not None)
+        self._predicted = record_of_predictions(train_dataset, teacher)
         model, processing_class, revision = load_student(model, args, processing_class)
         self._refuse_other_diffusion_types(model)
-        if teacher_processing_class is None:
-            by_name = isinstance(teacher, str)
-            teacher_processing_class = AutoTokenizer.from_pretrained(teacher) if by_name else processing_class
+        if teacher_processing_class is None and isinstance(teacher, str):
+            teacher_processing_class = AutoTokenizer.from_pretrained(teacher)
         self._given_divergence, self.teacher, self.signal = objective, None, None
         self._reset_terms()
 
@@ -110,8 +111,10 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
             self.teacher = self._load_teacher(teacher, args)
             return self.teacher.config
 
-        plan = self._resolve(model, args, processing_class, teacher_processing_class, teacher_config)
-        if self.teacher is None and teacher is not None:
+        tokenizers = processing_class, teacher_processing_class
+        decide = partial(resolve_objective, args, given=objective)
+        plan = self._resolve(model, args, tokenizers, teacher, teacher_config, decide)
+        if plan.teacher is None and teacher is not None:
             logger.info("The objective has no distillation term: the teacher is not used.")
         self._configure_student(model, args, processing_class, plan)
         set_seed(args.seed)  # an adapter starts at random, and Trainer sets the seed only later
@@ -125,7 +128,7 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
             eval_dataset,
             data_collator=DistillationCollator(
                 pad_token_id(processing_class),
-                pad_token_id(teacher_processing_class),
+                pad_token_id(teacher_processing_class or processing_class),
                 *(network.config.vocab_size for network in networks),
             ),
             processing_class=processing_class,
@@ -153,15 +156,11 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
             **(args.teacher_model_init_kwargs or {}),
         )
 
-    def _resolve(self, model, args, tokenizer, teacher_tokenizer, teacher_config) -> RunPlan:
-        decide = partial(resolve_objective, args, given=self._given_divergence)
-        return resolve_plan(args, model.config, tokenizer, teacher_tokenizer, teacher_config, decide)
-
     def _take(self, plan: RunPlan, args: TIDEConfig) -> None:
         """Also makes from it what a step needs."""
         super()._take(plan, args)
         objective = plan.objective
-        if plan.teacher is not None:
+        if plan.teacher is not None and plan.cache is None:
             self.signal = Teacher(self.teacher, plan.teacher)
         self.noising = Noising(
             student=plan.student,
@@ -179,15 +178,18 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
         config = self.accelerator.unwrap_model(self.model).config
         schedule = self.args.schedule or config.noise_schedule
         objective = resolve_objective(self.args, self.plan.alignment, schedule, self._given_divergence)
-        if objective.distills and self.teacher is None:
+        if objective.distills and self.teacher is None and self.plan.cache is None:
             raise ValueError(
                 "The changed arguments ask for distillation, but this trainer was made without a teacher: make a new "
                 "one with teacher=…."
             )
         if objective.distills:
             objective = with_teacher(objective, self.args, self.plan.teacher.autoregressive)
+        plan = replace(self.plan, objective=objective, schedule=schedule)
+        if plan.cache is not None and objective.distills:
+            check_predictions(self._predicted, plan, self.args, None)
         config.noise_schedule = schedule
-        self._take(replace(self.plan, objective=objective, schedule=schedule), self.args)
+        self._take(plan, self.args)
 
     def _inner_training_loop(self, *args, **kwargs):
         """Starts with empty logs, also after an interruption or a restart with smaller batches."""
@@ -206,10 +208,7 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
 
     def _noise(self, batch, epoch: int | None, t: float | None = None, given: Written | None = None) -> NoisedBatch:
         """One micro-batch, noised by draws keyed by (seed, epoch, row), but for the rows whose masks are given."""
-        keys, length, suffix = batch["row_key"].tolist(), batch["labels"].shape[1], None
-        if epoch is not None and self.noising.suffix_mask_fraction:
-            suffix = row_uniforms(self.args.seed, epoch, keys, length, stream=SUFFIX_STREAM)[:2]
-        return self.noising(batch, row_uniforms(self.args.seed, epoch, keys, length), t, given, suffix)
+        return self.noising.keyed(batch, self._noise_seed(), epoch, t, given)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Noises all micro-batches of an optimizer step and makes their counts global."""
@@ -258,7 +257,7 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
         """The student's wrapped forward on a packed layout, with the objective instead of its head."""
         states = None
         if objective.distills:
-            states = TeacherStates(self.signal.hidden(batch.teacher), self.signal.logits, self.plan.shared_vocab_size)
+            states = self._teacher_states(batch)
 
         def head_fn(hidden_BPH, weight_VH):
             hidden_NH = hidden_BPH.flatten(0, 1)[batch.student.asked]
@@ -270,6 +269,12 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, DiffusionTrainer):
             return loss, terms
 
         return run_packed(model, batch.student, head_fn, self.plan.student.causal)
+
+    def _teacher_states(self, batch: NoisedBatch) -> TeacherStates | CachedStates:
+        """What the teacher says of a batch: it is run, or the rows carry it."""
+        if self.signal is None:
+            return CachedStates(batch.cached, self.plan.shared_vocab_size)
+        return TeacherStates(self.signal.hidden(batch.teacher), self.signal.logits, self.plan.shared_vocab_size)
 
     def _lambda_progress(self) -> float:
         """λ(s) at the current step."""

@@ -1,0 +1,247 @@
+"""A teacher that is run once: divergences over its likeliest tokens, what is kept, and training without it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import concatenate_datasets, load_from_disk
+from test_autoregressive_teachers import causal_model
+from tiny import Hellinger, tiny_model, tiny_trainer
+from torch.testing import assert_close
+from transformers import AutoTokenizer, TrainerCallback
+
+from tide_hf.commands import cache as command
+from tide_hf.commands.cache import CacheArguments
+from tide_hf.commands.prepare import parse_prepare_arguments, run_preparation
+from tide_hf.data import PreparationRecord
+from tide_hf.data.teacher_cache import CACHE_COLUMNS
+from tide_hf.demo.sorting import build_tokenizer, sorting_rows
+from tide_hf.losses import DIVERGENCES, token_divergence, top_k_divergence, top_k_log_probs
+
+ROOT = Path(__file__).parent.parent
+PAIRS = ("12", "34", "56", "78", "89", "01")
+TOKEN_DIVERGENCES = [cls() for cls in DIVERGENCES.values() if cls.pairs == "token"] + [Hellinger(2.0)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the datasets library."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def naive_top_k(divergence, student, teacher, k, temperature, size, lambda_N=None):
+    """From the equations, position by position, in probabilities and Python's own sums."""
+    values = []
+    for n in range(len(student)):
+        p_student = (student[n, :size] / temperature).softmax(-1)
+        p_teacher = (teacher[n, :size] / temperature).softmax(-1)
+        top = sorted(range(size), key=lambda v: -float(p_teacher[v]))[:k]
+        rest = [v for v in range(size) if v not in top]
+        outcomes = []
+        for p in (p_student, p_teacher):
+            masses = [p[v] for v in top] + ([sum(p[v] for v in rest)] if rest else [])
+            outcomes.append(torch.stack(masses))
+        log_student, log_target = outcomes[0].log(), outcomes[1].log().detach()
+        if lambda_N is not None:
+            mixed = outcomes[0].detach() ** (1 - lambda_N[n]) * outcomes[1].detach() ** lambda_N[n]
+            log_target = (mixed / mixed.sum()).log()
+        values.append(temperature**2 * divergence.values(log_student[None], log_target[None])[0])
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("divergence", TOKEN_DIVERGENCES, ids=lambda divergence: divergence.name)
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("tidal", [False, True])
+def test_loss_over_the_likeliest_tokens(divergence, k, tidal):
+    """Catches a wrong outcome, a mass that is lost, a temperature or λ that is left out, and a wrong gradient."""
+    student, teacher, size, temperature = draw(5, 10), draw(5, 12, seed=1), 8, 2.0
+    lambda_N = torch.rand(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64) if tidal else None
+    ids = teacher[:, :size].topk(k).indices
+    log_target = top_k_log_probs(teacher, ids, temperature=temperature, shared_vocab_size=size)
+    mine, other = student.clone().requires_grad_(), student.clone().requires_grad_()
+    found = top_k_divergence(
+        divergence, mine, ids, log_target, temperature=temperature, shared_vocab_size=size, lambda_N=lambda_N
+    )
+    expected = naive_top_k(divergence, other, teacher, k, temperature, size, lambda_N)
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    found.sum().backward()
+    expected.sum().backward()
+    assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", TOKEN_DIVERGENCES, ids=lambda divergence: divergence.name)
+@pytest.mark.parametrize("tidal", [False, True])
+def test_all_tokens_give_the_whole_divergence(divergence, tidal):
+    """Catches a cached loss that is another one even where nothing is left out."""
+    student, teacher, size = draw(6, 9), draw(6, 9, seed=1), 9
+    lambda_N = torch.linspace(0, 1, 6, dtype=torch.float64) if tidal else None
+    settings = {"temperature": 1.5, "lambda_N": lambda_N}
+    ids = teacher.topk(size).indices
+    log_target = top_k_log_probs(teacher, ids, temperature=1.5)
+    found = top_k_divergence(divergence, student, ids, log_target, **settings)
+    assert_close(found, token_divergence(divergence, student, teacher, **settings), rtol=1e-12, atol=1e-13)
+
+
+def test_fewer_tokens_never_raise_the_divergence():
+    """Catches a tail that is not merged but dropped or renormalised away: the bound would not grow with k."""
+    student, teacher = draw(50, 20), draw(50, 20, seed=1)
+    bounds = []
+    for k in (1, 2, 4, 8, 16, 20):
+        ids = teacher.topk(k).indices
+        log_target = top_k_log_probs(teacher, ids)
+        bounds.append(top_k_divergence(DIVERGENCES["forward_kl"](), student, ids, log_target))
+    for smaller, larger in zip(bounds, bounds[1:], strict=False):
+        assert (smaller <= larger + 1e-12).all()
+    assert (bounds[0] < bounds[-1] - 1e-3).all()
+
+
+def test_certain_teacher_leaves_finite_gradients():
+    """Catches log(1 − Σ p), which is −∞ where the likeliest token holds all of float32's digits."""
+    teacher = torch.tensor([[60.0, 0.0, -1.0, 2.0]])
+    student = torch.tensor([[0.0, 80.0, -1.0, 2.0]], requires_grad=True)
+    ids = teacher.topk(1).indices
+    log_target = top_k_log_probs(teacher, ids)
+    assert torch.isfinite(log_target).all() and log_target[0, 1] < -50
+    top_k_divergence(DIVERGENCES["forward_kl"](), student, ids, log_target).sum().backward()
+    assert torch.isfinite(student.grad).all() and student.grad.abs().sum() > 0.5
+
+
+# -- what is kept, and training on it ---------------------------------------------------------------------------------
+
+
+def saved(model, tokenizer, folder) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def names(tmp_path):
+    """Folders of a student, teachers of both kinds and of another tokenizer, and the rows."""
+    shared, other = build_tokenizer(), build_tokenizer(PAIRS)
+    size = {"vocab_size": len(other), "mask_token_id": other.mask_token_id}
+    rows = sorting_rows(20, seed=3, wrong=0.3)
+    rows.to_json(tmp_path / "rows.jsonl")
+    ids = {name: getattr(shared, f"{name}_token_id") for name in ("pad", "eos")}
+    ids = {f"{name}_token_id": value for name, value in ids.items()} | {"bos_token_id": None}
+    other_ids = {"pad_token_id": other.pad_token_id, "eos_token_id": other.eos_token_id, "bos_token_id": None}
+    return {
+        "rows": str(tmp_path / "rows.jsonl"),
+        "student": saved(tiny_model(seed=5), shared, tmp_path / "student"),
+        "diffusion": saved(tiny_model(seed=1), shared, tmp_path / "diffusion"),
+        "diffusion-across": saved(tiny_model(seed=2, **size), other, tmp_path / "diffusion-across"),
+        "ar": saved(causal_model(vocab_size=len(shared), **ids), shared, tmp_path / "ar"),
+        "ar-across": saved(causal_model(vocab_size=len(other), **other_ids), other, tmp_path / "ar-across"),
+    }
+
+
+def prepare(names, teacher: str, folder, *flags):
+    """Prepared rows with the predictions of a teacher."""
+    words = ["--model_name_or_path", names["student"], "--teacher_model_name_or_path", names[teacher]]
+    words += ["--dataset_name", names["rows"], "--max_length", "16", "--output_dir", str(folder)]
+    return run_preparation(parse_prepare_arguments([*words, "--teacher_cache", *map(str, flags)]))["train"]
+
+
+class Losses(TrainerCallback):
+    def __init__(self):
+        self.found = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.found.append({name: logs[name] for name in ("loss", "ce", "distill", "grad_norm") if name in logs})
+
+
+def train(names, folder, rows, teacher=None, tokenizer=None, **fields):
+    """What a short run logs, and its weights."""
+    losses = Losses()
+    trainer = tiny_trainer(
+        folder,
+        rows=rows,
+        model=tiny_model(seed=5),
+        teacher=teacher,
+        trainer_kwargs={"callbacks": [losses], "teacher_processing_class": tokenizer},
+        max_steps=fields.pop("max_steps", 5),
+        **fields,
+    )
+    trainer.train()
+    return losses.found, dict(trainer.model.named_parameters())
+
+
+CASES = {
+    "kl": ("diffusion", {"preset": "kl"}),
+    "tide": ("diffusion", {"preset": "tide-shared"}),
+    "suffix masks": ("diffusion", {"preset": "kl", "suffix_mask_fraction": 0.5}),
+    "across": ("diffusion-across", {"preset": "tide-cross"}),
+    "tide across": ("diffusion-across", {"preset": "tide-shared"}),
+    "ar": ("ar", {"preset": "ar-kl"}),
+    "ar exact": ("ar", {"preset": "ar-kl", "ar_targets": "exact"}),
+    "ar across": ("ar-across", {"preset": "ar-calm"}),
+    "ar chunks of one token": ("ar", {"preset": "ar-calm"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_on_the_cache_is_training_with_the_teacher(names, tmp_path, name):
+    """Catches predictions at wrong positions, of wrong noise or of another pass, of either kind of teacher.
+
+    All tokens are kept, so that only the rounding of what is stored is left; three passes of two and a half batches.
+    """
+    teacher, fields = CASES[name]
+    flags = [word for field, value in fields.items() for word in (f"--{field}", value)]
+    passes = [] if teacher.startswith("ar") else ["--cache_passes", 2]
+    all_tokens = [] if teacher.endswith("across") or fields["preset"] == "ar-calm" else ["--cache_top_k", 99]
+    cached = prepare(names, teacher, tmp_path / "cached", *flags, *passes, *all_tokens, "--seed", 11)
+    tokenizer = AutoTokenizer.from_pretrained(names[teacher])
+    raw = load_from_disk(tmp_path / "cached")["train"].remove_columns(list(set(CACHE_COLUMNS) & {*cached.column_names}))
+    fields = {**fields, "seed": 11}
+    expected = train(names, tmp_path / "with", raw, names[teacher], tokenizer, **fields)
+    found = train(names, tmp_path / "without", cached, **fields)
+    assert len(found[0]) == 5 and all(entry["distill"] != 0 for entry in found[0])
+    tolerance = {"rtol": 2e-3, "atol": 2e-3} if all_tokens else {"rtol": 2e-6, "atol": 2e-6}
+    for mine, theirs in zip(found[0], expected[0], strict=True):
+        assert mine["ce"] == pytest.approx(theirs["ce"], rel=tolerance["rtol"])
+        assert mine["distill"] == pytest.approx(theirs["distill"], rel=tolerance["rtol"], abs=tolerance["atol"])
+
+
+def test_evaluation_on_the_cache(names, tmp_path):
+    """Catches an evaluation split whose noise is not that of evaluation."""
+    rows = datasets.DatasetDict({"train": sorting_rows(16, seed=3), "test": sorting_rows(10, seed=4)})
+    rows.save_to_disk(tmp_path / "both")
+    names["rows"] = str(tmp_path / "both")
+    flags = ("--preset", "kl", "--cache_top_k", 99, "--cache_passes", 1)
+    words = ["--model_name_or_path", names["student"], "--teacher_model_name_or_path", names["diffusion"]]
+    words += ["--dataset_name", names["rows"], "--max_length", "16", "--output_dir", str(tmp_path / "cached")]
+    cached = run_preparation(parse_prepare_arguments([*words, "--teacher_cache", *map(str, flags)]))
+    assert {len(counts) for counts in cached["train"]["teacher_counts"]} == {2}
+    assert {len(counts) for counts in cached["test"]["teacher_counts"]} == {1}
+    metrics = {}
+    for name, teacher in (("with", names["diffusion"]), ("without", None)):
+        data = cached
+        if teacher is not None:
+            data = {split: table.remove_columns(list(CACHE_COLUMNS)) for split, table in cached.items()}
+        trainer = tiny_trainer(
+            tmp_path / name,
+            rows=data["train"],
+            model=tiny_model(seed=5),
+            teacher=teacher,
+            preset="kl",
+            trainer_kwargs={"eval_dataset": data["test"]},
+        )
+        metrics[name] = trainer.evaluate()
+    assert metrics["without"]["eval_ce"] == metrics["with"]["eval_ce"]
+    assert metrics["without"]["eval_distill"] == pytest.approx(metrics["with"]["eval_distill"], rel=2e-3)
+    with pytest.raises(ValueError, match="were not made for this noise"):
+        trainer.evaluate(cached["train"])
