@@ -205,7 +205,9 @@ def test_training_on_the_cache_is_training_with_the_teacher(names, tmp_path, nam
     all_tokens = [] if teacher.endswith("across") or fields["preset"] == "ar-calm" else ["--cache_top_k", 99]
     cached = prepare(names, teacher, tmp_path / "cached", *flags, *passes, *all_tokens, "--seed", 11)
     tokenizer = AutoTokenizer.from_pretrained(names[teacher])
-    raw = load_from_disk(tmp_path / "cached")["train"].remove_columns(list(set(CACHE_COLUMNS) & {*cached.column_names}))
+    raw = load_from_disk(tmp_path / "cached")["train"].remove_columns(
+        list(set(CACHE_COLUMNS) & {*cached.column_names})
+    )
     fields = {**fields, "seed": 11}
     expected = train(names, tmp_path / "with", raw, names[teacher], tokenizer, **fields)
     found = train(names, tmp_path / "without", cached, **fields)
@@ -245,3 +247,204 @@ def test_evaluation_on_the_cache(names, tmp_path):
     assert metrics["without"]["eval_distill"] == pytest.approx(metrics["with"]["eval_distill"], rel=2e-3)
     with pytest.raises(ValueError, match="were not made for this noise"):
         trainer.evaluate(cached["train"])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("kl", {"preset": "tide-shared"}, "comp_demo: predicted with False, this run has True"),
+        ("kl", {"temperature": 1.0}, "temperature: predicted with 2, this run has 1"),
+        ("kl", {"schedule": "cosine"}, "schedule: predicted with linear, this run has cosine"),
+        ("kl", {"suffix_mask_fraction": 0.5}, "suffix_mask_fraction: predicted with 0.0, this run has 0.5"),
+        ("kl", {"time_epsilon": 0.01}, "time_epsilon"),
+        ("kl", {"teacher_context": "native"}, "teacher_context: predicted with paper, this run has native"),
+        ("kl", {"alignment": "chunk"}, "alignment: predicted with token, this run has chunk"),
+        ("kl", {"shared_vocab_size": 20}, "shared_vocab_size"),
+        ("kl", {"teacher_max_length": 8}, "teacher_max_length: prepared with 16, this run has 8"),
+        ("kl", {"teacher_mask_token_id": 3}, "teacher_mask_token_id"),
+        ("kl", {"on_policy_fraction": 0.5}, "answers that the student has"),
+        ("kl", {"teacher_dtype": "float32"}, "the rows carry its predictions, and no teacher is loaded"),
+        ("kl", {"max_steps": 4}, r"1 pass over the rows, and this run makes 2 \(4 steps, 3 a pass\)"),
+        ("ar chunks of one token", {"preset": "ar-kl"}, "likeliest tokens: none kept"),
+    ],
+)
+def test_refuses_another_run(names, tmp_path, name, fields, words):
+    """Catches a run that would train on predictions which are not those that it asks for."""
+    teacher, flags = CASES[name]
+    passes = [] if teacher == "ar" else ["--cache_passes", 1]
+    cached = prepare(names, teacher, tmp_path / "cached", "--preset", flags["preset"], *passes)
+    with pytest.raises(ValueError, match=words):
+        train(names, tmp_path / "run", cached, **{"max_steps": 3, **flags, **fields})
+
+
+def test_compares_a_teacher_that_is_named(names, tmp_path):
+    """Catches predictions of one teacher that train in the name of another, and a teacher that is loaded in vain."""
+    cached = prepare(names, "diffusion", tmp_path / "cached", "--preset", "kl", "--cache_passes", 2)
+    run = {"preset": "kl", "max_steps": 2}
+    Path(names["diffusion"], "model.safetensors").unlink()  # its config is enough
+    train(names, tmp_path / "same", cached, names["diffusion"], **run)
+    with pytest.raises(ValueError, match="teacher: predicted with diffusion, this run has student"):
+        train(names, tmp_path / "other", cached, names["student"], **run)
+    with pytest.raises(ValueError, match="leave teacher out"):
+        train(names, tmp_path / "loaded", cached, tiny_model(seed=1), **run)
+    config = json.loads(Path(names["diffusion"], "config.json").read_text())
+    Path(names["diffusion"], "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(ValueError, match="config of the teacher"):
+        train(names, tmp_path / "changed", cached, names["diffusion"], **run)
+
+
+def test_refuses_rows_without_predictions_beside_those_with(names, tmp_path):
+    """Catches an evaluation that would need a teacher which is not there, and predictions of unknown origin."""
+    cached = prepare(names, "ar", tmp_path / "cached", "--preset", "ar-kl")
+    raw = sorting_rows(4, seed=9)
+    with pytest.raises(ValueError, match="The eval dataset carries none"):
+        tiny_trainer(tmp_path / "run", rows=cached, preset="ar-kl", trainer_kwargs={"eval_dataset": raw})
+    record = replace(PreparationRecord.read(cached), cache=None)
+    with pytest.raises(ValueError, match="no record of the teacher"):
+        tiny_trainer(tmp_path / "run", rows=record.attach(cached), preset="ar-kl")
+
+
+def test_rows_train_without_their_predictions_too(names, tmp_path):
+    """Catches columns that are in the way of an objective without a teacher."""
+    cached = prepare(names, "ar", tmp_path / "cached", "--preset", "ar-kl")
+    trainer = tiny_trainer(tmp_path / "run", rows=cached, preset="ce")
+    assert not {*CACHE_COLUMNS} & {*trainer.train_dataset.column_names}
+    trainer.train()
+
+
+def test_several_students_from_one_cache(names, tmp_path):
+    """Catches a cache that is bound to one student's size, objective, seed or number of passes."""
+    cached = prepare(names, "ar", tmp_path / "cached", "--preset", "ar-kl")
+    for number, fields in enumerate(
+        (
+            {"preset": "ar-kl", "seed": 1},
+            {"preset": "ar-kl", "ar_targets": "exact", "divergence": "jsd", "num_train_epochs": 4, "max_steps": -1},
+            {"preset": "ar-calm", "distill_weight": 2.0},
+        )
+    ):
+        trainer = tiny_trainer(
+            tmp_path / str(number), rows=cached, model=tiny_model(hidden=16 * (number + 1)), **fields
+        )
+        trainer.train()
+        assert all("distill" in entry for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_streamed_rows_and_rows_from_the_hub(names, tmp_path):
+    """Catches predictions that Parquet or a stream loses or rounds."""
+    from test_prepare_data import through_parquet
+
+    cached = prepare(names, "diffusion", tmp_path / "cached", "--preset", "kl", "--cache_passes", 2)
+    expected = train(names, tmp_path / "table", cached, preset="kl", train_sampling_strategy="sequential")[0]
+    streamed = through_parquet(cached, tmp_path / "hub", streaming=True)
+    found = train(names, tmp_path / "stream", streamed, preset="kl")[0]
+    assert [entry["distill"] for entry in found] == [entry["distill"] for entry in expected]
+    with pytest.raises(ValueError, match="predictions for 2 passes"):
+        train(names, tmp_path / "longer", streamed, preset="kl", max_steps=7)
+
+
+def test_resumes_within_a_pass(names, tmp_path):
+    """Catches a resumed run that takes the predictions of another pass."""
+    cached = prepare(names, "diffusion", tmp_path / "cached", "--preset", "kl", "--cache_passes", 2)
+    fields = {"preset": "kl", "max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    whole = train(names, tmp_path / "run", cached, **fields)[1]
+    trainer = tiny_trainer(tmp_path / "run", rows=cached, model=tiny_model(seed=5), **fields)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    for name, weight in trainer.model.named_parameters():
+        assert_close(weight, whole[name], rtol=0, atol=0)
+
+
+# -- preparing ---------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_resumed_and_shared(names, tmp_path, monkeypatch):
+    """Catches parts that are lost, made twice, or depend on the number of parts, processes or rows of a batch."""
+    flags = ("--preset", "kl", "--cache_passes", 2, "--cache_top_k", 5)
+    whole = prepare(names, "diffusion", tmp_path / "whole", *flags)
+    small = (*flags, "--cache_rows_per_part", 6, "--cache_batch_size", 4)
+    writes, write = [], command._write_part
+
+    def interrupted(folder, *args):
+        if len(writes) == 2:
+            raise KeyboardInterrupt
+        writes.append(folder.name)
+        write(folder, *args)
+
+    monkeypatch.setattr(command, "_write_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(names, "diffusion", tmp_path / "parts", *small)
+    writes.clear()
+    resumed = prepare(names, "diffusion", tmp_path / "parts", *small)
+    assert writes == ["train-00002", "train-00003"] and not (tmp_path / "parts.parts").exists()
+    assert resumed.column_names == whole.column_names and resumed.features == whole.features
+    for name in ("teacher_counts", "teacher_top_ids", "row_key"):
+        assert resumed[name][:] == whole[name][:]
+    for mine, theirs in zip(resumed["teacher_log_probs"], whole["teacher_log_probs"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    again = prepare(names, "diffusion", tmp_path / "parts", *small)
+    assert len(again) == len(whole) and len(writes) == 2
+    with pytest.raises(SystemExit, match="cache.top_k: written with 5, this run has 6"):
+        prepare(names, "diffusion", tmp_path / "parts", *flags[:-1], 6)
+
+
+@pytest.mark.slow
+def test_processes_share_the_parts(names, tmp_path):
+    """Catches processes of one launch that wait for each other forever, or write different predictions."""
+    words = ["--model_name_or_path", names["student"], "--teacher_model_name_or_path", names["ar"]]
+    words += ["--dataset_name", names["rows"], "--max_length", "16", "--preset", "ar-kl", "--teacher_cache"]
+    words += ["--cache_rows_per_part", "6", "--output_dir", str(tmp_path / "shared")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command_line = [sys.executable, str(ROOT / "recipes" / "prepare_data.py"), *words]
+    runs = [
+        subprocess.Popen(command_line, env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"}, cwd=tmp_path)
+        for rank in (1, 0)
+    ]
+    assert [run.wait(300) for run in runs] == [0, 0]
+    alone = prepare(names, "ar", tmp_path / "alone", "--preset", "ar-kl")
+    shared = load_from_disk(tmp_path / "shared")["train"]
+    assert shared["teacher_top_ids"][:] == alone["teacher_top_ids"][:]
+    assert PreparationRecord.read(shared) == PreparationRecord.read(alone)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "flags", "words"),
+    [
+        ("diffusion", ["--preset", "ce"], "needs none: set --preset"),
+        ("diffusion", ["--preset", "kl", "--on_policy_fraction", "0.5"], "has yet to write"),
+        ("diffusion", ["--preset", "kl", "--cache_top_k", "0"], "keeps no distributions"),
+        ("diffusion-across", ["--preset", "tide-cross", "--cache_top_k", "4"], "share no tokens"),
+        ("diffusion-across", ["--preset", "ar-calm"], "are for an autoregressive teacher"),
+        ("ar", ["--preset", "ar-kl", "--cache_passes", "2"], "hold for any noise"),
+        ("ar", ["--preset", "tide-shared"], "an autoregressive teacher reads"),
+    ],
+)
+def test_refuses_what_cannot_be_kept(names, tmp_path, teacher, flags, words):
+    """Catches a cache that no run could use, written all the same."""
+    with pytest.raises(SystemExit, match=words):
+        prepare(names, teacher, tmp_path / "cached", *flags)
+    assert not (tmp_path / "cached").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{"cache_top_k": 4}, {"teacher_cache": True, "cache_passes": 0}, {"cache_batch_size": 2}]
+)
+def test_refuses_arguments_that_would_not_be_read(values):
+    """Catches a setting of the cache that is accepted where none is made, and numbers out of range."""
+    with pytest.raises(ValueError, match=list(values)[-1]):
+        CacheArguments(**values)
+
+
+def test_the_cache_says_whose_it_is(names, tmp_path):
+    """Catches a record or a card that does not name the teacher, what is kept and the noise."""
+    cached = prepare(names, "diffusion", tmp_path / "cached", "--preset", "kl", "--cache_passes", 2, "--seed", 9)
+    said = PreparationRecord.read(cached).cache.describe()
+    assert said == (
+        "predictions of diffusion (diffusion, float64): the log-probability of each true token and the 15 "
+        "likeliest tokens (T = 2), for 2 passes over the rows, noise of seed 9"
+    )
+    trainer = tiny_trainer(tmp_path / "run", rows=cached, preset="kl", max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    card = Path(tmp_path / "run" / "README.md").read_text()
+    assert said in card and "`diffusion`" in card
+    merged = concatenate_datasets([cached, cached])
+    assert PreparationRecord.read(merged).cache == PreparationRecord.read(cached).cache

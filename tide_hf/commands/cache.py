@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict, Features, concatenate_datasets, load_from_disk
 from datasets.utils.tqdm import tqdm
 
@@ -108,10 +109,13 @@ def describe_predictions(teacher: TeacherModel, plan: RunPlan, settings, how: Ca
     if not autoregressive:
         noise = noise_of(objective, plan.schedule, settings.time_epsilon, plan.student.block_size)
         noise = {"seed": settings.seed, **noise}
+    config, precision = teacher.config(), "4 bits" if teacher.load_in_4bit else teacher.dtype
+    if precision == "auto":
+        precision = str(config.dtype or torch.float32).removeprefix("torch.")
     return TeacherCache(
-        **identity_of(teacher.name, teacher.config()),
+        **identity_of(teacher.name, config),
         kind="autoregressive" if autoregressive else "diffusion",
-        precision="4 bits" if teacher.load_in_4bit else teacher.dtype,
+        precision=precision,
         context=settings.teacher_context,
         layout=asdict(plan.teacher),
         alignment=plan.alignment,

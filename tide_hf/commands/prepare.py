@@ -18,6 +18,7 @@ from trl import ModelConfig
 from ..data import PreparationRecord, write_prepared
 from ..data.answers import AnswerRecord, describe_answers
 from ..data.loading import MixtureConfig, load_mixture
+from ..data.teacher_cache import num_bytes
 from ..hub import dataset_card, find_source, require_available
 from ..hub.sources import PERMISSIVE, Source, resolve_license
 from ..teachers.answers import DIFFUSION, kind_of
@@ -194,7 +195,11 @@ def run_preparation(arguments: PrepareArguments) -> DatasetDict | None:
             return dataset
         write = arguments.write
         for name, prepared in dataset.items():
-            print(f"{name}: {PreparationRecord.read(prepared).reports[name]}")
+            record = PreparationRecord.read(prepared)
+            print(f"{name}: {record.reports[name]}")
+            if record.cache is not None:
+                size = num_bytes(prepared) / max(record.reports[name].num_trained_tokens, 1)
+                print(f"{name}: {record.cache.describe()}, {size:.1f} bytes per trained-on token")
         print(f"Saved to {write.output_dir}: train with --dataset_name {write.output_dir}")
         if write.hub_dataset_id is not None:
             _push(dataset, arguments)
@@ -331,6 +336,7 @@ def _push(dataset: DatasetDict, arguments: PrepareArguments) -> None:
         settings=settings | {name: f"fingerprint {value['fingerprint']}" for name, value in tokenizers.items()},
         languages=list(dict.fromkeys(code for source in sources for code in source.languages)),
         existing=existing,
+        predictions=None if record.cache is None else record.cache.describe(),
         **_license([*sources, *_writers(arguments)]),
     )
     api.upload_file(

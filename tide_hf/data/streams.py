@@ -20,6 +20,7 @@ from .collator import DistillationCollator
 from .dataset import next_key, removed_columns, report_of, take_in
 from .preparation import COLUMNS, COVERAGE, STATUS, RowPreparation
 from .report import DataError, PreparationReport
+from .teacher_cache import CACHE_COLUMNS
 
 logger = logging.get_logger(__name__)
 PREFETCH = 2  # portions per worker that are prepared ahead by default, as in torch's DataLoader
@@ -247,10 +248,12 @@ def prepare_rows(preparation: RowPreparation | None, rows: list[dict]) -> tuple[
         rows (`list[dict]`): of one portion.
 
     Returns:
-        those that are kept, with the columns `COLUMNS`, and the report on all.
+        those that are kept, with the columns `COLUMNS` and a teacher's predictions, if they carry any; and the report
+        on all.
     """
     if preparation is None:
-        kept = [{name: row[name] for name in COLUMNS} for row in rows]
+        further = [name for name in CACHE_COLUMNS if rows and name in rows[0]]
+        kept = [{name: row[name] for name in (*COLUMNS, *further)} for row in rows]
         return kept, PreparationReport(num_rows=len(rows), num_kept=len(rows))
     prepared = [preparation(row) for row in rows]
     kept, report = report_of([row[STATUS] for row in prepared], [row[COVERAGE] for row in prepared])

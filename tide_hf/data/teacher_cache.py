@@ -87,10 +87,15 @@ class TeacherCache:
         kept = "the log-probability of each true token"
         if self.top_k:
             kept += f" and the {self.top_k} likeliest tokens (T = {self.temperature:g})"
-        of = "for any noise" if self.noise is None else f"for {self.num_passes} pass(es) of noise"
+        of = "for any noise"
         if self.noise is not None:
-            of += f", seed {self.noise['seed']}"
+            of = f"for {passes(self.num_passes)}, noise of seed {self.noise['seed']}"
         return f"predictions of {self.teacher}{revision} ({self.kind}, {self.precision}): {kept}, {of}"
+
+
+def passes(number: int) -> str:
+    """`number` passes over the rows, in words."""
+    return f"{number} {'pass' if number == 1 else 'passes'} over the rows"
 
 
 def config_fingerprint(config) -> str:
@@ -109,3 +114,8 @@ def has_predictions(dataset) -> bool:
 def without_predictions(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The rows of a `dataset` without those columns."""
     return dataset.remove_columns([name for name in CACHE_COLUMNS if name in dataset.column_names])
+
+
+def num_bytes(dataset: Dataset) -> int:
+    """Bytes of the predictions that the rows of a `dataset` carry."""
+    return sum(dataset.data.column(name).nbytes for name in CACHE_COLUMNS if name in dataset.column_names)

@@ -80,8 +80,12 @@ def look_up(
         rank_M = (kept_BL.flatten().long().cumsum(0) - 1)[position_M]
         expected_B = kept_BL.sum(1)
         rank_M = rank_M - (expected_B.cumsum(0) - expected_B)[row_M]
-    has_part = part < counts_BW.shape[1]
-    found_B = counts_BW[:, part] if has_part else torch.zeros_like(expected_B)
+    if part >= counts_BW.shape[1] and len(position_M):
+        raise ValueError(
+            f"The rows carry a teacher's predictions for {counts_BW.shape[1] - 1} passes over them, and this is "
+            f"pass {part}: train less, or prepare them with more --cache_passes."
+        )
+    found_B = counts_BW[:, part] if part < counts_BW.shape[1] else torch.zeros_like(expected_B)
     if ((num_asked_B > 0) & (found_B != expected_B)).any():
         raise ValueError(
             "The teacher's predictions that the rows carry were not made for this noise: the rows, or the settings of "

@@ -19,6 +19,7 @@ def dataset_card(
     license_name: str | None = None,
     license_link: str | None = None,
     existing: str = "",
+    predictions: str | None = None,
 ) -> str:
     """The card of a dataset prepared by [`~tide_hf.data.prepare_dataset`].
 
@@ -32,6 +33,7 @@ def dataset_card(
         license (`str`, *optional*), languages (`list[str]`, *optional*): of the conversations.
         license_name, license_link (`str`, *optional*): name and address of the license `other`.
         existing (`str`): the card it replaces; [`~tide_hf.hub.card_edits`] says what is kept of it.
+        predictions (`str`, *optional*): whose predictions the rows carry, if they carry any.
     """
     published = [name for name in sources if is_hub_name(name)]
     metadata = {
@@ -50,6 +52,7 @@ def dataset_card(
         student_tokenizer=student_tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         settings=values_table(settings),
+        predictions=predictions,
         answers={name: describe_answers(report.answers) for name, report in reports.items() if report.answers},
     )
     card = assemble_card({name: value for name, value in metadata.items() if value is not None}, text)

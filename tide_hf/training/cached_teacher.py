@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from ..data import PreparationRecord
-from ..data.teacher_cache import CACHE_COLUMNS, config_fingerprint, has_predictions, without_predictions
+from ..data.teacher_cache import CACHE_COLUMNS, config_fingerprint, has_predictions, passes, without_predictions
 from ..diffusion.cached import COUNTS
 from ..hub import find_source
 from .checks import refuse_loading_arguments
@@ -120,12 +120,12 @@ class CachedTeacherMixin:
         cache = self.plan.cache
         if cache is not None and cache.noise is not None and self._train_stream is None:
             steps = max(len(train_dataloader) // self.args.gradient_accumulation_steps, 1)
-            passes = math.ceil(max_steps / steps)
-            if passes > cache.num_passes:
+            needed = math.ceil(max_steps / steps)
+            if needed > cache.num_passes:
                 raise ValueError(
-                    f"The rows carry a diffusion teacher's predictions for {cache.num_passes} pass(es) over them, and "
-                    f"this run makes {passes} ({max_steps} steps, {steps} a pass): train less, or prepare them with "
-                    f"--cache_passes {passes}."
+                    f"The rows carry a diffusion teacher's predictions for {passes(cache.num_passes)}, and this run "
+                    f"makes {needed} ({max_steps} steps, {steps} a pass): train less, or prepare them with "
+                    f"--cache_passes {needed}."
                 )
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
