@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -103,7 +104,7 @@ def test_fewer_tokens_never_raise_the_divergence():
         ids = teacher.topk(k).indices
         log_target = top_k_log_probs(teacher, ids)
         bounds.append(top_k_divergence(DIVERGENCES["forward_kl"](), student, ids, log_target))
-    for smaller, larger in zip(bounds, bounds[1:], strict=False):
+    for smaller, larger in pairwise(bounds):
         assert (smaller <= larger + 1e-12).all()
     assert (bounds[0] < bounds[-1] - 1e-3).all()
 
@@ -205,9 +206,7 @@ def test_training_on_the_cache_is_training_with_the_teacher(names, tmp_path, nam
     all_tokens = [] if teacher.endswith("across") or fields["preset"] == "ar-calm" else ["--cache_top_k", 99]
     cached = prepare(names, teacher, tmp_path / "cached", *flags, *passes, *all_tokens, "--seed", 11)
     tokenizer = AutoTokenizer.from_pretrained(names[teacher])
-    raw = load_from_disk(tmp_path / "cached")["train"].remove_columns(
-        list(set(CACHE_COLUMNS) & {*cached.column_names})
-    )
+    raw = cached.remove_columns([column for column in CACHE_COLUMNS if column in cached.column_names])
     fields = {**fields, "seed": 11}
     expected = train(names, tmp_path / "with", raw, names[teacher], tokenizer, **fields)
     found = train(names, tmp_path / "without", cached, **fields)
@@ -382,7 +381,7 @@ def test_parts_are_resumed_and_shared(names, tmp_path, monkeypatch):
         assert mine == pytest.approx(theirs, abs=1e-5)
     again = prepare(names, "diffusion", tmp_path / "parts", *small)
     assert len(again) == len(whole) and len(writes) == 2
-    with pytest.raises(SystemExit, match="cache.top_k: written with 5, this run has 6"):
+    with pytest.raises(SystemExit, match=r"cache\.top_k: written with 5, this run has 6"):
         prepare(names, "diffusion", tmp_path / "parts", *flags[:-1], 6)
 
 
