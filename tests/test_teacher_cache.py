@@ -352,7 +352,7 @@ def test_resumes_within_a_pass(names, tmp_path):
         assert_close(weight, whole[name], rtol=0, atol=0)
 
 
-# -- preparing ---------------------------------------------------------------------------------------------------------
+# -- preparing --------------------------------------------------------------------------------------------------------
 
 
 def test_parts_are_resumed_and_shared(names, tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ def train_row(task: Task, name: str, seed: int, runs: Path, network: Network, fi
     tokenizer = (data.teacher_tokenizer or data.tokenizer) if teaches else data.tokenizer
     path = runs / f"{name}-seed{seed}"
     args = _training_arguments(task, network, path, seed, fields)
-    clock = _Clock(task.curve_every, network.steps)
+    clock = Clock(task.curve_every, network.steps)
     if task.decodes:
         clock.measure = lambda model: decode_and_match(model, tokenizer, data.held_out_rows)[0]
     trainer = train(
@@ -206,7 +206,7 @@ def _training_arguments(task: Task, network: Network, path: Path, seed: int, fie
     return training_arguments(network, path, seed, **{**settings, **task.training, **fields})
 
 
-class _Clock(TrainerCallback):
+class Clock(TrainerCallback):
     """CPU seconds of the training steps alone, and points of a curve that is measured between them."""
 
     def __init__(self, every: int, num_steps: int):

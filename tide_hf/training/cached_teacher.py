@@ -78,7 +78,7 @@ class CachedTeacherMixin:
 
     def _resolve(self, model, args, tokenizers: tuple, teacher: str | None, teacher_config, decide) -> RunPlan:
         """The plan; `teacher_config` is not called where training rows carry its predictions."""
-        record, cache = self._predicted, None if self._predicted is None else self._predicted.cache
+        record, cache = self._teacher_record, None if self._teacher_record is None else self._teacher_record.cache
         if cache is not None:
             teacher_config = None if teacher is None else partial(AutoConfig.from_pretrained, teacher)
         plan = resolve_plan(args, model.config, *tokenizers, teacher_config, decide, cache)

@@ -50,11 +50,19 @@ class TeacherStates:
         return (lambda rows: self.head(self.hidden[rows]),)
 
     def divergence(self, divergence: Divergence, logits: torch.Tensor, rows: slice, *frozen, **settings):
-        """[`~tide_hf.losses.token_divergence`] of the student's `logits` at some paired positions, `(R,)`."""
+        """[`~tide_hf.losses.token_divergence`] at some of the paired positions, `(R,)`.
+
+        Args:
+            divergence ([`~tide_hf.losses.Divergence`]): D.
+            logits (`torch.Tensor` of shape `(R, V)`): the student's.
+            rows (`slice`): which positions.
+            frozen: what `frozen` gave for them.
+            settings: temperature and λ.
+        """
         return token_divergence(divergence, logits, *frozen, shared_vocab_size=self.shared_vocab_size, **settings)
 
     def log_probs(self, targets: torch.Tensor, vocab: int) -> torch.Tensor:
-        """Log-probabilities `(M_T,)` of its true tokens `targets`, in slices for a head of `vocab` tokens."""
+        """Log-probabilities `(M_T,)` of its true tokens `targets`, in slices as for a head of `vocab` tokens."""
         return sliced_log_probs(self.hidden, self.head, targets, vocab)
 
 
@@ -73,14 +81,19 @@ class CachedStates:
     frozen = ()
 
     def divergence(self, divergence: Divergence, logits: torch.Tensor, rows: slice, **settings):
-        """[`~tide_hf.losses.top_k_divergence`] of the student's `logits` at some paired positions, `(R,)`."""
+        """[`~tide_hf.losses.top_k_divergence`] at some of the paired positions, `(R,)`.
+
+        Args:
+            divergence ([`~tide_hf.losses.Divergence`]), logits (`torch.Tensor` of shape `(R, V)`), rows (`slice`),
+                settings: as there.
+        """
         ids, log_probs = self.predictions.top_ids[rows], self.predictions.top_log_probs[rows]
         return top_k_divergence(
             divergence, logits, ids, log_probs, shared_vocab_size=self.shared_vocab_size, **settings
         )
 
     def log_probs(self, targets: torch.Tensor, vocab: int) -> torch.Tensor:
-        """Log-probabilities `(M_T,)` of its true tokens."""
+        """Log-probabilities `(M_T,)` of its true tokens; `targets` and `vocab` are not needed."""
         return self.predictions.log_probs
 
 

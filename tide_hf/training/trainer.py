@@ -99,7 +99,7 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, CachedTeacherMixin, DiffusionT
         require_divergence(objective)
         teacher = str(teacher) if isinstance(teacher, PathLike) else teacher
         refuse_own_teacher(model, teacher, adapts=peft_config is not None)
-        self._predicted = record_of_predictions(train_dataset, teacher)
+        self._teacher_record = record_of_predictions(train_dataset, teacher)
         model, processing_class, revision = load_student(model, args, processing_class)
         self._refuse_other_diffusion_types(model)
         if teacher_processing_class is None and isinstance(teacher, str):
@@ -187,7 +187,7 @@ class TIDETrainer(EvaluationMixin, OnPolicyMixin, CachedTeacherMixin, DiffusionT
             objective = with_teacher(objective, self.args, self.plan.teacher.autoregressive)
         plan = replace(self.plan, objective=objective, schedule=schedule)
         if plan.cache is not None and objective.distills:
-            check_predictions(self._predicted, plan, self.args, None)
+            check_predictions(self._teacher_record, plan, self.args, None)
         config.noise_schedule = schedule
         self._take(plan, self.args)
 
