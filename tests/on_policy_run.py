@@ -1,6 +1,6 @@
 """Trains the tiny student on what it writes, in however many processes torchrun started, and saves what is compared.
 
-torchrun --nproc_per_node 2 tests/on_policy_run.py OUTPUT WORLD_SIZE ACCUMULATION SHARDS ADAPTER
+torchrun --nproc_per_node 2 tests/on_policy_run.py OUTPUT WORLD_SIZE ACCUMULATION SHARDS ADAPTER [ar]
 """
 
 import os
@@ -11,18 +11,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from peft import LoraConfig
+from test_autoregressive_teachers import causal_model
 from tiny import FSDP2, tiny_model, tiny_trainer
 
 
 def main() -> None:
-    output, world_size, accumulation, sharding, adapter = sys.argv[1:]
+    output, world_size, accumulation, sharding, adapter, *kind = sys.argv[1:]
+    teaching = {"teacher": tiny_model(seed=1), "preset": "kl"}
+    if kind:
+        teaching = {"teacher": causal_model(vocab_size=14), "preset": "ar-kl", "rollout_order": "left_to_right"}
     torch.set_num_threads(1)
     lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     trainer = tiny_trainer(
         output,
         model=tiny_model(initializer_range=0.5),
-        teacher=tiny_model(seed=1),
-        preset="kl",
+        **teaching,
         temperature=1.0,
         on_policy_fraction=0.5,
         rollout_reuse=2,

@@ -175,9 +175,10 @@ KNOWN = {
     "student_times": "uniform, grid",
     "save_weights": "ema, student",
     "rollout_states": "visited, random_mask",
+    "rollout_order": "confidence, left_to_right",
 }
 # what else a field with choices needs to be read
-NEEDED = {"rollout_states": {"on_policy_fraction": 0.5}}
+NEEDED = {name: {"on_policy_fraction": 0.5} for name in ("rollout_states", "rollout_order")}
 CONFIGS = (TIDEConfig, IDLMConfig)
 CHOICES = [
     (cls, name)

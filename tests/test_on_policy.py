@@ -43,7 +43,7 @@ def naive_writing(model, prompt, row_key, number, writing, limit):
     """One row, no cache and no batch: the answer, the step of each token, and the steps of each block."""
     mask_id, eos = model.config.mask_token_id, model.config.eos_token_id
     ids, length, key = list(prompt), len(prompt), key_of(TOKENS, writing.seed, row_key, number)
-    step_of, num_steps = {}, []
+    step_of, num_steps, entropy_of = {}, [], {}
     for block in range(length // BLOCK, -(-(length + limit) // BLOCK)):
         start, end = block * BLOCK, (block + 1) * BLOCK
         ids += [mask_id] * (end - len(ids))
@@ -55,7 +55,7 @@ def naive_writing(model, prompt, row_key, number, writing, limit):
             visible = (column[:, None] >= column[None, :])[None, None]
             logits = model(torch.tensor([ids]), attention_mask=visible).logits[0]
             logits[:, mask_id] = -torch.inf
-            confidence, token = {}, {}
+            confidence, token, entropy = {}, {}, {}
             for position in masked:
                 drawn = (logits[position, : writing.num_tokens] / writing.temperature).softmax(-1)
                 at = torch.tensor([[position]])
@@ -65,21 +65,31 @@ def naive_writing(model, prompt, row_key, number, writing, limit):
                     index += 1
                     below += float(drawn[index])
                 token[position], confidence[position] = index, float(logits[position].softmax(-1)[index])
-            for position in sorted(masked, key=lambda place: -confidence[place])[: quota[step - 1]]:
+                entropy[position] = -sum(p * np.log(p) for p in logits[position].softmax(-1).tolist() if p)
+            order = (
+                masked if writing.order == "left_to_right" else sorted(masked, key=lambda place: -confidence[place])
+            )
+            for position in list(order)[: quota[step - 1]]:
                 ids[position], step_of[position] = token[position], step
+                entropy_of[position] = entropy[position]
                 masked.remove(position)
         num_steps.append(step)
         if eos in ids[length:]:
             break
     new = ids[length : length + limit]
     new = new[: new.index(eos) + 1] if eos in new else new
-    return new, [step_of[length + place] for place in range(len(new))], num_steps
+    return (
+        new,
+        [step_of[length + place] for place in range(len(new))],
+        num_steps,
+        np.mean([entropy_of[length + place] for place in range(len(new))]),
+    )
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"steps": 2}, {"max_new_tokens": 5}])
+@pytest.mark.parametrize("changes", [{}, {"steps": 2}, {"max_new_tokens": 5}, {"order": "left_to_right"}])
 def test_writing_equals_a_naive_sampler(changes):
     """Catches a wrong reveal step, a draw of another position or pass, a block or a limit that is off by one: tokens
     and steps against one row at a time without cache."""
@@ -88,8 +98,9 @@ def test_writing_equals_a_naive_sampler(changes):
     assert any(one.is_ended for one in rollouts) and any(len(one.num_steps) > 1 for one in rollouts)
     for prompt, key, rollout in zip(PROMPTS, KEYS, rollouts, strict=True):
         limit = min(16 - len(prompt.ids), writing.max_new_tokens or 16)
-        answer, steps, num_steps = naive_writing(model, prompt.ids, key, 2, writing, limit)
+        answer, steps, num_steps, entropy = naive_writing(model, prompt.ids, key, 2, writing, limit)
         assert (rollout.answer, rollout.steps, rollout.num_steps) == (answer, steps, num_steps)
+        assert rollout.entropy == pytest.approx(entropy)
         assert rollout.is_ended == (answer[-1] == model.config.eos_token_id)
         assert rollout.width % BLOCK == 0 and 0 <= rollout.width - len(prompt.ids) - len(answer) < BLOCK
 

@@ -131,7 +131,8 @@ class Noising:
         layout = block_layout(ids, batch["attention_mask"].bool(), [masked], self.student, self.pack)
         order, teacher, pairs, cached = torch.arange(len(layout.asked)), None, None, None
         if self.teacher is not None:
-            order, teacher, pairs, asked = self._teacher_side(batch, layout, masked, hit_BC, uniforms[2])
+            sides = self._teacher_side(batch, layout, masked, hit_BC, uniforms[2], is_written)
+            order, teacher, pairs, asked = sides
             cached = self._cached(batch, asked, epoch) if COUNTS in batch else None
         position = layout.asked_position[order]
         return NoisedBatch(
@@ -157,7 +158,7 @@ class Noising:
         weight = suffix_loss_weight(probability, block, chunk_ids, num_chunks)
         return torch.where(is_suffix, suffix, masked), weight * is_suffix
 
-    def _teacher_side(self, batch, student: PackedLayout, masked, hit_BC, demo_BL) -> tuple:
+    def _teacher_side(self, batch, student: PackedLayout, masked, hit_BC, demo_BL, is_written) -> tuple:
         """The order in which the student's positions are asked, those without a partner last; what the teacher is run
         on; the pairs; and the positions in the teacher's rows of their tokens."""
         if "teacher_input_ids" not in batch:
@@ -170,8 +171,13 @@ class Noising:
         if self.teacher.autoregressive:
             is_real, teacher_chunks = batch["attention_mask"].bool(), batch["teacher_chunk_ids"]
             block = block_numbers(is_real, self.student.block_size)
-            is_exact_BC = exact_chunks(is_real & ~masked, block, batch["chunk_ids"], hit_BC)
-            asked_BC = predictable_chunks(ids, valid, teacher_chunks, is_exact_BC if self.exact_targets else hit_BC)
+            # behind the end of an answer that the student wrote its row holds [MASK]
+            visible = is_real & ~masked & (batch["input_ids"] != self.student.mask_token_id)
+            is_exact_BC = exact_chunks(visible, block, batch["chunk_ids"], hit_BC)
+            wanted_BC = is_exact_BC if self.exact_targets else hit_BC
+            if is_written is not None:
+                wanted_BC = torch.where(is_written[:, None], is_exact_BC, wanted_BC)
+            asked_BC = predictable_chunks(ids, valid, teacher_chunks, wanted_BC)
             layout = causal_layout(ids, valid, chunk_member(asked_BC, teacher_chunks))
         else:
             layout = block_layout(ids, valid, self._teacher_masks(batch, hit_BC, demo_BL), self.teacher, self.pack)

@@ -49,6 +49,8 @@ def render_text(record: RunRecord, metadata: dict, remote_code: bool, has_curves
         },
         result_notes=_result_notes(record),
         answers=_answers(record),
+        method_notes=_method_notes(record),
+        teacher_kind=_teacher_kind(record),
         has_curves=has_curves,
         curves_file=CURVES_FILE,
         license_line=_license_line(metadata),
@@ -71,6 +73,27 @@ def _answers(record: RunRecord) -> dict[str, str]:
     """Who wrote the answers of each dataset, where a teacher did."""
     written = {name: report.get("answers") for name, report in record.preparation.items()}
     return {name: describe_answers(answers) for name, answers in written.items() if answers}
+
+
+def _teacher_kind(record: RunRecord) -> str:
+    """What goes before the name of the teacher, where it is known."""
+    autoregressive = record.plan.get("teacher_layout.autoregressive")
+    kinds = {None: "", True: "the autoregressive model ", False: "the diffusion model "}
+    return kinds[autoregressive] if len(record.teachers) == 1 else ""
+
+
+def _method_notes(record: RunRecord) -> list[str]:
+    """Where the student learned at its own states, and what a teacher that was run once had predicted."""
+    notes, share = [], record.objective.get("on_policy_fraction")
+    if share:
+        order = record.arguments.get("rollout_order", "confidence").replace("_", " ")
+        notes.append(
+            f"To {share:.0%} of the rows the student wrote the answer itself (in the order {order}), and was compared "
+            "with the teacher at states that it visited; the answers of the data were not read there."
+        )
+    if "teacher_cache" in record.plan:
+        notes.append(f"The teacher was not in memory: the rows carried {record.plan['teacher_cache']}.")
+    return notes
 
 
 @functools.cache

@@ -48,6 +48,7 @@ class Canvas:
         self.finished = torch.zeros_like(self.answer_column, dtype=torch.bool)
         self.num_new = torch.full_like(self.answer_column, self.num_answer)  # up to and including a row's end
         self.reveal_step = torch.zeros_like(self.masked, dtype=torch.long)  # 0 where nothing was revealed
+        self.reveal_entropy = torch.zeros_like(self.masked, dtype=torch.float32)  # where the reveal rule asks for it
         self._num_final = torch.zeros_like(self.answer_column)
 
     @property
@@ -81,8 +82,17 @@ class Canvas:
         before = torch.arange(start - first, device=order.device).expand(len(order), -1)
         return torch.cat([before, order], 1)
 
-    def reveal(self, start: int, end: int, chosen: torch.Tensor, tokens: torch.Tensor, step: int) -> None:
-        """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end); notes the `step`.
+    def reveal(
+        self,
+        start: int,
+        end: int,
+        chosen: torch.Tensor,
+        tokens: torch.Tensor,
+        step: int,
+        entropy: torch.Tensor | None = None,
+    ) -> None:
+        """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end); notes the `step` and,
+        if it is known, the `entropy` of the distributions.
 
         A row's negative prompt gets the same answer tokens.
         """
@@ -91,6 +101,9 @@ class Canvas:
         self.ids[:, start:end] = torch.where(chosen.repeat(copies, 1), tokens.repeat(copies, 1), window)
         self.masked[:, start:end] &= ~chosen
         self.reveal_step[:, start:end].masked_fill_(chosen, step)
+        if entropy is not None:
+            here = self.reveal_entropy[:, start:end]
+            here.copy_(torch.where(chosen, entropy.to(here), here))
 
     def answer(self) -> torch.Tensor:
         """Answer tokens `(B, A)`: [MASK] where not revealed, padding after a row's end."""

@@ -115,7 +115,7 @@ class Decoder:
                 )
             if edits is not None:
                 chosen |= edits.changed(masked, canvas.ids[: len(masked), start:end], tokens, found["confidence"])
-            canvas.reveal(start, end, chosen, tokens, step)
+            canvas.reveal(start, end, chosen, tokens, step, found.get("entropy"))
             num_left = None if num_left is None else num_left - num_revealed
             self._show_draft(start, end)
 

@@ -23,18 +23,18 @@ class Rollouts:
         batches (`list[list[Rollout]]`): the answers.
         use (`int`): optimizer steps that trained on them; 0 if the next step writes new ones.
         time, seconds (`float`): when the log began, and seconds since then in which answers were written.
-        counts (`list[int]`): since then: answers, their tokens, and how many had an end.
+        counts (`list[float]`): since then: answers, their tokens, how many had an end, and the sum of their entropies.
     """
 
     batches: list[list[Rollout]] = field(default_factory=list)
     use: int = 0
     time: float = 0.0
     seconds: float = 0.0
-    counts: list[int] = field(default_factory=lambda: [0, 0, 0])
+    counts: list[float] = field(default_factory=lambda: [0] * 4)
 
     def start_log(self) -> None:
         """Begins to count."""
-        self.time, self.seconds, self.counts = time.perf_counter(), 0.0, [0, 0, 0]
+        self.time, self.seconds, self.counts = time.perf_counter(), 0.0, [0] * 4
 
 
 class OnPolicyMixin:
@@ -125,7 +125,8 @@ class OnPolicyMixin:
                 written.append(writing(network, prompts, keys, self._pass) if batch else [])
         stats, answers = self._rollouts, [*chain(*written)]
         stats.seconds += time.perf_counter() - started
-        new = len(answers), sum(len(one.answer) for one in answers), sum(one.is_ended for one in answers)
+        measured = [(1, len(one.answer), one.is_ended, one.entropy) for one in answers]
+        new = [sum(values) for values in zip(*measured, strict=True)] or [0] * 4
         stats.counts = [count + more for count, more in zip(stats.counts, new, strict=True)]
         return written
 
@@ -139,6 +140,7 @@ class OnPolicyMixin:
             seed=args.seed,
             temperature=args.rollout_temperature,
             steps=args.rollout_steps,
+            order=args.rollout_order,
             max_new_tokens=most,
             max_length=args.max_length,
             num_tokens=plan.shared_vocab_size if plan.alignment == "token" else len(plan.preparation.tokenizer),
@@ -192,13 +194,14 @@ class OnPolicyMixin:
             return {}
         wall = time.perf_counter() - rollouts.time
         values = torch.tensor([rollouts.seconds, wall, *rollouts.counts], device=self.args.device)
-        seconds, wall, rows, tokens, ended = self.accelerator.reduce(values, reduction="sum").tolist()
+        seconds, wall, rows, tokens, ended, entropy = self.accelerator.reduce(values, reduction="sum").tolist()
         rollouts.start_log()
         logs = {"rollout_time_share": seconds / max(wall, 1e-9)}
         if rows:
             num_processes = self.accelerator.num_processes
             logs["rollout_tokens_per_second"] = tokens / max(seconds / num_processes, 1e-9)
             logs |= {"rollout_tokens": tokens / rows, "rollout_ended": ended / rows}
+            logs["rollout_entropy"] = entropy / rows
         return logs
 
 

@@ -13,6 +13,7 @@ from ..alignment import ALIGNMENTS
 from ..losses import DIVERGENCES, Divergence, expected_tidal_strength
 from ..models.masked_diffusion import masked_probability
 from .objective import NO_DIVERGENCE, Objective
+from .rollout_fields import LEFT_TO_RIGHT, VISITED
 
 logger = logging.get_logger(__name__)
 TIDAL_FIELDS = (
@@ -125,12 +126,7 @@ def with_teacher(objective: Objective, config, autoregressive: bool) -> Objectiv
             f"the clean text, where nothing is masked (preset={config.preset!r}): choose preset='ar-kl' (shared "
             "tokenizer) or 'ar-calm', or set comp_demo=False."
         )
-    if objective.on_policy_fraction:
-        raise ValueError(
-            f"on_policy_fraction={objective.on_policy_fraction} compares states that the student's sampler visited, "
-            "where tokens stand to the right of others, and an autoregressive teacher's predictions are right only "
-            "without them: use a diffusion teacher, or set on_policy_fraction=0."
-        )
+    _check_own_states(objective, config)
     if config.teacher_context != "paper":
         raise ValueError(
             f"teacher_context={config.teacher_context!r} says how a diffusion teacher is fed; an autoregressive one "
@@ -217,6 +213,25 @@ def _check_on_policy(objective: Objective) -> None:
         raise ValueError(
             f"{given} with tidal=True: TIDAL's weights depend on the diffusion time of a row, which the states of a "
             "sampler do not have. Choose preset='kl' (shared tokenizer) or 'calm', or set tidal=False."
+        )
+
+
+def _check_own_states(objective: Objective, config) -> None:
+    """An autoregressive teacher judges the student's own states only where nothing stands right of what is masked,
+    and beside the data: alone it confirms what the student writes already."""
+    given = f"on_policy_fraction={objective.on_policy_fraction} with an autoregressive teacher"
+    if not objective.on_policy_fraction:
+        return
+    if config.rollout_order != LEFT_TO_RIGHT or config.rollout_states != VISITED:
+        raise ValueError(
+            f"{given} and rollout_order={config.rollout_order!r}, rollout_states={config.rollout_states!r}: its "
+            "predictions are right only where no token stands to the right of the masked ones. Set "
+            "rollout_order='left_to_right' and leave rollout_states out, or use a diffusion teacher."
+        )
+    if objective.on_policy_fraction == 1 or objective.ce_weight == 0:
+        raise ValueError(
+            f"{given} and ce_weight={objective.ce_weight}: without the data's own answers beside them, the student's "
+            "answers confirm themselves. Set on_policy_fraction=0.5 and ce_weight=1."
         )
 
 

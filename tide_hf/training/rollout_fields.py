@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-STATES = ("visited", "random_mask")
+VISITED, RANDOM_MASK = STATES = ("visited", "random_mask")
+CONFIDENCE, LEFT_TO_RIGHT = ORDERS = ("confidence", "left_to_right")
 # name -> (type, default, help)
 ROLLOUT_FIELDS = {
     "on_policy_fraction": (
@@ -18,6 +19,12 @@ ROLLOUT_FIELDS = {
         int | None,
         None,
         "On-policy: steps in which the student writes a block; by default one per token.",
+    ),
+    "rollout_order": (
+        Literal[ORDERS],
+        CONFIDENCE,
+        "On-policy: which positions of a block the student reveals first: those it is surest of, or from left to "
+        "right, the only order in which an autoregressive teacher's predictions are right.",
     ),
     "rollout_max_new_tokens": (
         int | None,
@@ -39,7 +46,7 @@ ROLLOUT_FIELDS = {
     ),
     "rollout_states": (
         Literal[STATES],
-        "visited",
+        VISITED,
         "On-policy: what of an answer is masked: visited, what the sampler had not revealed before a random step of "
         "each block; or random_mask, the forward process, for comparison.",
     ),

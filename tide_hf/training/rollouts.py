@@ -7,7 +7,7 @@ Shapes: B rows, W columns of a canvas, A answer columns.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..models.canvas_tide import answer_canvas
 from ..models.decoding_tide import Decoder
 from ..models.generation_config_tide import DEFAULTS, TIDEGenerationConfig
 from ..models.masked_diffusion import masked_probability
+from ..models.reveal_rules_tide import RevealQuota
 from ..models.row_noise import RowDraws, uniforms
 from ..models.sampling_tide import Rules
 from ..models.settings_tide import said_by
@@ -43,6 +44,8 @@ class Rollout:
         num_steps (`list[int]`): steps of each block that the answer has tokens in.
         is_ended (`bool`): whether the last token ends the answer; otherwise the limit of tokens did.
         width (`int`): columns of the row as the sampler saw it, [MASK] to the end.
+        entropy (`float`): in nats, the mean over these tokens of that of the student's distribution when each was
+            revealed; of its own, before temperature.
     """
 
     row_key: int
@@ -54,6 +57,7 @@ class Rollout:
     num_steps: list[int]
     is_ended: bool
     width: int
+    entropy: float = field(default=0.0, compare=False)
 
     def to_dict(self) -> dict:
         """Plain values, for a checkpoint."""
@@ -99,6 +103,7 @@ class Writing:
         seed (`int`): of the run.
         temperature (`float`): at which tokens are drawn.
         steps (`int`, *optional*): per block; one per token by default.
+        order (`str`): which positions of a block are revealed first: `"confidence"` or `"left_to_right"`.
         max_new_tokens (`int`, *optional*): most tokens of an answer; by default what `max_length` leaves.
         max_length (`int`): most tokens of a row, a multiple of the block size; a full-sequence student, whose answer
             is one block, writes `max_new_tokens` in any case.
@@ -113,6 +118,7 @@ class Writing:
     max_length: int
     num_tokens: int
     block_size: int | None
+    order: str = "confidence"
 
     def limit(self, prompt: Prompt) -> int:
         """Most tokens of an answer to a `prompt`.
@@ -149,7 +155,9 @@ class Writing:
         warpers = LogitsProcessorList([_FirstTokens(self.num_tokens)])
         was_training = model.training
         model.eval()
-        Decoder(model, canvas, settings, RowDraws(keys), rules=Rules(warpers=warpers)).run()
+        rule = RevealQuota(self.order, steps=self.steps)
+        rule.statistics = (*rule.statistics, "entropy")  # noted by the canvas
+        Decoder(model, canvas, settings, RowDraws(keys), rules=Rules(warpers=warpers), reveal_rule=rule).run()
         model.train(was_training)
         return self._read(canvas, prompts, row_keys, number, limits)
 
@@ -166,6 +174,7 @@ class Writing:
         answers, ends = canvas.answer().tolist(), canvas.num_new.tolist()
         columns = canvas.answer_column[:, None] + torch.arange(canvas.num_answer, device=canvas.ids.device)
         steps = canvas.reveal_step.gather(1, columns).tolist()
+        entropies = canvas.reveal_entropy.gather(1, columns).tolist()
         of_window = [canvas.reveal_step[:, start:end].amax(1) for start, end in canvas.windows]
         of_window, eos = torch.stack(of_window, 1).tolist(), set(canvas.eos_ids.tolist())
         rollouts = []
@@ -187,6 +196,7 @@ class Writing:
                     num_steps=of_window[row][:num_blocks],  # an answer begins in the first window
                     is_ended=answer[-1] in eos,
                     width=width,
+                    entropy=sum(entropies[row][:size]) / size,
                 )
             )
         return rollouts
@@ -223,6 +233,8 @@ def written_row(
     teacher_ids = rollout.teacher_prompt + teacher_answer
     # what the sampler had behind the answer; a teacher with blocks sees its last one whole, as it was trained
     teacher_behind = -len(teacher_ids) % teacher.block_size if teacher.block_size else num_behind
+    if teacher.autoregressive:  # it reads the answer alone
+        teacher_behind = 0
     return {
         "row_key": rollout.row_key,
         "input_ids": given + answer + [mask_token_id] * num_behind,
