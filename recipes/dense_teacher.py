@@ -27,7 +27,7 @@ Your own models and data; every TIDEConfig field is a flag:
 
 def main() -> None:
     from embedded.command import run_embedded
-    from embedded.tasks import dense_task
+    from embedded.table import dense_task
 
     from tide_hf.commands.distill import parse_arguments, run_distillation
 

@@ -24,14 +24,16 @@ Your own models and data; every TIDEConfig field is a flag:
 
 
 def main() -> None:
+    from functools import partial
+
     from embedded.command import run_embedded
-    from embedded.tasks import moe_task
+    from embedded.table import embedded_task
 
     from tide_hf.commands.distill import parse_arguments, run_distillation
 
     arguments = parse_arguments("outputs/moe_teacher")
     if arguments.model.model_name_or_path is None:
-        run_embedded(arguments, moe_task)
+        run_embedded(arguments, partial(embedded_task, "moe_teacher"))
     else:
         run_distillation(arguments)
 

@@ -21,14 +21,16 @@ Evaluate while it runs (--eval_strategy steps --eval_steps 100): what a student 
 
 
 def main() -> None:
+    from functools import partial
+
     from embedded.command import run_embedded
-    from embedded.tasks import on_policy_task
+    from embedded.table import embedded_task
 
     from tide_hf.commands.distill import parse_arguments, run_distillation
 
     arguments = parse_arguments("outputs/on_policy")
     if arguments.model.model_name_or_path is None:
-        run_embedded(arguments, on_policy_task)
+        run_embedded(arguments, partial(embedded_task, "on_policy"))
     else:
         run_distillation(arguments)
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -16,16 +17,8 @@ from embedded.decoding import complete
 from embedded.harness import Result
 from embedded.networks import Network, build_network
 from embedded.report import cell, format_table, mean_curve, summarize
-from embedded.tasks import (
-    COMPARISONS,
-    dense_task,
-    find_comparison,
-    moe_task,
-    on_policy_task,
-    rows_task,
-    sorting_across_tokenizers_task,
-    sorting_task,
-)
+from embedded.table import COMPARISONS, dense_task, embedded_task, find_comparison
+from embedded.tasks import rows_task, sorting_across_tokenizers_task, sorting_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
@@ -193,7 +186,7 @@ def test_the_command_of_a_report_runs_its_task(name):
     """Catches a card that names the command of another comparison."""
     task, recipe, command = find_comparison(name)
     launched, _, named = command.partition(" --dataset_name ")
-    choose = {"dense_teacher": dense_task, "moe_teacher": moe_task, "on_policy": on_policy_task}[recipe]
+    choose = dense_task if recipe == "dense_teacher" else partial(embedded_task, recipe)
     assert launched == f"accelerate launch recipes/{recipe}.py" and task.name == name
     assert choose(named or None).name == name
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from embedded.command import run_and_show_few_step, show_few_step
 from embedded.few_step import FULL, METRICS, NETWORKS, few_step_table, find_teacher, measure
-from embedded.tasks import FEW_STEP, copying_task, sorting_few_step_task
+from embedded.table import FEW_STEP
+from embedded.tasks import copying_task, sorting_few_step_task
 from tiny import tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 

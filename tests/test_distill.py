@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from embedded.command import run_embedded
-from embedded.tasks import dense_task, moe_task
+from embedded.table import dense_task, embedded_task
 from peft import AutoPeftModelForCausalLM
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -107,9 +108,10 @@ def test_the_other_recipe_embeds_one_comparison(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     started = []
     monkeypatch.setattr("embedded.command.run_and_show", lambda task, seeds, folder: started.append(task.name))
-    run_embedded(parse_arguments("outputs", []), moe_task)
+    choose = partial(embedded_task, "moe_teacher")
+    run_embedded(parse_arguments("outputs", []), choose)
     with pytest.raises(SystemExit, match="--dataset_name python_stdlib names another"):
-        run_embedded(parse_arguments("outputs", ["--dataset_name", "python_stdlib"]), moe_task)
+        run_embedded(parse_arguments("outputs", ["--dataset_name", "python_stdlib"]), choose)
     assert started == ["sorting_across_tokenizers"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from embedded.cards import report_card
-from embedded.tasks import COMPARISONS
+from embedded.table import COMPARISONS
 from huggingface_hub import ModelCard
 from tiny import tiny_model, tiny_trainer
 from transformers import AutoModelForCausalLM

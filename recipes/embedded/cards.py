@@ -17,7 +17,7 @@ from tide_hf.training.config import TIDEConfig
 from tide_hf.training.presets import resolve_objective
 
 from .comparison import TEACHER, Task
-from .tasks import find_comparison
+from .table import find_comparison
 
 INTRO = (
     "A run of an embedded comparison of `tide_hf`: a very small network, trained on a CPU to compare objectives. It "

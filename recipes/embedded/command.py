@@ -24,7 +24,7 @@ from .few_step import (
 )
 from .harness import Result
 from .report import copy_student, loading_lines, write_report
-from .tasks import FEW_STEP
+from .table import FEW_STEP
 
 FLAGS = {"dataset_name", "output_dir", "seeds"}  # that an embedded comparison uses
 NUM_COMPLETIONS = 3
@@ -53,7 +53,7 @@ def run_embedded(arguments, choose_task: Callable[[str | None], Task]) -> None:
 
     Args:
         arguments ([`~tide_hf.commands.distill.Arguments`]): of the recipe.
-        choose_task (`Callable`): name, or None for the default -> task; [`dense_task`] or [`moe_task`].
+        choose_task (`Callable`): name, or None for the default -> task; see `table`.
     """
     refuse_other_flags(arguments, FLAGS)
     try:

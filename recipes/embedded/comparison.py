@@ -10,13 +10,16 @@ from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from tide_hf.commands.answer_arguments import AnswerArguments, TeacherModel
+from tide_hf.commands.answers import write_answers
 from tide_hf.training.config import TIDEConfig
 from tide_hf.training.trainer import TIDETrainer
 
-from .decoding import complete, decode_and_match
-from .harness import Job, Result, workers
+from .autoregressive import AUTOREGRESSIVE, train_second_teacher
+from .decoding import complete, decode_and_match, share_of_right, two_draws
+from .harness import Clock, Job, Result, workers
 from .networks import Network, build_network, train, training_arguments
 from .report import cell, environment, format_table, mean_curve, plot, summarize
 
@@ -24,6 +27,7 @@ TEACHER = "teacher"
 START = "start"  # the students' weights as they were drawn
 EQUAL_TIME = "ce_equal_time"
 NUM_TIMED_PROMPTS = 64  # of a text task, decoded in one batch
+NUM_ANSWER_TOKENS = 64  # most tokens of an answer that a teacher writes
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class Task:
         num_completion_tokens (`int`): length of the completions that a text task prints.
         distilled (`str`): the objective whose student ends up in the output folder.
         equal_time (`bool`): whether CE alone is also given the time of the last objective.
+        autoregressive ([`Network`], *optional*): a second teacher, trained on the rows of the first; the rows whose
+            preset begins with `ar-` learn from it. An objective may also say `"answers": (teacher, number)`: the
+            student is trained on so many answers of that teacher's to each prompt; one is greedy, more are drawn.
+        right_answers (`Callable`, *optional*): prompt -> every right answer, for `exact_match` and for two answers
+            drawn at temperature 1 (`valid`, and how often two valid ones `differ`); by default the one in the rows.
+        steps_per_block (`tuple[int, …]`): further numbers of steps at which `exact_match` is measured.
     """
 
     name: str
@@ -97,6 +107,9 @@ class Task:
     num_completion_tokens: int = 48
     distilled: str = "tide"
     equal_time: bool = True
+    autoregressive: Network | None = None
+    right_answers: Callable[[str], tuple[str, ...]] | None = None
+    steps_per_block: tuple[int, ...] = ()
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -123,8 +136,11 @@ def run_comparison(task: Task, seeds: list[int], output_dir: str | Path) -> list
 
     networks = {START: replace(task.student, steps=0)}
     with workers() as run:
-        title = f"{TEACHER} x {len(seeds)}"
-        teachers = run(title, [job(TEACHER, seed, task.teacher, {"preset": "ce"}) for seed in seeds])
+        jobs = [job(TEACHER, seed, task.teacher, {"preset": "ce"}) for seed in seeds]
+        if task.autoregressive is not None:
+            steps = task.autoregressive.steps
+            jobs += [Job(partial(train_second_teacher, task, seed, runs), steps) for seed in seeds]
+        teachers = run(f"teachers x {len(seeds)}", jobs)
         jobs = [
             job(name, seed, networks.get(name, task.student), fields)
             for name, fields in task.objectives.items()
@@ -160,38 +176,70 @@ def train_row(task: Task, name: str, seed: int, runs: Path, network: Network, fi
         measures them, `parameters`, `steps`, `train_seconds` (CPU seconds of training, without evaluation) and
         `tokens_per_second` (answer tokens decoded per CPU second, held-out prompts in one batch).
     """
-    data = task.load(seed)
-    teaches = name == TEACHER
+    data, fields = task.load(seed), dict(fields)
+    teaches, answers = name == TEACHER, fields.pop("answers", None)
     tokenizer = (data.teacher_tokenizer or data.tokenizer) if teaches else data.tokenizer
-    path = runs / f"{name}-seed{seed}"
+    path, started = runs / f"{name}-seed{seed}", time.process_time()
+    rows = data.teacher_rows if teaches else data.student_rows
+    if answers is not None:
+        rows = _answered(rows, runs / f"{answers[0]}-seed{seed}", answers[1], runs / f"{name}-answers-seed{seed}")
+    clock = Clock(task.curve_every, network.steps, before=time.process_time() - started)
     args = _training_arguments(task, network, path, seed, fields)
-    clock = Clock(task.curve_every, network.steps)
-    if task.decodes:
+    if task.decodes and not task.steps_per_block:
         clock.measure = lambda model: decode_and_match(model, tokenizer, data.held_out_rows)[0]
+    second = str(args.preset).startswith("ar-")
     trainer = train(
         TIDETrainer,
         build_network(network, tokenizer, task.block_size, seed),
         args,
-        data.teacher_rows if teaches else data.student_rows,
+        rows,
         tokenizer,
         callbacks=(clock,),
-        teacher=None if args.preset == "ce" else str(runs / f"{TEACHER}-seed{seed}"),
+        teacher=None if args.preset == "ce" else str(runs / f"{AUTOREGRESSIVE if second else TEACHER}-seed{seed}"),
         eval_dataset=data.held_out_rows if task.noise_levels else None,
     )
-    model = AutoModelForCausalLM.from_pretrained(path)
-    metrics, speed = {}, {}
-    if task.decodes:
-        metrics["exact_match"], speed["tokens_per_second"] = decode_and_match(model, tokenizer, data.held_out_rows)
-    else:
-        prompts = data.held_out_rows.select(range(min(NUM_TIMED_PROMPTS, len(data.held_out_rows))))
-        _, speed["tokens_per_second"] = complete(model, tokenizer, prompts, task.num_completion_tokens)
+    metrics, speed = measure_row(task, AutoModelForCausalLM.from_pretrained(path), tokenizer, data, seed)
     if task.noise_levels:
         measured = trainer.evaluate()
         metrics["nll"] = {f"{t:g}": measured[f"eval_nll_{t:g}"] for t in task.noise_levels}
-    size = {"parameters": model.num_parameters(), "steps": network.steps, "train_seconds": clock.seconds}
+    size = {"parameters": trainer.model.num_parameters(), "steps": network.steps, "train_seconds": clock.seconds}
     curve = trainer.state.log_history + clock.points
     prepared = asdict(trainer.preparation_reports["train"])
     return [Result(task.name, name, seed, {**metrics, **size, **speed}, str(path), curve, prepared)]
+
+
+def measure_row(task: Task, model, tokenizer, data: TaskData, seed: int) -> tuple[dict, dict]:
+    """What decoding tells of a network: its metrics, and `tokens_per_second`.
+
+    Args:
+        task ([`Task`]): what is measured.
+        model, tokenizer: the network, and what it reads.
+        data ([`TaskData`]): with the held-out rows.
+        seed (`int`): of drawn answers.
+    """
+    rows = data.held_out_rows
+    if not task.decodes:
+        prompts = rows.select(range(min(NUM_TIMED_PROMPTS, len(rows))))
+        return {}, {"tokens_per_second": complete(model, tokenizer, prompts, task.num_completion_tokens)[1]}
+    match, metrics = partial(decode_and_match, model, tokenizer, rows), {}
+    if task.right_answers is not None:
+        match = partial(share_of_right, task.right_answers, model, tokenizer, rows)
+        metrics = two_draws(task.right_answers, model, tokenizer, rows, seed)
+    metrics["exact_match"], speed = match()
+    if task.steps_per_block:
+        metrics["by_steps"] = {str(steps): match(steps_per_block=steps)[0] for steps in task.steps_per_block}
+    return metrics, {"tokens_per_second": speed}
+
+
+def _answered(rows: Dataset, teacher: Path, num_answers: int, folder: Path) -> Dataset:
+    """The same prompts with answers that a teacher wrote, as recipes/prepare_data.py has them written."""
+    drawn = {"teacher_answers": "sample", "num_answers": num_answers}
+    how = AnswerArguments(
+        **(drawn if num_answers > 1 else {"teacher_answers": "greedy"}),
+        max_new_tokens=NUM_ANSWER_TOKENS,
+        answer_batch_size=64,
+    )
+    return write_answers({"train": rows}, TeacherModel(str(teacher)), how, folder, source={})["train"]
 
 
 def _training_arguments(task: Task, network: Network, path: Path, seed: int, fields: dict) -> TIDEConfig:
@@ -206,24 +254,6 @@ def _training_arguments(task: Task, network: Network, path: Path, seed: int, fie
     return training_arguments(network, path, seed, **{**settings, **task.training, **fields})
 
 
-class Clock(TrainerCallback):
-    """CPU seconds of the training steps alone, and points of a curve that is measured between them."""
-
-    def __init__(self, every: int, num_steps: int):
-        self.every, self.num_steps = every, num_steps
-        self.seconds, self.points = 0.0, []
-        self.measure: Callable[..., float] | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._started = time.process_time()
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seconds += time.process_time() - self._started
-        if self.measure is not None and (state.global_step % self.every == 0 or state.global_step == self.num_steps):
-            self.points.append({"step": state.global_step, "exact_match": self.measure(model)})
-        self._started = time.process_time()
-
-
 # -- showing ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,12 +265,14 @@ def build_report(task: Task, results: list[Result], seeds: list[int]) -> dict:
 
     Returns:
         `{"task", "settings", "environment", "preparation", "rows": [{"name", "exact_match" and "nll": {"mean", "sd",
-        "values"}, "parameters", "tokens_per_second", "train_seconds", "steps"}]}`. `exact_match` is a fraction; the
+        "values"}, "parameters", "tokens_per_second", "train_seconds", "steps"}]}`. `exact_match` is a fraction, and so
+        are `valid`, `differ` and `by_steps`, where the task measures them; the
         `mean`, `sd` and each value of `nll` map a diffusion time to nats per masked token. `sd` is the sample standard
         deviation over seeds, None for one seed. `preparation` is that of the student's rows of the first seed.
     """
     settings = asdict(task)
-    del settings["load"], settings["card"]
+    for name in ("load", "card", "right_answers"):
+        del settings[name]
     return {
         "task": task.name,
         "settings": {**settings, "seeds": seeds},
@@ -253,8 +285,7 @@ def build_report(task: Task, results: list[Result], seeds: list[int]) -> dict:
 def _report_row(entry: dict) -> dict:
     """A network of [`summarize`] as it stands in a report."""
     row = {"name": entry["name"]}
-    if "exact_match" in entry:
-        row["exact_match"] = entry["exact_match"]
+    row |= {name: entry[name] for name in ("exact_match", "valid", "differ", "by_steps") if name in entry}
     if "nll" in entry:
         row["nll"] = _by_statistic(entry["nll"])
     steps = entry["steps"]["mean"]
@@ -288,12 +319,18 @@ def comparison_table(report: dict) -> str:
     first, columns = report["rows"][0], {}
     if "exact_match" in first:
         columns["exact match"] = lambda row: cell(row["exact_match"], "{:.1f}", 100, " %")
+    for name, title in (("valid", "valid draws"), ("differ", "two draws differ")):
+        if name in first:
+            columns[title] = partial(lambda row, name: cell(row[name], "{:.1f}", 100, " %"), name=name)
+    for steps in first.get("by_steps", ()):
+        title = f"{steps} step{'s' * (steps != '1')} a block"
+        columns[title] = partial(lambda row, steps: cell(row["by_steps"][steps], "{:.1f}", 100, " %"), steps=steps)
     columns |= {f"nll t={t}": level_cell(t) for t in (first["nll"]["mean"] if "nll" in first else ())}
     columns |= {
         "parameters": lambda row: f"{row['parameters']:,}",
         "steps": lambda row: f"{row['steps']:,.0f}",
         "train CPU s": lambda row: f"{row['train_seconds']:.1f}",
-        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+        "tokens/s": lambda row: "–" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
     }
     return format_table(report["rows"], columns)
 

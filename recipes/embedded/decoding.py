@@ -1,6 +1,7 @@
 """Decoding in the embedded comparisons: exact match, completions to look at, one prompt being denoised."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from datasets import Dataset
@@ -44,10 +45,50 @@ def complete(
     return tokenizer.batch_decode(new_ids, skip_special_tokens=True), num_tokens / max(seconds, 1e-9)
 
 
-def decode_and_match(model, tokenizer, rows: Dataset) -> tuple[float, float]:
+def decode_and_match(model, tokenizer, rows: Dataset, **settings) -> tuple[float, float]:
     """Share of held-out answers decoded exactly, and generated tokens per CPU second; arguments as in [`complete`]."""
-    answers, tokens_per_second = complete(model, tokenizer, rows)
+    answers, tokens_per_second = complete(model, tokenizer, rows, **settings)
     return exact_match(answers, [messages[-1]["content"] for messages in rows["messages"]]), tokens_per_second
+
+
+def num_right(right_answers: Callable[[str], tuple[str, ...]], rows: Dataset, answers: list[str]) -> int:
+    """How many answers are right.
+
+    Args:
+        right_answers (`Callable`): prompt -> every right answer.
+        rows (`Dataset`): conversations.
+        answers (`list[str]`): one to each of their prompts.
+    """
+    prompts = [messages[0]["content"] for messages in rows["messages"]]
+    return sum(answer in right_answers(prompt) for prompt, answer in zip(prompts, answers, strict=True))
+
+
+def share_of_right(right_answers: Callable, model, tokenizer, rows: Dataset, **settings) -> tuple[float, float]:
+    """The same as [`decode_and_match`] where a prompt has several right answers, see [`num_right`]."""
+    answers, tokens_per_second = complete(model, tokenizer, rows, **settings)
+    return num_right(right_answers, rows, answers) / len(rows), tokens_per_second
+
+
+def two_draws(right_answers: Callable, model, tokenizer, rows: Dataset, seed: int) -> dict[str, float]:
+    """Answers each prompt twice at temperature 1, one token a step.
+
+    Args:
+        right_answers (`Callable`): as in [`num_right`].
+        model, tokenizer, rows (`Dataset`): as in [`complete`].
+        seed (`int`): of the draws.
+
+    Returns:
+        `{"valid", "differ"}`: the share of answers that are right, and among the prompts with two right ones the share
+        whose two answers differ, NaN if there are none.
+    """
+    draws = {"temperature": 1.0, "do_sample": True, "generator": torch.Generator().manual_seed(seed)}
+    first, second = (complete(model, tokenizer, rows, **draws)[0] for _ in range(2))
+    prompts = [messages[0]["content"] for messages in rows["messages"]]
+    pairs = list(zip(prompts, first, second, strict=True))
+    both = [(one, other) for prompt, one, other in pairs if {one, other} <= {*right_answers(prompt)}]
+    num_valid = sum(num_right(right_answers, rows, answers) for answers in (first, second))
+    differ = sum(one != other for one, other in both) / len(both) if both else float("nan")
+    return {"valid": num_valid / (2 * len(rows)), "differ": differ}
 
 
 class DenoisingLines:

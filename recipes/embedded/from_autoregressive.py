@@ -5,19 +5,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments, default_data_collator
-
 from tide_hf.demo.sorting import build_tokenizer, held_out_rows, sorting_rows
 from tide_hf.evaluation import exact_match
 from tide_hf.models import convert_to_diffusion
 from tide_hf.training.trainer import TIDETrainer
 
+from .autoregressive import answer_left_to_right, build_autoregressive, train_autoregressive
 from .command import refuse_other_flags
 from .decoding import decode_and_match
 from .harness import Job, Result, run_jobs
-from .networks import Network, shape_of, train, training_arguments
+from .networks import Network, train, training_arguments
 from .report import cell, format_table, summarize
 
 AUTOREGRESSIVE = Network(hidden=64, layers=2, heads=4, steps=400)
@@ -50,14 +47,16 @@ def run_from_autoregressive(
     """
     output_dir, tokenizer, held_out = Path(output_dir), build_tokenizer(), held_out_rows(num_held_out)
     rows = sorting_rows(max(network.steps, denoising_steps) * network.batch_size, seed=seed)
-    ar_model = _train_autoregressive(network, output_dir / "autoregressive", rows, tokenizer, seed)
+    ar_model = train_autoregressive(network, output_dir / "autoregressive", rows, tokenizer, seed, max_length=16).model
     convert = partial(convert_to_diffusion, tokenizer=tokenizer, diffusion_type=diffusion_type, block_size=4)
     shares = {
-        "autoregressive": _exact_match_left_to_right(ar_model, tokenizer, held_out),
+        "autoregressive": exact_match(
+            answer_left_to_right(ar_model, tokenizer, held_out), [row[-1]["content"] for row in held_out["messages"]]
+        ),
         "converted": decode_and_match(convert(ar_model)[0], tokenizer, held_out)[0],
     }
     for name, start, folder in (
-        ("from random weights", _build_autoregressive(network, tokenizer, seed), output_dir / "from_random_weights"),
+        ("from random weights", build_autoregressive(network, tokenizer, seed), output_dir / "from_random_weights"),
         ("converted and trained", ar_model, output_dir),
     ):
         training = replace(network, steps=denoising_steps)
@@ -81,46 +80,3 @@ def show_from_autoregressive(arguments) -> None:
     print(f"\n{NUM_HELD_OUT} held-out prompts (sort six digits), one seed:\n")
     print(format_table(summarize(results), columns))
     print(f"\n{time.time() - started:.0f} s in all. The student is in {output_dir}.")
-
-
-def _build_autoregressive(network: Network, tokenizer, seed: int) -> Qwen3ForCausalLM:
-    """A small Qwen3 with random weights drawn from the seed."""
-    torch.manual_seed(seed)
-    return Qwen3ForCausalLM(Qwen3Config(**shape_of(network, tokenizer)))
-
-
-def _train_autoregressive(network: Network, path: Path, rows: Dataset, tokenizer, seed: int) -> Qwen3ForCausalLM:
-    """Next-token prediction of the answers, by transformers' own Trainer."""
-
-    def encode(row):
-        encoded = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-        answer = encoded["assistant_masks"]
-        labels = [token if inside else -100 for token, inside in zip(encoded["input_ids"], answer, strict=True)]
-        return {"input_ids": encoded["input_ids"], "labels": labels}
-
-    trainer = train(
-        Trainer,
-        _build_autoregressive(network, tokenizer, seed),
-        training_arguments(network, path, seed, TrainingArguments),
-        rows.map(encode, remove_columns=rows.column_names),
-        tokenizer,
-        data_collator=default_data_collator,
-    )
-    return trainer.model
-
-
-def _exact_match_left_to_right(model, tokenizer, rows: Dataset) -> float:
-    """Share of answers that an autoregressive model writes exactly, greedily."""
-    prompts = tokenizer.apply_chat_template(
-        [messages[:-1] for messages in rows["messages"]],
-        add_generation_prompt=True,
-        padding=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    model.eval()
-    output = model.generate(
-        prompts["input_ids"], attention_mask=prompts["attention_mask"], max_new_tokens=8, do_sample=False
-    )
-    answers = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    return exact_match(answers, [messages[-1]["content"] for messages in rows["messages"]])

@@ -5,6 +5,7 @@ A process has one thread, so that CPU seconds can be compared, and prints nothin
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -95,6 +96,24 @@ class Ticks(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         tick()
+
+
+class Clock(TrainerCallback):
+    """CPU seconds of what came before and of the training steps, and points of a curve measured between them."""
+
+    def __init__(self, every: int, num_steps: int, before: float = 0.0):
+        self.every, self.num_steps = every, num_steps
+        self.seconds, self.points = before, []
+        self.measure: Callable[..., float] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started = time.process_time()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seconds += time.process_time() - self._started
+        if self.measure is not None and (state.global_step % self.every == 0 or state.global_step == self.num_steps):
+            self.points.append({"step": state.global_step, "exact_match": self.measure(model)})
+        self._started = time.process_time()
 
 
 @contextmanager

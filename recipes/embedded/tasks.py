@@ -1,4 +1,5 @@
-"""The table of embedded tasks, and their settings. A new task is a module with its data, and its entry here."""
+"""The embedded tasks and their settings. A new one is a function here, or in a module with its data, and an entry in
+`table`."""
 
 import hashlib
 from collections.abc import Callable
@@ -104,15 +105,6 @@ def sorting_across_tokenizers_task(steps: int = 600, num_student_rows: int = 150
         noise_levels=(0.5,),
         distilled="tide_cross",
     )
-
-
-def sorting_on_policy_task(steps: int = 600, num_student_rows: int = 300, num_held_out: int = 400) -> Task:
-    """[`sorting_task`] on the student's own states, against the best of the teacher's on the data."""
-    task = sorting_task(steps, num_student_rows, num_held_out)
-    on_policy = {"preset": "kl", "temperature": 1.0, "on_policy_fraction": 1.0}
-    objectives = {name: BASELINES[name] for name in ("ce", "kl_weight_3")}
-    objectives |= {"on_policy_reuse_4": {**on_policy, "rollout_reuse": 4}, "on_policy": on_policy}
-    return replace(task, name="sorting_on_policy", objectives=objectives, distilled="on_policy", equal_time=False)
 
 
 def sorting_few_step_task(steps: int = 100, num_held_out: int = 200) -> FewStepTask:
@@ -245,80 +237,3 @@ def _text_data(train: Dataset, test: Dataset, num_student_rows: int) -> TaskData
 
 def _is_held_out(messages: list[dict]) -> bool:
     return hashlib.sha256(messages[0]["content"].encode()).digest()[0] < 26
-
-
-# -- the table --------------------------------------------------------------------------------------------------------
-
-# recipe -> its comparisons by name, as --dataset_name gives it; without a name the first is run
-COMPARISONS: dict[str, dict[str, Callable[[], Task]]] = {
-    "dense_teacher": {"sorting": sorting_task, "python_stdlib": python_stdlib_task},
-    "moe_teacher": {"sorting_across_tokenizers": sorting_across_tokenizers_task},
-    "on_policy": {"sorting_on_policy": sorting_on_policy_task},
-}
-# the student of the first is the one that recipes/few_step.py leaves in its output folder
-FEW_STEP: dict[str, Callable[[], FewStepTask]] = {"copying": copying_task, "sorting": sorting_few_step_task}
-
-
-def dense_task(name: str | None) -> Task:
-    """The comparison of the dense recipe that is asked for.
-
-    Args:
-        name (`str`, *optional*): one of its comparisons, or a user's own file of conversations.
-    """
-    named = COMPARISONS["dense_teacher"]
-    name = name or next(iter(named))
-    return named[name]() if name in named else rows_task(name)
-
-
-def moe_task(name: str | None) -> Task:
-    """The comparison of the mixture-of-experts recipe.
-
-    Args:
-        name (`str`, *optional*): its name.
-
-    Raises:
-        ValueError: for any other name.
-    """
-    return _embedded("moe_teacher", name)
-
-
-def on_policy_task(name: str | None) -> Task:
-    """The comparison of the on-policy recipe.
-
-    Args:
-        name (`str`, *optional*): its name.
-
-    Raises:
-        ValueError: for any other name.
-    """
-    return _embedded("on_policy", name)
-
-
-def _embedded(recipe: str, name: str | None) -> Task:
-    """A comparison of a recipe that takes no rows of a user's."""
-    named = COMPARISONS[recipe]
-    name = name or next(iter(named))
-    if name not in named:
-        raise ValueError(
-            f"This recipe embeds the comparison {', '.join(named)} and --dataset_name {name} names another. To distil "
-            "your own models on it, give --model_name_or_path and --teacher_model_name_or_path."
-        )
-    return named[name]()
-
-
-def find_comparison(name: str) -> tuple[Task, str, str]:
-    """The task of a report, and how it is run.
-
-    Args:
-        name (`str`): `task` of the report.
-
-    Returns:
-        the task, the name of its recipe, and the command.
-    """
-    for recipe, named in COMPARISONS.items():
-        command = f"accelerate launch recipes/{recipe}.py"
-        if name in named:
-            is_default = name == next(iter(named))
-            return named[name](), recipe, command if is_default else f"{command} --dataset_name {name}"
-    recipe = "dense_teacher"
-    return rows_task(name), recipe, f"accelerate launch recipes/{recipe}.py --dataset_name {name}"

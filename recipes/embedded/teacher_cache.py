@@ -13,17 +13,17 @@ from io import StringIO
 from pathlib import Path
 
 from datasets import DatasetDict, load_from_disk
-from transformers import DataCollatorForSeq2Seq, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
 
 from tide_hf.commands.prepare import parse_prepare_arguments, run_preparation
 from tide_hf.data import PreparationRecord
 from tide_hf.data.teacher_cache import num_bytes
 from tide_hf.training.trainer import TIDETrainer
 
+from .autoregressive import train_autoregressive
 from .command import refuse_other_flags
-from .comparison import Clock, Task, TaskData
-from .harness import Job, Result, workers
-from .networks import Network, build_network, shape_of, train, training_arguments
+from .comparison import Task, TaskData
+from .harness import Clock, Job, Result, workers
+from .networks import Network, build_network, train, training_arguments
 from .report import cell, environment, format_table, loading_lines, summarize, write_report
 from .tasks import python_stdlib_task
 
@@ -110,36 +110,17 @@ def make_teacher(task: Task, seed: int, runs: Path) -> list[Result]:
         task ([`Task`]), seed (`int`), runs (`Path`): as in [`run_teacher_cache`].
     """
     data, folder, started = task.load(seed), runs / f"teacher-seed{seed}", time.process_time()
-    config = Qwen3Config(**shape_of(task.teacher, data.tokenizer), bos_token_id=None)
-    args = training_arguments(task.teacher, folder, seed, TrainingArguments, **task.training)
-    rows = data.teacher_rows.map(
-        partial(_encode, data.tokenizer, task.max_length), remove_columns=data.teacher_rows.column_names
-    )
-    train(
-        Trainer,
-        Qwen3ForCausalLM(config),
-        args,
-        rows,
-        data.tokenizer,
-        data_collator=DataCollatorForSeq2Seq(data.tokenizer),
-    )
+    rows, length = data.teacher_rows, task.max_length
+    teacher = train_autoregressive(task.teacher, folder, rows, data.tokenizer, seed, length, **task.training).model
     build_network(task.student, data.tokenizer, task.block_size, seed).save_pretrained(runs / f"start-seed{seed}")
     data.tokenizer.save_pretrained(runs / f"start-seed{seed}")
     DatasetDict({"train": data.student_rows, "test": data.held_out_rows}).save_to_disk(runs / f"rows-seed{seed}")
     seconds = time.process_time() - started
-    return [Result(task.name, "teacher", seed, {"train_seconds": seconds, "parameters": _size(config)}, str(folder))]
-
-
-def _size(config: Qwen3Config) -> int:
-    return Qwen3ForCausalLM(config).num_parameters()
-
-
-def _encode(tokenizer, max_length: int, row: dict) -> dict:
-    """Token ids and, of the answer alone, labels."""
-    encoded = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    labels = [token if inside else -100 for token, inside in pairs]
-    return {"input_ids": encoded["input_ids"][:max_length], "labels": labels[:max_length]}
+    return [
+        Result(
+            task.name, "teacher", seed, {"train_seconds": seconds, "parameters": teacher.num_parameters()}, str(folder)
+        )
+    ]
 
 
 def make_cache(task: Task, seed: int, runs: Path, top_k: int) -> list[Result]:

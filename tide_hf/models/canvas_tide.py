@@ -91,8 +91,8 @@ class Canvas:
         step: int,
         entropy: torch.Tensor | None = None,
     ) -> None:
-        """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end); notes the `step` and,
-        if it is known, the `entropy` of the distributions.
+        """Writes `tokens` where `chosen`, both `(B, end − start)`, into the columns [start, end); notes the `step`
+        and, if it is known, the `entropy` of the distributions.
 
         A row's negative prompt gets the same answer tokens.
         """
