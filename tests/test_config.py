@@ -12,7 +12,7 @@ from tide_hf import IDLMConfig, TIDEConfig
 from tide_hf.commands.distill import parse_arguments
 from tide_hf.losses import DIVERGENCES
 from tide_hf.training.config import REGISTRIES, declared_types
-from tide_hf.training.presets import PRESETS, resolve_objective
+from tide_hf.training.presets import PRESETS, resolve_objective, with_teacher
 
 ROOT = Path(__file__).parent.parent
 
@@ -429,18 +429,20 @@ def test_misspelled_setting_of_a_file_is_refused(tmp_path):
 
 
 # hyperparameters of TIDE (arXiv 2604.26951): file -> alignment, teacher, its length, divergence, TIDAL
+CONFIGS_FOLDER = ROOT / "recipes" / "configs"
 PAPER_RUNS = {
     "wedlm_to_qwen3": ("token", "tencent/WeDLM-8B-Instruct", 768, "forward_kl", True),
     "llada2_to_qwen3": ("chunk", "inclusionAI/LLaDA2.0-mini", 1024, "reverse_calm", False),
 }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_files_are_the_papers_runs(path, monkeypatch):
+@pytest.mark.parametrize("name", PAPER_RUNS)
+def test_shipped_files_are_the_papers_runs(name, monkeypatch):
     """Catches a recipe's file that no longer parses, or that trains with another setting than the paper."""
+    path = CONFIGS_FOLDER / f"{name}.yaml"
     monkeypatch.setattr("tide_hf.commands.distill.require_available", lambda models, datasets: None)
     arguments = parse_arguments("outputs", ["--config", str(path), "--bf16", "false", "--use_cpu"])
-    alignment, teacher, teacher_length, divergence, tidal = PAPER_RUNS[path.stem]
+    alignment, teacher, teacher_length, divergence, tidal = PAPER_RUNS[name]
     training, objective = arguments.training, resolve_objective(arguments.training, alignment)
     assert arguments.model.model_name_or_path == "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1"
     assert arguments.script.teacher_model_name_or_path == teacher
@@ -455,3 +457,16 @@ def test_shipped_files_are_the_papers_runs(path, monkeypatch):
         "HuggingFaceTB",
         "OpenCoder-LLM",
     }
+
+
+def test_the_run_with_an_autoregressive_teacher_is_one_that_may_start(monkeypatch):
+    """Catches a file that names a combination which the library refuses, and one that looks as if it had been run."""
+    monkeypatch.setattr("tide_hf.commands.distill.require_available", lambda models, datasets: None)
+    path = CONFIGS_FOLDER / "qwen3_8b_to_qwen3_0.6b.yaml"
+    training = parse_arguments("outputs", ["--config", str(path), "--bf16", "false", "--use_cpu"]).training
+    objective = with_teacher(resolve_objective(training, "token"), training, autoregressive=True)
+    assert (objective.on_policy_fraction, training.rollout_order) == (0.5, "left_to_right")
+    assert (training.rollout_initial_tokens, training.rollout_max_new_tokens) == (100, 4000)
+    assert (objective.temperature, training.learning_rate, training.block_size) == (1.0, 1e-5, 4)
+    assert path.read_text().startswith("# Not run here")
+    assert {*PAPER_RUNS, path.stem} == {file.stem for file in CONFIGS_FOLDER.glob("*.yaml")}

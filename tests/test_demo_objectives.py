@@ -5,9 +5,10 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
+from datasets import Dataset
+from embedded import decoding
 from embedded.command import run_and_show
-from embedded.decoding import num_right, two_draws
+from embedded.decoding import num_right
 from embedded.objective_tasks import (
     copying_answers_task,
     copying_objectives_task,
@@ -17,10 +18,8 @@ from embedded.objective_tasks import (
 )
 from embedded.tasks import python_stdlib_task
 from embedded.teacher_cache import IN_MEMORY, run_and_show_cache
-from tiny import tiny_model
 
 from tide_hf.demo.copying import both_cases, copying_rows
-from tide_hf.demo.sorting import build_tokenizer, held_out_rows
 
 
 def test_right_answers_are_counted():
@@ -31,26 +30,21 @@ def test_right_answers_are_counted():
     assert num_right(both_cases, rows, answers) == 2
 
 
-def test_two_draws_are_two():
-    """Catches draws that are the same because they share a generator's state, and a share of nothing that is 0."""
-    tokenizer = build_tokenizer()
-    model = tiny_model().float().eval()
-    found = two_draws(lambda prompt: ("nothing",), model, tokenizer, held_out_rows(4), seed=0)
-    assert found["valid"] == 0 and math.isnan(found["differ"])
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    found = two_draws(lambda prompt: Anything(), model, tokenizer, held_out_rows(30), seed=0)
-    assert found["valid"] == 1 and 0.5 < found["differ"] <= 1
+def test_two_draws_are_two(monkeypatch):
+    """Catches a pair with a wrong answer that counts as a choice kept, and a share of nothing that is 0."""
+    drawn = iter([["ab", "CD", "ef"], ["AB", "CD", "eF"], ["x"] * 3, ["ab", "cd", "ef"]])
+    settings = []
 
+    def complete(model, tokenizer, rows, **given):
+        settings.append((given["temperature"], given["generator"].initial_seed()))
+        return next(drawn), 1.0
 
-class Anything(tuple):
-    """Every answer is right."""
-
-    def __contains__(self, item):
-        return True
-
-    def __iter__(self):
-        return iter(("",))
+    monkeypatch.setattr(decoding, "complete", complete)
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": word}]} for word in ("ab", "cd", "ef")])
+    assert decoding.two_draws(both_cases, None, None, rows, seed=7) == {"valid": 5 / 6, "differ": 1 / 2}
+    found = decoding.two_draws(both_cases, None, None, rows, seed=7)
+    assert found["valid"] == 1 / 2 and math.isnan(found["differ"])
+    assert set(settings) == {(1.0, 7)}
 
 
 SMALL = {"steps": 100, "num_held_out": 8}

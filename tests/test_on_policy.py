@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from tide_hf import TIDEConfig
 from tide_hf.data import RowPreparation, align_written, prompt_of
+from tide_hf.data.loading import MixtureConfig, MixturePart, load_mixture
 from tide_hf.data.written import Prompt
 from tide_hf.demo.sorting import build_tokenizer, sorting_rows
 from tide_hf.diffusion import Written, row_uniforms
@@ -348,6 +349,25 @@ def test_prompts_alone_train_like_rows_with_answers(tmp_path, as_messages, strea
     written = {tuple(one.prompt) for one in trainer._rollouts.batches[0]}
     assert written <= {tuple(prompt_of(row).ids) for row in reference.train_dataset}
     assert len(written) == 8 and all(loss > 0 for loss in losses_of(trainer))
+
+
+def test_mixtures_of_prompts_alone(tmp_path):
+    """Catches prompts of a mixture that are dropped beside rows with answers, or text that is answered by messages."""
+    prompts = [f"<user>{digits}<assistant>" for digits in ("12", "31", "45", "65")]
+    Dataset.from_list([{"prompt": prompt} for prompt in prompts]).to_json(tmp_path / "text.jsonl")
+    asked = [{"prompt": [{"role": "user", "content": digits}]} for digits in ("78", "98", "20", "51")]
+    Dataset.from_list(asked).to_json(tmp_path / "messages.jsonl")
+    sorting_rows(4, seed=1).to_json(tmp_path / "answered.jsonl")
+    parts = [MixturePart(path=str(tmp_path / f"{name}.jsonl")) for name in ("text", "messages", "answered")]
+    for chosen, count in ((parts[:1], 4), (parts[:2], 8), (parts, 12)):
+        rows = load_mixture(MixtureConfig(datasets=chosen))["train"]
+        trainer = tiny_trainer(tmp_path, rows=rows, model=student(), teacher=tiny_model(1), max_steps=1, **ON_POLICY)
+        assert len(trainer.train_dataset) == count
+        trainer.train()
+    with pytest.raises(ValueError, match="the student"):
+        tiny_trainer(
+            tmp_path, teacher=tiny_model(1), trainer_kwargs={"eval_dataset": Dataset.from_list(asked)}, **ON_POLICY
+        )
 
 
 def test_prompts_alone_need_a_student_that_answers_all(tmp_path):

@@ -74,8 +74,8 @@ def sorting_weak_teachers_task(num_held_out: int = 400) -> Task:
     )
 
 
-# the fewest hundreds of steps after which teachers of three seeds answer nine in ten validation prompts on average
-WEAK_STEPS = {TEACHER: 300, AUTOREGRESSIVE: 300}
+# of 80 to 250 tried: after so many steps the teachers of three seeds answer about nine in ten validation prompts
+WEAK_STEPS = {TEACHER: 210, AUTOREGRESSIVE: 130}
 
 
 def sorting_across_objectives_task(steps: int = 600, num_student_rows: int = 1500, num_held_out: int = 400) -> Task:

@@ -176,7 +176,8 @@ def _of_same_columns(parts: list) -> list:
     """
     parts = [rows._resolve_features() if isinstance(rows, IterableDataset) else rows for rows in parts]
     for rows in parts:
-        unread_columns(rows.column_names)
+        if "prompt" not in rows.column_names:  # alone it may be answered: by a teacher, or by the student
+            unread_columns(rows.column_names)
     columns = {}
     for name in (*RAW_COLUMNS, *UNREADABLE):
         kinds = [getattr(rows.features[name], "dtype", None) for rows in parts if name in rows.features]

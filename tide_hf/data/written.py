@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json
 
 from ..alignment import Answer, LocatedTokens, align_chunks
-from .formats import CONVERSATIONS
+from .formats import CONVERSATIONS, TEXT_IN_JSON, to_json
 from .preparation import RowPreparation
 
 STAND_IN = "1"  # a token that every tokenizer has
@@ -33,16 +33,23 @@ def with_stand_ins(dataset: Dataset | IterableDataset) -> Dataset | IterableData
     """Gives rows that are prompts alone an answer that nobody reads, so that they are prepared like all others.
 
     Args:
-        dataset (`Dataset` or `IterableDataset`): raw rows; those with answers are returned as they are.
+        dataset (`Dataset` or `IterableDataset`): raw rows; those with answers keep them.
     """
-    names = set(dataset.column_names or ())
-    has_answers = names & {*CONVERSATIONS, "completion", "text"} or {"instruction", "output"} <= names
-    return dataset if "prompt" not in names or has_answers else dataset.map(_stand_in)
+    if "prompt" not in (dataset.column_names or ()):
+        return dataset
+    known = dataset.features
+    # of a mixture some prompts may be text and others messages
+    features = None if known is None else Features({**known, "completion": Json()})
+    return dataset.map(_stand_in, features=features)
 
 
 def _stand_in(row: dict) -> dict:
-    is_text = isinstance(row["prompt"], str)
-    return {"completion": STAND_IN if is_text else [{"role": "assistant", "content": STAND_IN}]}
+    completion, prompt = row.get("completion"), row["prompt"]
+    others = any(row.get(name) is not None for name in (*CONVERSATIONS, "output", "text"))
+    if completion is None and prompt is not None and not others:
+        prompt = prompt.get(TEXT_IN_JSON) if isinstance(prompt, dict) else prompt
+        completion = STAND_IN if isinstance(prompt, str) else [{"role": "assistant", "content": STAND_IN}]
+    return {"completion": to_json(completion)}
 
 
 def prompt_of(row: dict) -> Prompt | None:
