@@ -11,7 +11,15 @@ from tide_hf.demo import copying
 from .autoregressive import AUTOREGRESSIVE
 from .comparison import TEACHER, CardFacts, Task, TaskData
 from .networks import Network
-from .tasks import BASELINES, NO_LANGUAGE, TIDE, python_stdlib_task, sorting_across_tokenizers_task, sorting_task
+from .tasks import (
+    BASELINES,
+    NO_LANGUAGE,
+    TIDE,
+    load_sorting,
+    python_stdlib_task,
+    sorting_across_tokenizers_task,
+    sorting_task,
+)
 
 ON_POLICY = {"preset": "kl", "temperature": 1.0, "on_policy_fraction": 1.0}
 # rows of a table -> TIDEConfig fields; "answers" is (who wrote them, how many to each prompt)
@@ -56,6 +64,20 @@ def sorting_objectives_task(steps: int = 600, num_student_rows: int = 300, num_h
         objectives=objectives,
         steps_per_block=(2, 1),
         distilled="on_policy",
+    )
+
+
+def sorting_clean_task(steps: int = 600, num_student_rows: int = 300, num_held_out: int = 400) -> Task:
+    """[`sorting_task`] from clean answers: what an autoregressive teacher adds where nothing misleads it."""
+    task = sorting_objectives_task(steps, num_student_rows, num_held_out)
+    names = ("ce", "kl_weight_3", "ar_all", "ar_annealed", "ar_exact", "ar_exact_no_suffix")
+    return replace(
+        task,
+        name="sorting_clean",
+        load=partial(load_sorting, **{**task.load.keywords, "wrong": 0.0}),
+        objectives={name: task.objectives[name] for name in names},
+        distilled="ar_all",
+        equal_time=False,
     )
 
 

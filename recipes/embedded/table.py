@@ -9,6 +9,7 @@ from .objective_tasks import (
     copying_objectives_task,
     python_stdlib_objectives_task,
     sorting_across_objectives_task,
+    sorting_clean_task,
     sorting_objectives_task,
     sorting_on_policy_task,
     sorting_weak_teachers_task,
@@ -28,6 +29,7 @@ COMPARISONS: dict[str, dict[str, Callable[[], Task]]] = {
     "moe_teacher": {"sorting_across_tokenizers": sorting_across_tokenizers_task},
     "on_policy": {"sorting_on_policy": sorting_on_policy_task},
     "teacher_answers": {"copying_answers": copying_answers_task},
+    "autoregressive_teacher": {"sorting_clean": sorting_clean_task},
     "compare_objectives": {
         "sorting_objectives": sorting_objectives_task,
         "sorting_weak_teachers": sorting_weak_teachers_task,
