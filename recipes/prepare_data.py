@@ -21,6 +21,15 @@ greedy, or drawn: --teacher_answers sample --num_answers 4); the student then tr
     python recipes/prepare_data.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
         --dataset_name NAME_OR_FILE --teacher_answers greedy --max_new_tokens 512 --output_dir prepared
 
+The teacher's predictions, kept so that training needs no teacher (of an autoregressive one for any number of passes,
+seeds and students; of a diffusion one for the noise of --seed and --cache_passes). Settings of the objective, such as
+--preset and --temperature, must be those of the training; the card and the dataset say whose predictions they are:
+
+    python recipes/prepare_data.py --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \
+        --dataset_name NAME_OR_FILE --preset ar-kl --teacher_cache --output_dir prepared
+
+Answers and predictions are shared by the processes of an accelerate launch.
+
 Also push it (a private dataset with --hub_private), and train on it:
 
     python recipes/prepare_data.py … --output_dir prepared --hub_dataset_id NAME/DATASET
