@@ -10,6 +10,9 @@ import pytest
 import torch
 from embedded.comparison import comparison_table
 from embedded.few_step import few_step_table
+from embedded.smollm2 import smollm2_table
+from embedded.table import COMPARISONS
+from embedded.teacher_cache import cache_table
 from test_published_students import CELLS, COLUMNS
 from tiny import SHAPE, tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -100,7 +103,7 @@ def test_links_and_commands_name_files_that_exist(path):
     text = (ROOT / path).read_text()
     linked = {target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target}
     missing = [target for target in linked if not (ROOT / path).parent.joinpath(target).exists()]
-    missing += [name for name in re.findall(r"recipes/[\w/]+\.\w+", text) if not (ROOT / name).exists()]
+    missing += [name for name in re.findall(r"recipes/[\w/.]+\.\w+", text) if not (ROOT / name).exists()]
     assert not missing
     for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
@@ -142,10 +145,24 @@ def test_small_table_is_that_of_the_report():
     assert expected in README, f"The README's table should read\n{expected}"
 
 
-@pytest.mark.parametrize("name", ["sorting", "sorting_across_tokenizers", "sorting_on_policy", "python_stdlib"])
+# the committed reports of comparisons of objectives; of the standard library only the first is shown as a table
+REPORTED = sorted(
+    name for named in COMPARISONS.values() for name in named if (ROOT / f"recipes/reports/{name}.json").exists()
+)
+
+
+@pytest.mark.parametrize("name", REPORTED)
 def test_tables_are_those_of_the_reports(name):
     """Catches a number in the recipes' README that no run measured."""
     assert f"```\n{comparison_table(report_of(name))}\n```" in RECIPES
+
+
+def test_tables_of_other_comparisons_are_those_of_the_reports():
+    """Catches the same of kept predictions and of real weights."""
+    for name, table in (("teacher_cache", cache_table), ("smollm2", smollm2_table)):
+        if (ROOT / f"recipes/reports/{name}.json").exists():
+            assert f"```\n{table(report_of(name))}\n```" in RECIPES, name
+    assert {"sorting", "sorting_across_tokenizers", "sorting_on_policy", "python_stdlib"} <= {*REPORTED}
 
 
 def test_few_step_table_is_that_of_the_report():

@@ -76,7 +76,8 @@ def run_teacher_cache(task: Task, seeds: list[int], output_dir: str | Path) -> l
 
     Returns:
         `list[Result]`; metrics are `nll` (nats per masked held-out token by diffusion time), `train_seconds` (CPU
-        seconds), `parameters`, and of a cache `cache_seconds` (CPU seconds) and `cache_bytes` (per trained-on token).
+        seconds), `parameters`, and of a cache `cache_seconds` (CPU seconds), `cache_bytes` (per trained-on token) and
+        `kl_kept`, see [`measure_kept`].
     """
     runs, students = Path(output_dir) / "runs", rows_of_table(task)
     kept = sorted({student.top_k for student in students if student.top_k is not None})
@@ -96,8 +97,12 @@ def run_teacher_cache(task: Task, seeds: list[int], output_dir: str | Path) -> l
                 for seed in seeds
             ],
         )
+        jobs = [Job(partial(measure_kept, task, seed, runs, kept), 1) for seed in seeds]
+        shares = {result.seed: result.metrics for result in run("divergences", jobs)}
     top_k = {student.name: student.top_k for student in students}
     for result in found:
+        is_plain = result.network == f"cache, top {top_k[result.network]}"
+        result.metrics["kl_kept"] = shares[result.seed][top_k[result.network]] if is_plain else float("nan")
         costs = caches.get((result.seed, top_k[result.network]), {})
         result.metrics |= {name: costs.get(name, float("nan")) for name in ("cache_seconds", "cache_bytes")}
     return teachers + found
@@ -177,6 +182,33 @@ def make_student(task: Task, student: Student, seed: int, runs: Path) -> list[Re
     return [Result(task.name, student.name, seed, metrics, str(path))]
 
 
+def measure_kept(task: Task, seed: int, runs: Path, top_k: list[int]) -> list[Result]:
+    """The divergence of one student to its teacher on held-out rows, over the kept tokens, as a share of the whole.
+
+    Args:
+        task ([`Task`]), seed (`int`), runs (`Path`): as in [`run_teacher_cache`].
+        top_k (`list[int]`): likeliest tokens of each cache.
+    """
+    data, path = task.load(seed), runs / f"{IN_MEMORY.replace(' ', '_')}-seed{seed}"
+    settings = {"max_length": task.max_length, "block_size": task.block_size, "per_device_eval_batch_size": 64}
+
+    def divergence(rows, teacher=None) -> float:
+        args = training_arguments(task.student, path / "measured", seed, **AR_KL, **settings)
+        trainer = TIDETrainer(
+            str(path),
+            teacher=teacher,
+            args=args,
+            train_dataset=rows["train"],
+            eval_dataset=rows["test"],
+            processing_class=data.tokenizer,
+        )
+        return trainer.evaluate()["eval_distill"]
+
+    whole = divergence({"train": None, "test": data.held_out_rows}, str(runs / f"teacher-seed{seed}"))
+    shares = {k: divergence(load_from_disk(runs / f"top{k}-seed{seed}")) / whole for k in top_k}
+    return [Result(task.name, "kept", seed, shares)]
+
+
 def _likelihood(task: Task, data: TaskData, model, path: Path) -> dict[str, float]:
     """Nats per masked token of held-out rows, by diffusion time."""
     args = training_arguments(
@@ -229,7 +261,10 @@ def cache_table(report: dict) -> str:
 
     levels = [f"{t:g}" for t in report["settings"]["noise_levels"]]
     columns = {f"nll t={t}": show("nll", t, form="{:.3f}") for t in levels}
-    columns |= {"parameters": lambda row: f"{row['parameters']['values'][0]:,.0f}"}
+    columns |= {
+        "KL kept": show("kl_kept", form="{:.3f}"),
+        "parameters": lambda row: f"{row['parameters']['values'][0]:,.0f}",
+    }
     columns |= {
         "train CPU s": show("train_seconds", form="{:.0f}"),
         "cache CPU s": show("cache_seconds", form="{:.1f}"),

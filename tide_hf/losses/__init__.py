@@ -10,6 +10,8 @@ reproduced.
   losses/divergences/, losses/divergence.py; test_losses.py, golden kl
 - TIDAL: the target softmax(((1−λ)z_S + λz_T)/T), detached, λ(s,t) = λ(s)(1−t), of any forward divergence.
   losses/tidal.py; test_losses.py, golden tidal_logit
+- Of a teacher that was run before: D over its k likeliest tokens and all others as one outcome, ≤ the whole D.
+  losses/top_k.py, diffusion/cached.py; test_teacher_cache.py
 - CALM, Reverse CALM, chunk TIDAL: Bernoulli cross-entropy of chunk likelihoods.
   losses/divergences/, losses/chunks.py; test_losses.py, golden chunk_likelihood, tidal_chunk
 - Each of these from hidden states, a slice of positions at a time.
