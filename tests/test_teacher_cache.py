@@ -447,3 +447,18 @@ def test_the_cache_says_whose_it_is(names, tmp_path):
     assert said in card and "`diffusion`" in card
     merged = concatenate_datasets([cached, cached])
     assert PreparationRecord.read(merged).cache == PreparationRecord.read(cached).cache
+
+
+@pytest.mark.slow
+def test_number_of_processes_changes_nothing(names, tmp_path):
+    """Catches predictions that follow the process or the padding of a short last batch instead of the row."""
+    prepare(names, "diffusion", tmp_path / "cached", "--preset", "kl", "--cache_passes", 2)
+    results = []
+    for world_size in (1, 2):
+        output = tmp_path / str(world_size)
+        output.mkdir()
+        script = [str(ROOT / "tests" / "cached_run.py"), str(tmp_path / "cached"), str(output), str(world_size)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29883"]
+        subprocess.run([*(launcher if world_size > 1 else [sys.executable]), *script], check=True, timeout=300)
+        results.append(torch.load(output / "result.pt", weights_only=True))
+    assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
