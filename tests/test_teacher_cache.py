@@ -262,7 +262,8 @@ def test_evaluation_on_the_cache(names, tmp_path):
         ("kl", {"teacher_max_length": 8}, "teacher_max_length: prepared with 16, this run has 8"),
         ("kl", {"teacher_mask_token_id": 3}, "teacher_mask_token_id"),
         ("kl", {"on_policy_fraction": 0.5}, "answers that the student has"),
-        ("kl", {"teacher_dtype": "float32"}, "the rows carry its predictions, and no teacher is loaded"),
+        ("kl", {"teacher_dtype": "float32"}, "teacher_dtype: prepared with auto, this run has float32"),
+        ("kl", {"teacher_model_init_kwargs": {"attn_implementation": "eager"}}, "teacher_model_init_kwargs"),
         ("kl", {"max_steps": 4}, r"1 pass over the rows, and this run makes 2 \(4 steps, 3 a pass\)"),
         ("ar chunks of one token", {"preset": "ar-kl"}, "likeliest tokens: none kept"),
     ],
@@ -278,8 +279,11 @@ def test_refuses_another_run(names, tmp_path, name, fields, words):
 
 def test_compares_a_teacher_that_is_named(names, tmp_path):
     """Catches predictions of one teacher that train in the name of another, and a teacher that is loaded in vain."""
-    cached = prepare(names, "diffusion", tmp_path / "cached", "--preset", "kl", "--cache_passes", 2)
-    run = {"preset": "kl", "max_steps": 2}
+    loaded = {"teacher_dtype": "float32", "teacher_model_init_kwargs": '{"attn_implementation": "eager"}'}
+    flags = [word for name, value in loaded.items() for word in (f"--{name}", value)]
+    cached = prepare(names, "diffusion", tmp_path / "cached", "--preset", "kl", "--cache_passes", 2, *flags)
+    loaded["teacher_model_init_kwargs"] = {"attn_implementation": "eager"}
+    run = {"preset": "kl", "max_steps": 2, **loaded}
     Path(names["diffusion"], "model.safetensors").unlink()  # its config is enough
     train(names, tmp_path / "same", cached, names["diffusion"], **run)
     with pytest.raises(ValueError, match="teacher: predicted with diffusion, this run has student"):

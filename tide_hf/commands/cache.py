@@ -18,7 +18,7 @@ from ..diffusion import Noising
 from ..diffusion.cached import TOP_IDS, TOP_LOG_PROBS
 from ..teachers import Teacher, check_logits
 from ..teachers.predictions import SKIPPED, TeacherPredictions
-from ..training.cached_teacher import identity_of, noise_of
+from ..training.cached_teacher import identity_of, loading_of, noise_of
 from ..training.plan import RunPlan
 from .answer_arguments import TeacherModel, launched
 from .part_folder import PartFolder, wait_until
@@ -116,6 +116,7 @@ def describe_predictions(teacher: TeacherModel, plan: RunPlan, settings, how: Ca
         **identity_of(teacher.name, config),
         kind="autoregressive" if autoregressive else "diffusion",
         precision=precision,
+        loading=loading_of(settings),
         context=settings.teacher_context,
         layout=asdict(plan.teacher),
         alignment=plan.alignment,

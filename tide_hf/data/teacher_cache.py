@@ -43,6 +43,7 @@ class TeacherCache:
         config (`str`): fingerprint of its configuration, see [`config_fingerprint`].
         kind (`str`): `"autoregressive"` or `"diffusion"`.
         precision (`str`): in which it was run.
+        loading (`dict`): the arguments that it was loaded with.
         context (`str`): `teacher_context`.
         layout (`dict`): fields of its [`~tide_hf.diffusion.LayoutSpec`].
         alignment (`str`), shared_vocab_size (`int`): of the two tokenizers.
@@ -59,6 +60,7 @@ class TeacherCache:
     config: str
     kind: str
     precision: str
+    loading: dict
     context: str
     layout: dict
     alignment: str

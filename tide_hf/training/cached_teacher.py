@@ -1,5 +1,7 @@
 """How TIDETrainer trains on a teacher's predictions that the rows carry: no teacher is loaded."""
 
+import hashlib
+import json
 import math
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +13,6 @@ from ..data import PreparationRecord
 from ..data.teacher_cache import CACHE_COLUMNS, config_fingerprint, has_predictions, passes, without_predictions
 from ..diffusion.cached import COUNTS
 from ..hub import find_source
-from .checks import refuse_loading_arguments
 from .plan import RunPlan, resolve_plan
 
 
@@ -31,6 +32,22 @@ def noise_of(objective, schedule: str, time_epsilon: float, block_size: int | No
         "demo_ratio": objective.demo_ratio if objective.comp_demo else None,
         "suffix_mask_fraction": fraction,
         "block_size": block_size if fraction else None,
+    }
+
+
+def loading_of(args) -> dict:
+    """How a run loads its teacher; further arguments as a fingerprint, since they may name paths.
+
+    Args:
+        args ([`TIDEConfig`]): or any object with its fields.
+    """
+    further = args.teacher_model_init_kwargs
+    further = json.loads(further) if isinstance(further, str) else further
+    content = json.dumps(further, sort_keys=True, default=str).encode()
+    return {
+        "teacher_dtype": args.teacher_dtype,
+        "teacher_load_in_4bit": args.teacher_load_in_4bit,
+        "teacher_model_init_kwargs": hashlib.sha256(content).hexdigest()[:16] if further else None,
     }
 
 
@@ -119,7 +136,7 @@ class CachedTeacherMixin:
         """Refuses more passes over the rows than there are predictions for."""
         cache = self.plan.cache
         if cache is not None and cache.noise is not None and self._train_stream is None:
-            steps = max(len(train_dataloader) // self.args.gradient_accumulation_steps, 1)
+            steps = math.ceil(len(train_dataloader) / self.args.gradient_accumulation_steps)
             needed = math.ceil(max_steps / steps)
             if needed > cache.num_passes:
                 raise ValueError(
@@ -142,7 +159,6 @@ def check_predictions(record: PreparationRecord, plan, args, name: str | None) -
     Raises:
         ValueError: with everything that differs.
     """
-    refuse_loading_arguments(args, "the rows carry its predictions, and no teacher is loaded")
     cache, objective = record.cache, plan.objective
     if objective.on_policy_fraction:
         raise ValueError(
@@ -161,9 +177,11 @@ def check_predictions(record: PreparationRecord, plan, args, name: str | None) -
     if cache.noise is not None:
         run |= noise_of(objective, plan.schedule, args.time_epsilon, plan.student.block_size)
     different = cache.differences(run)
-    for field in ("teacher_max_length", "teacher_mask_token_id"):
-        if getattr(args, field) not in (None, record.settings[field]):
-            different.append(f"{field}: prepared with {record.settings[field]}, this run has {getattr(args, field)}")
+    prepared = {name: record.settings[name] for name in ("teacher_max_length", "teacher_mask_token_id")}
+    for field, value in {**prepared, **cache.loading}.items():
+        given = loading_of(args)[field] if field in cache.loading else getattr(args, field)
+        if given not in (None, "auto", False, value):
+            different.append(f"{field}: prepared with {value}, this run has {given}")
     if objective.by_token and not cache.top_k:
         different.append("likeliest tokens: none kept, and this run compares distributions (--cache_top_k)")
     elif objective.by_token and cache.temperature != objective.temperature:

@@ -144,12 +144,11 @@ def refuse_own_teacher(model, teacher, adapts: bool) -> None:
         )
 
 
-def refuse_loading_arguments(args, why: str = "the teacher is given as an instance") -> None:
-    """Refuses arguments for loading a teacher where none is loaded.
+def refuse_loading_arguments(args) -> None:
+    """Refuses arguments for loading a teacher that is given as an instance.
 
     Args:
         args ([`TIDEConfig`]): of the run.
-        why (`str`): the reason.
 
     Raises:
         ValueError: naming them.
@@ -162,8 +161,8 @@ def refuse_loading_arguments(args, why: str = "the teacher is given as an instan
     names = [name for name, is_given in given.items() if is_given]
     if names:
         raise ValueError(
-            f"{', '.join(names)}: only used to load a teacher by name, but {why}. Leave it out, or load the teacher "
-            "that way yourself."
+            f"{', '.join(names)}: only used to load a teacher by name, but the teacher is given as an instance. "
+            "Load it that way yourself, or give its name."
         )
 
 
