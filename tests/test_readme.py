@@ -192,6 +192,15 @@ def test_findings_are_those_of_the_reports():
     assert min(nll, key=nll.get) == "bernoulli_reverse_kl" and nll["tide_cross"] < nll["calm"] < nll["ce_equal_time"]
     chunks = report_of("sorting_across_tokenizers")["preparation"]["num_chunks"]
     assert f"{chunks:,} chunks" in " ".join(RECIPES.split())
+    match = {row["name"]: row["exact_match"]["mean"] for row in report_of("sorting_objectives")["rows"]}
+    answers = [match[name] for name in match if name.startswith("ce_on_")]
+    best = max(match["on_policy"], match["kl_weight_3"])
+    assert len(answers) == 3 and min(answers) > best - 0.03 and match["on_policy"] > best - 0.01
+    token_targets = [match[f"ar_{name}"] for name in ("all", "exact", "annealed", "exact_no_suffix")]
+    assert max(token_targets) < match["ar_on_policy_half"] < min(answers)
+    cached = {row["name"]: row["kl_kept"]["mean"] for row in report_of("teacher_cache")["rows"]}
+    assert cached["cache, top 16"] == pytest.approx(0.91, abs=0.005)
+    assert cached["cache, top 1"] == pytest.approx(0.54, abs=0.005)
 
 
 def test_few_step_findings_are_those_of_the_report():
