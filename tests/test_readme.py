@@ -198,7 +198,7 @@ def test_findings_are_those_of_the_reports():
     assert len(answers) == 3 and min(answers) > best - 0.03 and match["on_policy"] > best - 0.01
     token_targets = [match[f"ar_{name}"] for name in ("all", "exact", "annealed", "exact_no_suffix")]
     assert max(token_targets) < match["ar_on_policy_half"] < min(answers)
-    copying = {row["name"]: row for row in report_of("copying_answers")["rows"] if "ce" in row["name"].split("_")[0]}
+    copying = {row["name"]: row for row in report_of("copying_answers")["rows"] if row["name"].startswith("ce")}
     for name, row in copying.items():
         greedy = name in ("ce_on_ar_answers", "ce_on_diffusion_answers")
         assert (row["differ"]["mean"] < 0.02) if greedy else (0.25 < row["differ"]["mean"] < 0.35)

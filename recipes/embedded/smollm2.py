@@ -50,12 +50,12 @@ class Sizes:
         num_held_out, num_answers (`int`): rows that the likelihood is measured on, and that are answered.
     """
 
-    steps: int = 50
+    steps: int = 40
     batch_size: int = 4
     max_length: int = 96
     block_size: int = 16
-    num_held_out: int = 48
-    num_answers: int = 24
+    num_held_out: int = 24
+    num_answers: int = 8
 
 
 def run_smollm2(output_dir: str | Path, sizes: Sizes, seed: int = 0) -> list[Result]:
