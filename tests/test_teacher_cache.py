@@ -194,7 +194,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("kl", "across", "ar", "ar exact")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_training_on_the_cache_is_training_with_the_teacher(names, tmp_path, name):
     """Catches predictions at wrong positions, of wrong noise or of another pass, of either kind of teacher.
 
@@ -315,6 +320,7 @@ def test_rows_train_without_their_predictions_too(names, tmp_path):
     trainer.train()
 
 
+@pytest.mark.slow
 def test_several_students_from_one_cache(names, tmp_path):
     """Catches a cache that is bound to one student's size, objective, seed or number of passes."""
     cached = prepare(names, "ar", tmp_path / "cached", "--preset", "ar-kl")
@@ -332,6 +338,7 @@ def test_several_students_from_one_cache(names, tmp_path):
         assert all("distill" in entry for entry in trainer.state.log_history if "loss" in entry)
 
 
+@pytest.mark.slow
 def test_streamed_rows_and_rows_from_the_hub(names, tmp_path):
     """Catches predictions that Parquet or a stream loses or rounds."""
     from test_prepare_data import through_parquet
@@ -345,6 +352,7 @@ def test_streamed_rows_and_rows_from_the_hub(names, tmp_path):
         train(names, tmp_path / "longer", streamed, preset="kl", max_steps=7)
 
 
+@pytest.mark.slow
 def test_resumes_within_a_pass(names, tmp_path):
     """Catches a resumed run that takes the predictions of another pass."""
     cached = prepare(names, "diffusion", tmp_path / "cached", "--preset", "kl", "--cache_passes", 2)
