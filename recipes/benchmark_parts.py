@@ -15,7 +15,7 @@ ends before its limit.
 `--output` writes JSON: `arguments`, `environment`; `rows`, one per kind and length of answers in tokens: `kind`,
 `answer`; `step_s`, seconds of a step; `seconds` and `share` of each part; `ratio`, a step over that of `kl` with
 answers as long; `growth`, a step over one with the shortest answers; `rollout_tokens`, the mean length of what the
-student wrote, if it did; `cache_s`, seconds per row in which its predictions were made, if they were kept.
+student wrote, if it did.
 
 Hardware: a CPU; four minutes on one core. Nothing is downloaded. Small networks on a CPU say how the parts
 compare in kind, not what an 8B teacher costs on a GPU: give `--teacher_hidden` and the like.
@@ -121,16 +121,14 @@ class Bench:
     """A trainer of one kind on one batch, with a clock in its step."""
 
     def __init__(self, kind: Kind, answer: int, folder: Path, arguments):
-        self.clock, self.cache_s, self.steps = Clock(), None, kind.steps
+        self.clock, self.steps = Clock(), kind.steps
         rows, teacher = load_from_disk(folder / f"rows-{answer}"), str(folder / kind.teacher)
         length = -(-(PROMPT + answer) // arguments.block_size) * arguments.block_size
         fields = {"max_length": length, "block_size": arguments.block_size, **kind.fields}
         if kind.writes:
             fields["rollout_max_new_tokens"] = answer
         if kind.from_cache:
-            started = time.perf_counter()
             rows, teacher = keep_predictions(kind, folder, answer, fields), None
-            self.cache_s = (time.perf_counter() - started) / len(rows)
         size = Network(arguments.hidden, arguments.layers, arguments.heads, steps=STEPS, batch_size=arguments.batch)
         args = training_arguments(size, folder / "run", 0, **fields)
         self.trainer = trainer = TIDETrainer(str(folder / "student"), teacher=teacher, args=args, train_dataset=rows)
@@ -221,8 +219,6 @@ def summarize(times: dict[tuple[str, int], list[dict[str, float]]], benches: dic
         bench = benches[kind, answer]
         if KINDS[kind].writes:
             row["rollout_tokens"] = statistics.mean(len(one.answer) for one in bench.trainer._rollouts.batches[0])
-        if bench.cache_s is not None:
-            row["cache_s"] = bench.cache_s
         rows.append(row)
     return rows
 

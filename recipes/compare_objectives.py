@@ -1,6 +1,7 @@
 """Every objective of the library on one task, at the same steps, from a diffusion and an autoregressive teacher.
 
-Embedded comparisons, on a CPU, nothing downloaded (minutes each on 2 cores):
+Embedded comparisons, on a CPU, nothing downloaded (the first takes 39 CPU minutes; the others were not run to their
+end here):
 
     accelerate launch recipes/compare_objectives.py
     accelerate launch recipes/compare_objectives.py --dataset_name sorting_weak_teachers

@@ -4,7 +4,7 @@ Method: recipes/prepare_data.py --teacher_answers has a teacher, autoregressive 
 its own answers to the prompts of a dataset once; the student is trained on them with any preset. Greedy answers keep
 one of several right ones, drawn answers keep the choice.
 
-Embedded comparison, on a CPU, nothing downloaded (copy a word in lower case or in capitals; a few minutes on 2 cores;
+Embedded comparison, on a CPU, nothing downloaded (copy a word in lower case or in capitals; 14 CPU minutes;
 recipes/compare_objectives.py shows what it does against dirty answers):
 
     accelerate launch recipes/teacher_answers.py

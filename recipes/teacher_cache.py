@@ -5,7 +5,7 @@ of each true token (for objectives of likelihoods) and the likeliest tokens with
 and all others as one outcome: a lower bound of the whole). An autoregressive teacher reads clean rows, so that its
 predictions hold for every pass, seed and student; a diffusion teacher's hold for the noise they were made for.
 
-Embedded comparison, on a CPU, nothing downloaded (functions of the standard library; about 10 minutes on 2 cores):
+Embedded comparison, on a CPU, nothing downloaded (functions of the standard library; 21 CPU minutes):
 
     accelerate launch recipes/teacher_cache.py
 

@@ -360,11 +360,19 @@ def test_mixtures_of_prompts_alone(tmp_path):
     sorting_rows(4, seed=1).to_json(tmp_path / "answered.jsonl")
     parts = [MixturePart(path=str(tmp_path / f"{name}.jsonl")) for name in ("text", "messages", "answered")]
     for chosen, count in ((parts[:1], 4), (parts[:2], 8), (parts, 12)):
-        rows = load_mixture(MixtureConfig(datasets=chosen))["train"]
+        rows = load_mixture(MixtureConfig(datasets=chosen), prompts_alone=True)["train"]
         trainer = tiny_trainer(tmp_path, rows=rows, model=student(), teacher=tiny_model(1), max_steps=1, **ON_POLICY)
         assert len(trainer.train_dataset) == count
         trainer.train()
-    with pytest.raises(ValueError, match="the student"):
+    for chosen in (parts[:1], parts):
+        with pytest.raises(ValueError, match=r"or the student \(on_policy_fraction=1\)"):
+            load_mixture(MixtureConfig(datasets=chosen))
+    preferred = Dataset.from_list([{"prompt": "12", "chosen": "12", "rejected": "21"}])
+    preferred.to_json(tmp_path / "preferred.jsonl")
+    with pytest.raises(ValueError, match="For preference data"):
+        mixture = MixtureConfig(datasets=[MixturePart(path=str(tmp_path / "preferred.jsonl")), parts[2]])
+        load_mixture(mixture, prompts_alone=True)
+    with pytest.raises(ValueError, match="The eval dataset holds prompts alone, and evaluation compares with answers"):
         tiny_trainer(
             tmp_path, teacher=tiny_model(1), trainer_kwargs={"eval_dataset": Dataset.from_list(asked)}, **ON_POLICY
         )

@@ -203,7 +203,7 @@ FAST = ("kl", "across", "ar", "ar exact")
 def test_training_on_the_cache_is_training_with_the_teacher(names, tmp_path, name):
     """Catches predictions at wrong positions, of wrong noise or of another pass, of either kind of teacher.
 
-    All tokens are kept, so that only the rounding of what is stored is left; three passes of two and a half batches.
+    All tokens are kept, so that only the rounding of what is stored is left; two passes over two and a half batches.
     """
     teacher, fields = CASES[name]
     flags = [word for field, value in fields.items() for word in (f"--{field}", value)]
@@ -293,6 +293,8 @@ def test_compares_a_teacher_that_is_named(names, tmp_path):
     train(names, tmp_path / "same", cached, names["diffusion"], **run)
     with pytest.raises(ValueError, match="teacher: predicted with diffusion, this run has student"):
         train(names, tmp_path / "other", cached, names["student"], **run)
+    with pytest.raises(ValueError, match="teacher_processing_class is not the tokenizer"):
+        train(names, tmp_path / "read", cached, None, build_tokenizer(PAIRS), **run)
     with pytest.raises(ValueError, match="leave teacher out"):
         train(names, tmp_path / "loaded", cached, tiny_model(seed=1), **run)
     config = json.loads(Path(names["diffusion"], "config.json").read_text())

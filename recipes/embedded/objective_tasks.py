@@ -39,9 +39,8 @@ AR_TARGETS = {
 def sorting_on_policy_task(steps: int = 600, num_student_rows: int = 300, num_held_out: int = 400) -> Task:
     """[`sorting_task`] on the student's own states, against the best of the teacher's on the data."""
     task = sorting_task(steps, num_student_rows, num_held_out)
-    on_policy = {"preset": "kl", "temperature": 1.0, "on_policy_fraction": 1.0}
     objectives = {name: BASELINES[name] for name in ("ce", "kl_weight_3")}
-    objectives |= {"on_policy_reuse_4": {**on_policy, "rollout_reuse": 4}, "on_policy": on_policy}
+    objectives |= {"on_policy_reuse_4": {**ON_POLICY, "rollout_reuse": 4}, "on_policy": ON_POLICY}
     return replace(task, name="sorting_on_policy", objectives=objectives, distilled="on_policy", equal_time=False)
 
 
@@ -103,13 +102,14 @@ WEAK_STEPS = {TEACHER: 210, AUTOREGRESSIVE: 150}
 def sorting_across_objectives_task(steps: int = 600, num_student_rows: int = 1500, num_held_out: int = 400) -> Task:
     """[`sorting_across_tokenizers_task`] with the objectives that compare likelihoods of chunks."""
     task = sorting_across_tokenizers_task(steps, num_student_rows, num_held_out)
-    calm = {"preset": "calm", "temperature": 1.0}
+    native = task.training  # the context of the diffusion teacher; an autoregressive one has no other
     objectives = {
-        **{name: task.objectives[name] for name in ("ce", "calm", "tide_cross")},
+        "ce": task.objectives["ce"],
+        **{name: task.objectives[name] | native for name in ("calm", "tide_cross")},
         **{name: ANSWERS[name] for name in ("ce_on_ar_answers", "ce_on_diffusion_answers")},
         "ar_all": {"preset": "ar-calm", "ar_targets": "all"},
         "ar_exact": {"preset": "ar-calm", "ar_targets": "exact"},
-        "on_policy": {**calm, "on_policy_fraction": 1.0},
+        "on_policy": {"preset": "calm", "temperature": 1.0, "on_policy_fraction": 1.0, **native},
     }
     return replace(
         task,

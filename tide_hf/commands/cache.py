@@ -158,7 +158,7 @@ def add_predictions(
         for start in range(0, len(table), size)
     ]
     mine = [part for part in parts[rank::num_processes] if not part[0].is_dir()]
-    if mine:
+    if mine and not result.is_finished():
         predict = _Predictions(cache, plan, teacher, train_split)
         for folder, name, start in tqdm(mine, desc="Predicting", unit=" parts"):
             table = rows[name].select(range(start, min(start + size, len(rows[name]))))
@@ -204,7 +204,6 @@ class _Predictions:
             demo_ratio=objective.demo_ratio,
             suffix_mask_fraction=objective.suffix_mask_fraction,
         )
-        self.device = network.device(next(network.model.parameters()).device)
         self.collator = DistillationCollator(0, 0, None, network.model.config.vocab_size)
 
     def __call__(self, table: Dataset, split: str, batch_size: int) -> list[dict[str, np.ndarray]]:

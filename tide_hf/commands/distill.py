@@ -175,7 +175,9 @@ def _load_rows(arguments: Arguments) -> DatasetDict:
     evaluates = training.eval_strategy != "no"
     if unread and unread != ["--do_eval"] * evaluates:  # transformers sets do_eval where an eval_strategy is given
         sys.exit(f"{', '.join(unread)}: a recipe trains, and evaluates where --eval_strategy says so. Leave it out.")
-    return load_named(script) if script.dataset_name is not None else load_mixture(mixture)
+    if script.dataset_name is not None:
+        return load_named(script)
+    return load_mixture(mixture, prompts_alone=getattr(training, "on_policy_fraction", 0) == 1)
 
 
 def _check_resume(name: str | None) -> None:

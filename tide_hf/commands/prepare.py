@@ -216,7 +216,7 @@ def _prepared(arguments: PrepareArguments) -> DatasetDict | None:
         if writes and not predicts and kind_of(_teacher_model(arguments).config()) != DIFFUSION:
             teacher = None  # it writes the answers, and the student is trained on these alone
         plan = plan_from_names(teacher, arguments.model, arguments.run, predicts)
-    rows = load_named(script) if script.dataset_name is not None else load_mixture(mixture)
+    rows = load_named(script) if script.dataset_name is not None else load_mixture(mixture, prompts_alone=writes)
     wanted = dict.fromkeys([script.dataset_train_split, script.dataset_test_split])
     splits = {name: rows[name] for name in wanted if name in rows}
     if not splits:
@@ -250,9 +250,11 @@ def _with_predictions(
         rows = result.work / "rows"
         if is_main:
             write_prepared(splits, plan.preparation, rows, source=source, **portions)
-        wait_until(rows.is_dir)
-        train_split = arguments.script.dataset_train_split
-        add_predictions(load_from_disk(rows), cache, plan, teacher, how, result, train_split)
+        # of a call that is resumed, the first process may have joined and removed all parts by now
+        wait_until(lambda: rows.is_dir() or result.is_finished())
+        if not result.is_finished():
+            train_split = arguments.script.dataset_train_split
+            add_predictions(load_from_disk(rows), cache, plan, teacher, how, result, train_split)
     return load_from_disk(folder) if is_main else None
 
 

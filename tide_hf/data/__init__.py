@@ -8,7 +8,7 @@ from .record import PreparationRecord, require_same_preparation, tokenizer_finge
 from .report import DataError, PreparationReport
 from .shards import write_prepared
 from .streams import RowStream, StreamLoader
-from .written import Prompt, align_written, prompt_of, with_stand_ins
+from .written import Prompt, align_written, holds_prompts_alone, prompt_of, with_stand_ins
 
 __all__ = [
     "COLUMNS",
@@ -24,6 +24,7 @@ __all__ = [
     "RowStream",
     "StreamLoader",
     "align_written",
+    "holds_prompts_alone",
     "is_prepared",
     "prepare_dataset",
     "prompt_of",

@@ -76,11 +76,12 @@ class PlainText:
     answer: str
 
 
-def unread_columns(names: list[str]) -> list[str]:
+def unread_columns(names: list[str], prompts_alone: bool = False) -> list[str]:
     """Lists the columns that are ignored because no text depends on them, such as an id or a score.
 
     Args:
         names (`list[str]`): all columns of a dataset.
+        prompts_alone (`bool`): whether prompts without answers will do, because somebody is going to answer them.
 
     Raises:
         ValueError: if no column holds anything to train on.
@@ -92,14 +93,15 @@ def unread_columns(names: list[str]) -> list[str]:
             raise ValueError(
                 f"{what} For preference data, choose what to train on: dataset.rename_column('chosen', …)."
             )
-        if "prompt" in there:
+        if "prompt" in there and not prompts_alone:
             raise ValueError(
                 f"{what} A prompt alone has no answer to train on: have a teacher write it (recipes/prepare_data.py "
                 "--teacher_answers greedy), or the student (on_policy_fraction=1)."
             )
-        raise ValueError(
-            f"{what} Rename the column that holds the conversation: dataset.rename_column(old, 'messages')."
-        )
+        if "prompt" not in there:
+            raise ValueError(
+                f"{what} Rename the column that holds the conversation: dataset.rename_column(old, 'messages')."
+            )
     return [name for name in names if name not in (*RAW_COLUMNS, *UNREADABLE)]
 
 

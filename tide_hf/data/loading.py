@@ -67,11 +67,12 @@ def _mixture_part(given) -> MixturePart:
     return MixturePart(**given)
 
 
-def load_mixture(mixture: MixtureConfig) -> DatasetDict:
+def load_mixture(mixture: MixtureConfig, prompts_alone: bool = False) -> DatasetDict:
     """Loads all parts of a mixture and joins them, every row unchanged.
 
     Args:
         mixture ([`MixtureConfig`]): what to load, and whether to split off a test set.
+        prompts_alone (`bool`): whether prompts without answers will do, because somebody is going to answer them.
 
     Returns:
         `DatasetDict`: `train`, and `test` where `test_split_size` is given.
@@ -84,7 +85,7 @@ def load_mixture(mixture: MixtureConfig) -> DatasetDict:
         rows = load_rows(part.path, part.name, part.split, mixture.streaming, part.data_dir, part.data_files)
         rows = rows if part.columns is None else rows.select_columns(part.columns)
         parts.append(_filtered(rows, part.answer_contains))
-    rows = concatenate_datasets(_of_same_columns(parts))
+    rows = concatenate_datasets(_of_same_columns(parts, prompts_alone))
     if mixture.test_split_size is None:
         return DatasetDict(train=rows)
     return rows.train_test_split(test_size=mixture.test_split_size, seed=42)
@@ -169,15 +170,14 @@ def _filtered(rows: Dataset | IterableDataset, answer_contains: str | None) -> D
     return rows.filter(contains)
 
 
-def _of_same_columns(parts: list) -> list:
+def _of_same_columns(parts: list, prompts_alone: bool) -> list:
     """The parts with equal columns, so that they can be joined: those that are read and that any part has.
 
     What is not text in all parts is kept as JSON: a table would fill one row's tool calls with the keys of another's.
     """
     parts = [rows._resolve_features() if isinstance(rows, IterableDataset) else rows for rows in parts]
     for rows in parts:
-        if "prompt" not in rows.column_names:  # alone it may be answered: by a teacher, or by the student
-            unread_columns(rows.column_names)
+        unread_columns(rows.column_names, prompts_alone)
     columns = {}
     for name in (*RAW_COLUMNS, *UNREADABLE):
         kinds = [getattr(rows.features[name], "dtype", None) for rows in parts if name in rows.features]

@@ -29,6 +29,13 @@ class Prompt:
     teacher_ids: list[int]
 
 
+def holds_prompts_alone(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a `dataset` has prompts and no column of answers."""
+    names = set(dataset.column_names or ())
+    has_answers = names & {*CONVERSATIONS, "completion", "text"} or {"instruction", "output"} <= names
+    return "prompt" in names and not has_answers
+
+
 def with_stand_ins(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Gives rows that are prompts alone an answer that nobody reads, so that they are prepared like all others.
 

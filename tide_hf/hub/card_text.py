@@ -87,9 +87,12 @@ def _method_notes(record: RunRecord) -> list[str]:
     notes, share = [], record.objective.get("on_policy_fraction")
     if share:
         order = record.arguments.get("rollout_order", "confidence").replace("_", " ")
+        states = "states that it visited"
+        if record.arguments.get("rollout_states") == "random_mask":
+            states = "random masks of it"
         notes.append(
             f"To {share:.0%} of the rows the student wrote the answer itself (in the order {order}), and was compared "
-            "with the teacher at states that it visited; the answers of the data were not read there."
+            f"with the teacher at {states}; the answers of the data were not read there."
         )
     if "teacher_cache" in record.plan:
         notes.append(f"The teacher was not in memory: the rows carried {record.plan['teacher_cache']}.")

@@ -9,7 +9,7 @@ from functools import partial
 from datasets import Dataset
 from transformers import AutoConfig
 
-from ..data import PreparationRecord
+from ..data import PreparationRecord, tokenizer_fingerprint
 from ..data.teacher_cache import CACHE_COLUMNS, config_fingerprint, has_predictions, passes, without_predictions
 from ..diffusion.cached import COUNTS
 from ..hub import find_source
@@ -101,6 +101,12 @@ class CachedTeacherMixin:
         plan = resolve_plan(args, model.config, *tokenizers, teacher_config, decide, cache)
         if plan.cache is not None:
             check_predictions(record, plan, args, teacher)
+            known = record.settings["teacher_tokenizer"]["fingerprint"]
+            if tokenizers[1] is not None and tokenizer_fingerprint(tokenizers[1]) != known:
+                raise ValueError(
+                    "teacher_processing_class is not the tokenizer that the rows were prepared with for the teacher "
+                    "whose predictions they carry: leave it out."
+                )
         return plan
 
     def _noise_seed(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..data import Prompt, is_prepared, prompt_of, with_stand_ins
+from ..data import Prompt, holds_prompts_alone, is_prepared, prompt_of, with_stand_ins
 from ..diffusion import NoisedBatch, Written
 from .rollouts import Rollout, Writing, is_on_policy, random_state, visited_states, written_row
 
@@ -41,9 +41,15 @@ class OnPolicyMixin:
     """The rows that the student of [`~tide_hf.TIDETrainer`] writes itself; comes before its base."""
 
     def _prepare(self, name, dataset, args, reports):
-        """Takes prompts without answers, where the student answers all of them."""
-        if name == "train" and dataset is not None and args.on_policy_fraction == 1 and not is_prepared(dataset):
-            dataset = with_stand_ins(dataset)
+        """Takes prompts without answers to train on, where the student answers all of them."""
+        if dataset is not None and args.on_policy_fraction == 1 and not is_prepared(dataset):
+            if name == "train":
+                dataset = with_stand_ins(dataset)
+            elif holds_prompts_alone(dataset):
+                raise ValueError(
+                    f"The {name} dataset holds prompts alone, and evaluation compares with answers: give rows that "
+                    "have them, or leave eval_dataset and eval_strategy out."
+                )
         return super()._prepare(name, dataset, args, reports)
 
     def _start_on_policy(self) -> None:

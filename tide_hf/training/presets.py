@@ -219,9 +219,9 @@ def _check_on_policy(objective: Objective) -> None:
 def _check_own_states(objective: Objective, config) -> None:
     """An autoregressive teacher judges the student's own states only where nothing stands right of what is masked,
     and beside the data: alone it confirms what the student writes already."""
-    given = f"on_policy_fraction={objective.on_policy_fraction} with an autoregressive teacher"
     if not objective.on_policy_fraction:
         return
+    given = f"on_policy_fraction={objective.on_policy_fraction} with an autoregressive teacher"
     if config.rollout_order != LEFT_TO_RIGHT or config.rollout_states != VISITED:
         raise ValueError(
             f"{given} and rollout_order={config.rollout_order!r}, rollout_states={config.rollout_states!r}: its "
